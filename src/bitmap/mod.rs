@@ -1,0 +1,11 @@
+//! Dirty pages as bits.
+//!
+//! A harvesting pass sets them in a *shard* that it holds alone ([`shard`], [`pool`]); devices set
+//! them in *shared* words ([`shared`]); a sync merges both into the bits that its caller reads
+//! ([`pages`]).
+
+pub(crate) mod pages;
+pub(crate) mod pool;
+pub(crate) mod shard;
+pub(crate) mod shared;
+pub(crate) mod words;

@@ -1,0 +1,100 @@
+//! Who may write which shard.
+
+use crate::sync::{Condvar, Mutex, lock, wait};
+
+/// The shards' tokens. A pass holds one from its first harvested entry until its pages are
+/// published, so whoever comes to hold a shard next finds only published pages in it, or the note
+/// of what is still to be done.
+pub(crate) struct ShardPool {
+    shards: Mutex<Box<[Token]>>,
+    returned: Condvar,
+}
+
+struct Token {
+    held: bool,
+    unreset: Option<Unreset>,
+}
+
+/// What is left to do where a pass ended before its reset: its pages are in the shard, their
+/// entries are marked, but no reset that could re-protect them has completed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unreset {
+    /// Entries marked for reset that the reset gate was not told of yet.
+    pub(crate) marked: u64,
+    /// Faulty resets there had been when the first of the entries was marked.
+    pub(crate) faults: u64,
+}
+
+impl ShardPool {
+    pub(crate) fn new(shards: usize) -> Self {
+        let token = || Token {
+            held: false,
+            unreset: None,
+        };
+        Self {
+            shards: Mutex::new((0..shards).map(|_| token()).collect()),
+            returned: Condvar::new(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.shards).len()
+    }
+
+    /// Waits for any shard, the lowest that is free: the fewer are in use, the less is merged.
+    pub(crate) fn acquire_any(&self) -> ShardGuard<'_> {
+        let mut tokens = lock(&self.shards);
+        loop {
+            if let Some(index) = tokens.iter().position(|token| !token.held) {
+                return self.hand_out(&mut tokens[index], index);
+            }
+            tokens = wait(&self.returned, tokens);
+        }
+    }
+
+    /// Waits for the shard `index`: for whichever pass holds it to end.
+    pub(crate) fn acquire(&self, index: usize) -> ShardGuard<'_> {
+        let mut tokens = lock(&self.shards);
+        while tokens[index].held {
+            tokens = wait(&self.returned, tokens);
+        }
+        self.hand_out(&mut tokens[index], index)
+    }
+
+    fn hand_out(&self, token: &mut Token, index: usize) -> ShardGuard<'_> {
+        token.held = true;
+        ShardGuard {
+            pool: self,
+            index,
+            unreset: token.unreset.take(),
+        }
+    }
+}
+
+/// The right to read and write one shard of every slot.
+pub(crate) struct ShardGuard<'a> {
+    pool: &'a ShardPool,
+    index: usize,
+    /// `Some` while the shard holds pages whose reset is outstanding. It outlives the guard.
+    pub(crate) unreset: Option<Unreset>,
+}
+
+impl ShardGuard<'_> {
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+}
+
+impl Drop for ShardGuard<'_> {
+    fn drop(&mut self) {
+        // The lock orders the holder's plain accesses to the shard before the next holder's.
+        let mut tokens = lock(&self.pool.shards);
+        tokens[self.index] = Token {
+            held: false,
+            unreset: self.unreset,
+        };
+        drop(tokens);
+        // All: those that wait for one shard and those that wait for any share the condition.
+        self.pool.returned.notify_all();
+    }
+}

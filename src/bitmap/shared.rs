@@ -1,0 +1,79 @@
+//! Bits that any thread may set at any time: the writes of devices, and the pages under suspicion.
+
+use super::pages::PageBits;
+use super::words::{BLOCK_WORDS, block_words, blocks_for, masks, words_for};
+use crate::sync::{AtomicU8, AtomicU64, Ordering, zeroed};
+
+/// One slot's bits as shared atomics.
+pub(crate) struct SharedBits {
+    words: Box<[AtomicU64]>,
+    /// One for each [`BLOCK_WORDS`] words: not zero if any of their bits may be set.
+    touched: Box<[AtomicU8]>,
+}
+
+impl SharedBits {
+    /// For a slot of `pages` pages; `None` if there is no memory for it.
+    pub(crate) fn new(pages: u64) -> Option<Self> {
+        let words = words_for(pages);
+        Some(Self {
+            words: zeroed(words)?,
+            touched: zeroed(blocks_for(words))?,
+        })
+    }
+
+    /// Sets the bits of `first .. first + pages`, which the caller has found to be in the slot.
+    pub(crate) fn set(&self, first: u64, pages: u64) {
+        for (word, mask) in masks(first, pages) {
+            self.merge(word, mask);
+        }
+    }
+
+    /// Adds `bits` to `word`.
+    pub(crate) fn merge(&self, word: usize, bits: u64) {
+        // Release: pairs with the acquire swap in `take_into`. What the caller wrote to the pages
+        // before is seen by whoever copies them after taking the bits.
+        self.words[word].fetch_or(bits, Ordering::Release);
+        // Release: pairs with the acquire swap of the flag in `take_into`: who takes the flag sees
+        // the bits. A read-modify-write, not a store, so that the flags of several writers form
+        // one release sequence and the taker sees the bits of all of them.
+        self.touched[word / BLOCK_WORDS].fetch_or(1, Ordering::Release);
+    }
+
+    /// Moves all bits into `into` and leaves none. Bits set meanwhile are moved now or next time.
+    pub(crate) fn take_into(&self, into: &mut PageBits) {
+        for (block, touched) in self.touched.iter().enumerate() {
+            // Relaxed: a flag not seen yet is seen next time; a flag that the caller is bound to
+            // see was set before (happens-before) its call.
+            if touched.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            // Acquire: pairs with the release in `merge`. The flag goes before the bits, so that a
+            // bit set after its word was taken leaves the flag set.
+            touched.swap(0, Ordering::Acquire);
+            for word in block_words(block, self.words.len()) {
+                // Relaxed: a bit that this misses comes with a flag that is still to be taken.
+                if self.words[word].load(Ordering::Relaxed) != 0 {
+                    // Acquire: pairs with the release in `merge`.
+                    into.merge(word, self.words[word].swap(0, Ordering::Acquire));
+                }
+            }
+        }
+    }
+
+    /// Adds all bits to `into` and leaves them set.
+    pub(crate) fn copy_into(&self, into: &mut PageBits) {
+        for (block, touched) in self.touched.iter().enumerate() {
+            // Acquire: pairs with the release in `merge`: who sees the flag sees the bits.
+            if touched.load(Ordering::Acquire) == 0 {
+                continue;
+            }
+            for word in block_words(block, self.words.len()) {
+                // Acquire: pairs with the release in `merge`.
+                let bits = self.words[word].load(Ordering::Acquire);
+                if bits != 0 {
+                    into.merge(word, bits);
+                }
+            }
+        }
+    }
+}

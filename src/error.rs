@@ -1,0 +1,234 @@
+//! What can go wrong, one type for each family of calls.
+
+use std::io;
+
+use crate::memslots::{MAX_SLOT_PAGES, SlotId};
+use crate::sync::Arc;
+
+/// Why a number of ring entries was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RingSizeError {
+    /// Not a power of two.
+    #[error("a dirty ring of {entries} entries: the number must be a power of two")]
+    NotPowerOfTwo {
+        /// What was asked for.
+        entries: u32,
+    },
+    /// Too small for a page of the host, or for the entries that the kernel keeps in reserve.
+    #[error("a dirty ring of {entries} entries is too small: at least {min} are needed here")]
+    TooSmall {
+        /// What was asked for.
+        entries: u32,
+        /// The smallest ring there is.
+        min: u32,
+    },
+    /// More than the kernel offers.
+    #[error("a dirty ring of {entries} entries is too large: this host allows at most {max}")]
+    TooLarge {
+        /// What was asked for.
+        entries: u32,
+        /// The largest ring there is.
+        max: u32,
+    },
+}
+
+/// Why a host cannot offer dirty rings at all.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HostError {
+    /// No `/dev/kvm`, or no driver behind it.
+    #[error("no KVM on this host: load a kvm module, or enable virtualisation in the firmware")]
+    NoKvm(#[source] io::Error),
+    /// `/dev/kvm` may not be opened by this process.
+    #[error("no permission to open /dev/kvm: join its group, or run as a user who may")]
+    NoPermission(#[source] io::Error),
+    /// An API that is not the stable one.
+    #[error("KVM API version {found} instead of 12, the only stable one")]
+    ApiVersion {
+        /// What `KVM_GET_API_VERSION` returned.
+        found: i32,
+    },
+    /// The kernel has no dirty ring that this architecture may use.
+    #[error(
+        "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.1 on arm64)"
+    )]
+    NoDirtyRing,
+    /// A call failed for a reason of its own.
+    #[error("{call} failed")]
+    Kvm {
+        /// The ioctl, or other call.
+        call: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Why the dirty rings of a VM could not be enabled. The VM is as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnableError {
+    /// The size is wrong for this host.
+    #[error(transparent)]
+    RingSize(#[from] RingSizeError),
+    /// The file descriptor is not that of a KVM virtual machine.
+    #[error("the file descriptor is not a KVM virtual machine's")]
+    NotAVm,
+    /// The kernel has no dirty ring that this architecture may use.
+    #[error(
+        "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.1 on arm64)"
+    )]
+    NoDirtyRing,
+    /// The rings of this VM are enabled already; KVM allows that once.
+    #[error("the dirty rings of this VM are enabled already: KVM allows it once in a VM's life")]
+    AlreadyEnabled,
+    /// A vCPU exists already.
+    #[error(
+        "KVM refused the dirty rings, as it does once a vCPU exists: enable them before the first"
+    )]
+    VcpuExists,
+    /// The VMM switched on manual protection with all pages initially set.
+    #[error(
+        "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is on with INITIALLY_SET, which loses pages beside dirty \
+         rings: don't enable it for this VM"
+    )]
+    InitiallySet,
+    /// A call failed for a reason of its own.
+    #[error("{call} failed")]
+    Kvm {
+        /// The ioctl, or other call.
+        call: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Why a vCPU's ring could not be attached. The log is as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The ring could not be mapped: is this the fd of a vCPU of this VM?
+    #[error("mapping the dirty ring failed: is this a vCPU of the VM whose rings were enabled?")]
+    Map(#[source] io::Error),
+    /// The log does not rest on a VM's file descriptor.
+    #[error("the log has a kernel of its own, not a KVM VM's: attach rings by `attach_ring`")]
+    NotKvm,
+    /// The ring's size is not the one that the log was made for.
+    #[error("a ring of {found} entries, but the VM's have {expected}")]
+    Size {
+        /// Entries of the ring.
+        found: u32,
+        /// Entries of every ring of the VM.
+        expected: u32,
+    },
+}
+
+/// Why a call about a memslot was refused. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SlotError {
+    /// The id is in use.
+    #[error("slot {slot} is tracked already")]
+    Exists {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// The slot's removal has begun and is not finished.
+    #[error("slot {slot} is being removed: delete it in KVM, then finish the removal")]
+    Retired {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// No such slot.
+    #[error("slot {slot} is not tracked: add it before it is created in KVM")]
+    Unknown {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// A size that no slot can have.
+    #[error(
+        "slot {slot} of {pages} pages: a slot has 1 to {} pages",
+        MAX_SLOT_PAGES
+    )]
+    Pages {
+        /// The slot.
+        slot: SlotId,
+        /// What was asked for.
+        pages: u64,
+    },
+    /// Pages past the slot's end.
+    #[error(
+        "pages {first_page} to {first_page} + {pages} are not in slot {slot}, which has {slot_pages}"
+    )]
+    OutOfRange {
+        /// The slot.
+        slot: SlotId,
+        /// The first page named.
+        first_page: u64,
+        /// How many were named.
+        pages: u64,
+        /// How many there are.
+        slot_pages: u64,
+    },
+    /// No memory for the slot's bits.
+    #[error("no memory to track the {pages} pages of slot {slot}")]
+    NoMemory {
+        /// The slot.
+        slot: SlotId,
+        /// Its pages.
+        pages: u64,
+    },
+    /// The pass that a removal needs did not complete; try again.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
+}
+
+/// A reset ioctl failed. The pages of the pass are kept, and the next one that completes a reset
+/// publishes them.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("KVM_RESET_DIRTY_RINGS failed")]
+pub struct ResetError {
+    /// What the kernel said; shared by all passes that the failed ioctl was to serve.
+    #[source]
+    pub(crate) source: Arc<io::Error>,
+}
+
+impl ResetError {
+    /// The kernel's error number, where it gave one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+/// Why a sync did not complete. Nothing is lost: its pages come with the next one that does.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum SyncError {
+    /// A reset failed.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
+    /// No memory for the list of dirty pages.
+    #[error("no memory for the dirty pages")]
+    NoMemory,
+}
+
+/// What went wrong with a reaper. It goes on wherever it can; the log loses nothing either way.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReaperError {
+    /// The log has a reaper already.
+    #[error("the log has a reaper already: stop it first")]
+    Running,
+    /// The thread could not be started.
+    #[error("starting the reaper's thread failed")]
+    Spawn(#[source] Arc<io::Error>),
+    /// A reset failed. The reaper goes on at its policy's pace.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
+    /// The policy panicked. The reaper goes on with [`Fixed`](crate::pacing::Fixed), once a second.
+    #[error("the pacing policy panicked")]
+    PolicyPanicked,
+    /// The reaper itself panicked, and has ended. Full exits and syncs still empty the rings.
+    #[error("the reaper panicked")]
+    Panicked,
+}

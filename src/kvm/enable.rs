@@ -1,0 +1,275 @@
+//! What the host offers, and switching it on.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use memmap2::MmapMut;
+
+use super::{SignalsBlocked, ioctl, ioctl_struct, ioctl_value, page_size};
+use crate::error::{EnableError, HostError, RingSizeError};
+
+/// Entries of the largest ring of any kernel: `KVM_DIRTY_RING_MAX_ENTRIES` in the kernel's
+/// include/linux/kvm_dirty_ring.h.
+const MAX_ENTRIES: u32 = 65536;
+
+/// Entries of the smallest ring that holds the 576 which Intel's page-modification logging makes
+/// the kernel keep in reserve.
+const MIN_ENTRIES_WITH_PML: u32 = 1024;
+
+/// The size of a ring: a power of two, from one host page (256 entries of 16 bytes in 4 KiB) to
+/// 65,536 entries.
+///
+/// A ring of 4,096 holds 16 MiB of dirtied pages, and costs 64 KiB a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RingEntries(u32);
+
+impl RingEntries {
+    /// A ring of `entries` entries. The host at hand may allow less than this type does.
+    ///
+    /// # Errors
+    /// Not a power of two, too small, or too large.
+    pub fn new(entries: u32) -> Result<Self, RingSizeError> {
+        if !entries.is_power_of_two() {
+            return Err(RingSizeError::NotPowerOfTwo { entries });
+        }
+        let min = (page_size() / size_of::<kvm_dirty_gfn>()) as u32;
+        if entries < min {
+            return Err(RingSizeError::TooSmall { entries, min });
+        }
+        let max = MAX_ENTRIES;
+        if entries > max {
+            return Err(RingSizeError::TooLarge { entries, max });
+        }
+        Ok(Self(entries))
+    }
+
+    /// The number of entries.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+
+    fn bytes(self) -> u64 {
+        u64::from(self.0) * size_of::<kvm_dirty_gfn>() as u64
+    }
+}
+
+/// What the host's KVM offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HostSupport {
+    /// The largest ring, in entries.
+    pub max_entries: u32,
+    /// Whether it is offered as `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`, or only in the older form, which
+    /// serves on x86 alone.
+    pub acq_rel: bool,
+}
+
+impl HostSupport {
+    /// Opens `/dev/kvm` and asks.
+    ///
+    /// # Errors
+    /// Why dirty rings cannot be had here.
+    pub fn query() -> Result<Self, HostError> {
+        let kvm = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm");
+        let kvm = kvm.map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => HostError::NoKvm(error),
+            Some(libc::EACCES | libc::EPERM) => HostError::NoPermission(error),
+            _ => HostError::Kvm {
+                call: "opening /dev/kvm",
+                source: error,
+            },
+        })?;
+        let failed = |call| move |source| HostError::Kvm { call, source };
+        let version = ioctl_value(&kvm, ioctl::GET_API_VERSION, 0);
+        let version = version.map_err(failed("KVM_GET_API_VERSION"))?;
+        if version != KVM_API_VERSION {
+            let found = version as i32;
+            return Err(HostError::ApiVersion { found });
+        }
+        let found = Self::of(&kvm).map_err(failed("KVM_CHECK_EXTENSION"))?;
+        found
+            .map(|(support, _)| support)
+            .ok_or(HostError::NoDirtyRing)
+    }
+
+    /// What the KVM or VM behind `fd` offers, and as which capability.
+    fn of(fd: &impl AsRawFd) -> io::Result<Option<(Self, u32)>> {
+        let entries = |cap: u32| {
+            let bytes = ioctl_value(fd, ioctl::CHECK_EXTENSION, cap.into())?;
+            Ok::<_, io::Error>(bytes / size_of::<kvm_dirty_gfn>() as u32)
+        };
+        let found = |max_entries, acq_rel, cap| {
+            let support = Self {
+                max_entries,
+                acq_rel,
+            };
+            Ok(Some((support, cap)))
+        };
+        let cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
+        let max = entries(cap)?;
+        if max > 0 {
+            return found(max, true, cap);
+        }
+        // Without the orderings being promised: total store order has them anyway.
+        if cfg!(target_arch = "x86_64") {
+            let cap = KVM_CAP_DIRTY_LOG_RING;
+            let max = entries(cap)?;
+            if max > 0 {
+                return found(max, false, cap);
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Enables rings of `entries` on the VM behind `fd`, or says why not.
+pub(super) fn enable(fd: &impl AsRawFd, entries: RingEntries) -> Result<(), EnableError> {
+    let failed = |call| move |source| EnableError::Kvm { call, source };
+    let found = HostSupport::of(fd).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOTTY | libc::EBADF) => EnableError::NotAVm,
+        _ => failed("KVM_CHECK_EXTENSION")(error),
+    })?;
+    let (support, cap) = found.ok_or(EnableError::NoDirtyRing)?;
+    fits(entries.get(), support.max_entries)?;
+    if is_enabled(fd)? {
+        return Err(EnableError::AlreadyEnabled);
+    }
+    if is_initially_set(fd)? {
+        return Err(EnableError::InitiallySet);
+    }
+    let mut request = kvm_enable_cap {
+        cap,
+        ..Default::default()
+    };
+    request.args[0] = entries.bytes();
+    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; this capability takes no address.
+    let enabled = unsafe { ioctl_struct(fd, ioctl::ENABLE_CAP, &mut request) };
+    match enabled {
+        Ok(_) => Ok(()),
+        // `kvm_vm_ioctl_enable_dirty_log_ring` says EINVAL for a wrong size, for a second time,
+        // both ruled out by now, and once a vCPU exists.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(EnableError::VcpuExists),
+        Err(error) => Err(failed("KVM_ENABLE_CAP")(error)),
+    }
+}
+
+/// Whether the host at hand takes rings of that size.
+fn fits(entries: u32, max: u32) -> Result<(), RingSizeError> {
+    if entries > max {
+        return Err(RingSizeError::TooLarge { entries, max });
+    }
+    let min = MIN_ENTRIES_WITH_PML;
+    if entries < min && has_pml() {
+        return Err(RingSizeError::TooSmall { entries, min });
+    }
+    Ok(())
+}
+
+/// Whether KVM logs through Intel's page-modification buffer.
+pub(super) fn has_pml() -> bool {
+    let parameter = fs::read_to_string("/sys/module/kvm_intel/parameters/pml");
+    parameter.is_ok_and(|value| value.starts_with('Y'))
+}
+
+/// Whether the VM behind `fd` has its rings already. Without them a reset is an error
+/// (`kvm_vm_ioctl_reset_dirty_pages`).
+fn is_enabled(fd: &impl AsRawFd) -> Result<bool, EnableError> {
+    let call = "KVM_RESET_DIRTY_RINGS";
+    let failed = |source| EnableError::Kvm { call, source };
+    let _blocked = SignalsBlocked::new().map_err(failed)?;
+    match ioctl_value(fd, ioctl::RESET_DIRTY_RINGS, 0) {
+        Ok(_) => Ok(true),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EINVAL) => Ok(false),
+            Some(libc::ENOTTY) => Err(EnableError::NotAVm),
+            _ => Err(failed(error)),
+        },
+    }
+}
+
+/// Whether new slots of the VM behind `fd` begin with every page dirty in their bitmap: then KVM
+/// skips write-protecting them, and the rings never hear of the first write to a page.
+///
+/// KVM tells nobody what was enabled, but a slot shows it: one is made, its bitmap read, and it is
+/// deleted again (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
+fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
+    let failed = |call| move |source| EnableError::Kvm { call, source };
+    let offered = ioctl_value(
+        fd,
+        ioctl::CHECK_EXTENSION,
+        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into(),
+    );
+    if offered.map_err(failed("KVM_CHECK_EXTENSION"))? & KVM_DIRTY_LOG_INITIALLY_SET == 0 {
+        return Ok(false);
+    }
+    let slots = ioctl_value(fd, ioctl::CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS.into());
+    let slots = slots.map_err(failed("KVM_CHECK_EXTENSION"))?;
+    let memory = MmapMut::map_anon(page_size()).map_err(failed("mmap"))?;
+    let mut region = kvm_userspace_memory_region {
+        slot: slots.saturating_sub(1),
+        flags: KVM_MEM_LOG_DIRTY_PAGES,
+        guest_phys_addr: 0,
+        memory_size: page_size() as u64,
+        userspace_addr: memory.as_ptr() as u64,
+    };
+    let set_region = |region: &mut kvm_userspace_memory_region| {
+        // SAFETY: KVM_SET_USER_MEMORY_REGION takes such a region; its memory outlives the slot,
+        // which is deleted below, and no vCPU exists that could write there.
+        unsafe { ioctl_struct(fd, ioctl::SET_USER_MEMORY_REGION, region) }
+    };
+    let call = "KVM_SET_USER_MEMORY_REGION";
+    // Where guest memory ends is not known: the page below the first power of two that is free.
+    let mut refused = Err(io::Error::from_raw_os_error(libc::EINVAL));
+    for bits in (20..=45).rev() {
+        region.guest_phys_addr = (1 << bits) - region.memory_size;
+        refused = set_region(&mut region);
+        if refused.is_ok() {
+            break;
+        }
+    }
+    refused.map_err(failed(call))?;
+    let mut bitmap = 0u64;
+    let mut log = kvm_dirty_log {
+        slot: region.slot,
+        ..Default::default()
+    };
+    log.__bindgen_anon_1.dirty_bitmap = core::ptr::from_mut(&mut bitmap).cast();
+    // SAFETY: KVM_GET_DIRTY_LOG takes such a request, and writes the bits of one page, padded to
+    // 64, to the address in it.
+    let read = unsafe { ioctl_struct(fd, ioctl::GET_DIRTY_LOG, &mut log) };
+    region.memory_size = 0;
+    set_region(&mut region).map_err(failed(call))?;
+    read.map_err(failed("KVM_GET_DIRTY_LOG"))?;
+    Ok(bitmap != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_refused_with_what_is_allowed() {
+        let min = (page_size() / 16) as u32;
+        assert_eq!(RingEntries::new(4096).map(RingEntries::get), Ok(4096));
+        for entries in [0, 3, 4095, 65535] {
+            let expected = RingSizeError::NotPowerOfTwo { entries };
+            assert_eq!(RingEntries::new(entries), Err(expected));
+        }
+        let entries = min / 2;
+        let expected = RingSizeError::TooSmall { entries, min };
+        assert_eq!(RingEntries::new(entries), Err(expected));
+        let (entries, max) = (131_072, 65_536);
+        let expected = RingSizeError::TooLarge { entries, max };
+        assert_eq!(RingEntries::new(entries), Err(expected));
+    }
+}

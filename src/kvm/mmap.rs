@@ -1,0 +1,30 @@
+//! The mapping of a vCPU's ring: the only file that maps one.
+
+use core::ptr::NonNull;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
+use memmap2::{Advice, MmapOptions};
+
+use super::page_size;
+use crate::ring::{Entry, RingMemory};
+
+/// Maps the ring of `entries` entries of the vCPU behind `vcpu_fd`.
+///
+/// The kernel wants it shared (`kvm_vcpu_mmap` in virt/kvm/kvm_main.c), at an offset counted in
+/// the host's pages.
+pub(crate) fn map_ring(vcpu_fd: &impl AsRawFd, entries: u32) -> io::Result<RingMemory> {
+    let map = MmapOptions::new()
+        .offset(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * page_size() as u64)
+        .len(entries as usize * size_of::<kvm_dirty_gfn>())
+        .map_raw(vcpu_fd.as_raw_fd())?;
+    // A child that wrote to it would mark entries of our guest.
+    map.advise(Advice::DontFork)?;
+    let start = NonNull::new(map.as_mut_ptr().cast::<Entry>());
+    let start = start.ok_or_else(|| io::Error::other("a mapping at address zero"))?;
+    // SAFETY: the mapping is that long, page-aligned, and lives as long as its owner, `map`.
+    // `Entry` has the layout of `kvm_dirty_gfn`, any bytes are one, and this process accesses the
+    // mapping through `Entry` alone.
+    Ok(unsafe { RingMemory::new(start, entries, Box::new(map)) })
+}

@@ -1,0 +1,354 @@
+//! The front door: one `DirtyLog` a virtual machine.
+
+use core::fmt;
+use std::time::Instant;
+
+use crate::alarm::Alarm;
+use crate::dirty_pages::DirtyPages;
+use crate::error::{AttachError, ResetError, SlotError, SyncError};
+use crate::kernel::Kernel;
+use crate::memslots::{Slot, SlotId};
+use crate::pass::Harvester;
+use crate::ring::RingMemory;
+use crate::stats::Stats;
+use crate::sync::{Arc, AtomicBool, Mutex, lock};
+use crate::vcpu::Vcpu;
+
+/// Shards of a log: so many threads harvest at once, more wait for one of them. Each costs a bit
+/// a page, where pages are dirty.
+const SHARDS: usize = 4;
+
+/// The dirty log of one virtual machine.
+///
+/// It is a handle: clones share the log, and every method may be called from any thread.
+#[derive(Clone)]
+pub struct DirtyLog {
+    inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) harvester: Harvester,
+    pub(crate) alarm: Alarm,
+    ring_entries: u32,
+    /// Whether rings are those of a KVM VM.
+    kvm: bool,
+    /// One sync at a time. What an unfinished one had collected waits here for the next.
+    pending: Mutex<DirtyPages>,
+    /// Whether a reaper runs: one at a time.
+    pub(crate) reaped: AtomicBool,
+    /// One change of slots at a time.
+    slot_change: Mutex<()>,
+}
+
+impl DirtyLog {
+    /// A log over `kernel`, whose rings have `ring_entries` entries each: for a kernel other than
+    /// KVM, such as the simulated one.
+    pub fn with_kernel(kernel: Box<dyn Kernel>, ring_entries: u32) -> Self {
+        Self::new(kernel, ring_entries, SHARDS, false)
+    }
+
+    pub(crate) fn new(
+        kernel: Box<dyn Kernel>,
+        ring_entries: u32,
+        shards: usize,
+        kvm: bool,
+    ) -> Self {
+        let inner = Inner {
+            harvester: Harvester::new(kernel, shards),
+            alarm: Alarm::default(),
+            ring_entries,
+            kvm,
+            pending: Mutex::default(),
+            reaped: AtomicBool::new(false),
+            slot_change: Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// A log over a KVM VM.
+    #[cfg(not(all(test, feature = "loom")))]
+    pub(crate) fn over_kvm(vm: Box<dyn Kernel>, ring_entries: u32) -> Self {
+        Self::new(vm, ring_entries, SHARDS, true)
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+
+    /// Size of each ring, in entries.
+    pub fn ring_entries(&self) -> u32 {
+        self.inner.ring_entries
+    }
+
+    /// Starts to harvest a ring that is not mapped from a KVM vCPU.
+    ///
+    /// # Errors
+    /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries).
+    pub fn attach_ring(&self, memory: RingMemory) -> Result<VcpuRing, AttachError> {
+        let (found, expected) = (memory.entries(), self.inner.ring_entries);
+        if found != expected {
+            return Err(AttachError::Size { found, expected });
+        }
+        let harvester = &self.inner.harvester;
+        let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
+        harvester.change_layout(|layout| {
+            layout.vcpus.push(Arc::clone(&vcpu));
+            Ok(VcpuRing {
+                inner: Arc::clone(&self.inner),
+                vcpu,
+            })
+        })
+    }
+
+    #[cfg(not(all(test, feature = "loom")))]
+    pub(crate) fn is_kvm(&self) -> bool {
+        self.inner.kvm
+    }
+
+    /// Tracks a memslot of `pages` pages, all clean. Call it *before* the slot is created in KVM
+    /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
+    /// every slot suspect.
+    ///
+    /// # Errors
+    /// The id is in use or being removed, the size is none that a slot can have, or there is no
+    /// memory.
+    pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
+        let harvester = &self.inner.harvester;
+        let _one_at_a_time = lock(&self.inner.slot_change);
+        harvester.change_layout(|layout| layout.slots.add(slot, pages, harvester.pool.len()))
+    }
+
+    /// Begins to remove a memslot: empties the rings, so that what the guest wrote is known before
+    /// the slot goes. Then delete the slot in KVM and call [`finish_slot`](Self::finish_slot). In
+    /// between the slot is still tracked, and its id cannot be added.
+    ///
+    /// Pages that the guest writes after this and before the deletion are not copied by anybody
+    /// any more; where the memory lives on elsewhere, stop the vCPUs first or treat all of it as
+    /// dirty.
+    ///
+    /// # Errors
+    /// The slot is not tracked or being removed already, or the reset failed; then nothing has
+    /// changed.
+    pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
+        let harvester = &self.inner.harvester;
+        let _one_at_a_time = lock(&self.inner.slot_change);
+        // The slot must be there before the rings are emptied for it.
+        if harvester.layout().slots.get(slot.raw()).is_none() {
+            return Err(SlotError::Unknown { slot });
+        }
+        harvester.reap()?;
+        let slot = harvester.change_layout(|layout| layout.slots.retire(slot))?;
+        Ok(RetiredSlot { slot })
+    }
+
+    /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
+    /// still name it and waits for the passes that know it, so that none can ever land in a later
+    /// slot of that id. From then on the id may be added again.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`] if it is finished already; a failed reset, after which the slot is as
+    /// it was and the call can be repeated.
+    pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
+        let harvester = &self.inner.harvester;
+        let _one_at_a_time = lock(&self.inner.slot_change);
+        let slot = &retired.slot;
+        if !harvester.layout().slots.holds(slot) {
+            return Err(SlotError::Unknown { slot: slot.id() });
+        }
+        harvester.reap()?;
+        harvester.change_layout(|layout| {
+            layout.slots.remove(slot);
+            Ok::<_, SlotError>(())
+        })?;
+        // A pass on the old layout would give entries of the id's next slot to this one.
+        harvester.quiesce();
+        Ok(())
+    }
+
+    /// Marks pages that the VMM or one of its devices *has written*: KVM logs only what vCPUs
+    /// write. Call it after the write; whoever copies the page after the next sync then sees it.
+    ///
+    /// # Errors
+    /// The slot is not tracked, or the pages are not all inside it; then none is marked.
+    pub fn mark_dirty(&self, slot: SlotId, first_page: u64, pages: u64) -> Result<(), SlotError> {
+        let layout = self.inner.harvester.layout();
+        let tracked = layout.slots.get(slot.raw());
+        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
+        let slot_pages = tracked.pages();
+        if first_page > slot_pages || pages > slot_pages - first_page {
+            return Err(SlotError::OutOfRange {
+                slot,
+                first_page,
+                pages,
+                slot_pages,
+            });
+        }
+        tracked.device().set(first_page, pages);
+        Ok(())
+    }
+
+    /// Tells the log that every page of the slot was protected again: that, with the vCPUs
+    /// stopped, the VMM has set the slot's memory region without `KVM_MEM_LOG_DIRTY_PAGES` and
+    /// then with it. Pages under suspicion come with the next sync once more and are then clean.
+    ///
+    /// # Errors
+    /// The slot is not tracked, or there is no memory; the pages stay suspect.
+    pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {
+        let mut pending = lock(&self.inner.pending);
+        let layout = self.inner.harvester.layout();
+        let tracked = layout.slots.get(slot.raw());
+        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
+        if !pending.fit(&layout.slots) {
+            let pages = tracked.pages();
+            return Err(SlotError::NoMemory { slot, pages });
+        }
+        for (slot, bits) in pending.slots_mut() {
+            if core::ptr::eq(slot, &**tracked) {
+                slot.take_suspects_into(bits);
+            }
+        }
+        Ok(())
+    }
+
+    /// Empties every ring once, as the reaper does: harvest, reset, publish. Returns how many
+    /// entries there were.
+    ///
+    /// # Errors
+    /// The reset failed. The pages are kept and come with the next reset that succeeds.
+    pub fn reap(&self) -> Result<u64, ResetError> {
+        self.inner.harvester.reap()
+    }
+
+    /// Replaces what is in `dirty` by the pages written since the sync before.
+    ///
+    /// When it returns, each of these pages is protected again: a write that comes later is
+    /// reported by a later sync, so the contents may be read from now on. Pages that the guest
+    /// writes while this runs are reported now or next time. With every vCPU stopped outside of
+    /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
+    /// that were written, whatever other passes were under way.
+    ///
+    /// Pages under suspicion (see [`Stats::short_resets`]) are reported each time.
+    ///
+    /// # Errors
+    /// A reset failed, or there is no memory. `dirty` is as it was, and the pages come with the
+    /// next sync.
+    pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
+        let harvester = &self.inner.harvester;
+        let mut pending = lock(&self.inner.pending);
+        for shard in 0..harvester.pool.len() {
+            // Waits for the pass that holds the shard: its pages are harvested, and we are not to
+            // return without them.
+            let mut pass = harvester.begin_on(harvester.pool.acquire(shard));
+            if shard == 0 {
+                // Before any other shard: a pass that takes one later finds nothing of what we are
+                // bound to report.
+                pass.harvest_all();
+            }
+            if !pass.reset()?.publish_into(&mut pending) {
+                return Err(SyncError::NoMemory);
+            }
+        }
+        if !pending.fit(&harvester.layout().slots) {
+            return Err(SyncError::NoMemory);
+        }
+        for (slot, bits) in pending.slots_mut() {
+            slot.device().take_into(bits);
+            slot.copy_suspects_into(bits);
+        }
+        core::mem::swap(&mut *pending, dirty);
+        pending.clear();
+        Ok(())
+    }
+
+    /// What has happened so far.
+    pub fn stats(&self) -> Stats {
+        Stats::read(&self.inner.harvester)
+    }
+}
+
+impl fmt::Debug for DirtyLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirtyLog")
+            .field("ring_entries", &self.inner.ring_entries)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A memslot whose removal has begun, see [`DirtyLog::retire_slot`].
+#[must_use = "the slot's id stays taken until the removal is finished"]
+pub struct RetiredSlot {
+    slot: Arc<Slot>,
+}
+
+impl RetiredSlot {
+    /// Which slot it is.
+    pub fn id(&self) -> SlotId {
+        self.slot.id()
+    }
+}
+
+impl fmt::Debug for RetiredSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RetiredSlot").field(&self.id()).finish()
+    }
+}
+
+/// One vCPU's ring, for the thread that runs the vCPU.
+///
+/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives.
+pub struct VcpuRing {
+    inner: Arc<Inner>,
+    vcpu: Arc<Vcpu>,
+}
+
+impl VcpuRing {
+    /// Makes room in the ring. Call it on `KVM_EXIT_DIRTY_RING_FULL`, on the vCPU's thread, then
+    /// enter the guest again.
+    ///
+    /// It harvests this ring alone, wakes the reaper, and returns when a reset has recycled the
+    /// entries, be it one that several vCPUs share.
+    ///
+    /// # Errors
+    /// The reset failed: the ring is still full, its pages are kept. Entering the guest again
+    /// leads to the same exit at once.
+    pub fn on_full(&mut self) -> Result<(), ResetError> {
+        let start = Instant::now();
+        let result = self.make_room();
+        let counts = &self.vcpu.counts;
+        counts.full_exits.add(1);
+        counts.stall_ns.add(start.elapsed().as_nanos() as u64);
+        result
+    }
+
+    fn make_room(&self) -> Result<(), ResetError> {
+        let mut pass = self.inner.harvester.begin();
+        let taken = pass.harvest(&self.vcpu);
+        // By now this ring is empty; the others are the reaper's business.
+        self.inner.alarm.ring();
+        if taken.alone {
+            let entries = self.inner.ring_entries;
+            self.vcpu.learn_soft_limit(taken.entries, entries);
+        }
+        // Where the ring was empty, another pass has taken its entries: that one's reset is what
+        // the vCPU waits for.
+        pass.reset_all()?.publish();
+        if taken.entries == 0 {
+            // No other pass, perhaps, but an overrun that has left the head behind.
+            let mut pass = self.inner.harvester.begin();
+            if pass.rejoin(&self.vcpu) {
+                pass.harvest(&self.vcpu);
+            }
+            pass.reset()?.publish();
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for VcpuRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuRing").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,226 @@
+//! The memslots whose pages are tracked, and how an entry finds its bit.
+
+use core::fmt;
+
+use crate::bitmap::pages::PageBits;
+use crate::bitmap::pool::ShardGuard;
+use crate::bitmap::shard::ShardBits;
+use crate::bitmap::shared::SharedBits;
+use crate::error::SlotError;
+use crate::sync::{Arc, AtomicBool, Ordering};
+
+/// Pages in the largest slot KVM takes: `KVM_MEM_MAX_NR_PAGES` in the kernel's
+/// include/linux/kvm_host.h.
+pub(crate) const MAX_SLOT_PAGES: u64 = (1 << 31) - 1;
+
+/// A memslot: its address space (0, or 1 for x86 system management mode) and its id there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId {
+    address_space: u16,
+    id: u16,
+}
+
+impl SlotId {
+    /// The slot `id` of `address_space`.
+    pub const fn new(address_space: u16, id: u16) -> Self {
+        Self { address_space, id }
+    }
+
+    /// The slot that KVM calls `raw`: the address space in the upper 16 bits, as in
+    /// `kvm_userspace_memory_region.slot` and in ring entries.
+    pub const fn from_raw(raw: u32) -> Self {
+        Self::new((raw >> 16) as u16, raw as u16)
+    }
+
+    /// What KVM calls the slot.
+    pub const fn raw(self) -> u32 {
+        (self.address_space as u32) << 16 | self.id as u32
+    }
+
+    /// The address space.
+    pub const fn address_space(self) -> u16 {
+        self.address_space
+    }
+
+    /// The id inside the address space.
+    pub const fn id(self) -> u16 {
+        self.id
+    }
+}
+
+impl fmt::Display for SlotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.address_space, self.id)
+    }
+}
+
+/// One tracked memslot with its bits in every shard.
+pub(crate) struct Slot {
+    id: SlotId,
+    pages: u64,
+    shards: Box<[ShardBits]>,
+    device: SharedBits,
+    /// Pages that may be written without being logged, see [`Slot::suspect`].
+    suspect: SharedBits,
+    all_suspect: AtomicBool,
+}
+
+impl Slot {
+    fn new(id: SlotId, pages: u64, shards: usize) -> Result<Self, SlotError> {
+        if pages == 0 || pages > MAX_SLOT_PAGES {
+            return Err(SlotError::Pages { slot: id, pages });
+        }
+        let no_memory = SlotError::NoMemory { slot: id, pages };
+        let shards: Option<Box<[_]>> = (0..shards).map(|_| ShardBits::new(pages)).collect();
+        let bits = shards
+            .zip(SharedBits::new(pages))
+            .zip(SharedBits::new(pages));
+        let ((shards, device), suspect) = bits.ok_or(no_memory)?;
+        Ok(Self {
+            id,
+            pages,
+            shards,
+            device,
+            suspect,
+            all_suspect: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn id(&self) -> SlotId {
+        self.id
+    }
+
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The bits of the shard that `held` gives the right to.
+    #[inline(always)]
+    pub(crate) fn shard(&self, held: &ShardGuard<'_>) -> &ShardBits {
+        &self.shards[held.index()]
+    }
+
+    /// The bits that devices and the VMM set.
+    pub(crate) fn device(&self) -> &SharedBits {
+        &self.device
+    }
+
+    /// Puts every page in the shard that `held` gives the right to under suspicion: it may be
+    /// unprotected, its next writes unlogged, so every sync reports it until the slot is re-armed.
+    pub(crate) fn suspect(&self, held: &ShardGuard<'_>) {
+        self.shard(held)
+            .for_each(|word, bits| self.suspect.merge(word, bits));
+    }
+
+    /// Puts every page of the slot under suspicion.
+    pub(crate) fn suspect_all(&self) {
+        // Release: pairs with the acquire load in `copy_suspects_into`.
+        self.all_suspect.store(true, Ordering::Release);
+    }
+
+    /// Adds the pages under suspicion to `into`.
+    pub(crate) fn copy_suspects_into(&self, into: &mut PageBits) {
+        // Acquire: pairs with the release store in `suspect_all`.
+        if self.all_suspect.load(Ordering::Acquire) {
+            into.fill();
+        }
+        self.suspect.copy_into(into);
+    }
+
+    /// Ends every suspicion, and adds the pages that were under it to `into`.
+    pub(crate) fn take_suspects_into(&self, into: &mut PageBits) {
+        // AcqRel: the acquire pairs with the release store in `suspect_all`; the release with
+        // nothing, it keeps the flag from coming back before it went.
+        if self.all_suspect.swap(false, Ordering::AcqRel) {
+            into.fill();
+        }
+        self.suspect.take_into(into);
+    }
+}
+
+/// All tracked slots at one moment. A pass takes one and works on it to its end.
+#[derive(Clone, Default)]
+pub(crate) struct Table {
+    /// By address space, then by id.
+    spaces: Vec<Vec<Option<Tracked>>>,
+}
+
+#[derive(Clone)]
+struct Tracked {
+    slot: Arc<Slot>,
+    /// Its removal has begun: it still takes entries, its id is not free yet.
+    retired: bool,
+}
+
+impl Table {
+    /// The slot that an entry names.
+    #[inline(always)]
+    pub(crate) fn get(&self, raw: u32) -> Option<&Arc<Slot>> {
+        let id = SlotId::from_raw(raw);
+        self.tracked(id).map(|tracked| &tracked.slot)
+    }
+
+    #[inline(always)]
+    fn tracked(&self, id: SlotId) -> Option<&Tracked> {
+        let space = self.spaces.get(usize::from(id.address_space))?;
+        space.get(usize::from(id.id))?.as_ref()
+    }
+
+    /// All slots, ascending by id.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = &Arc<Slot>> {
+        let tracked = self.spaces.iter().flatten().flatten();
+        tracked.map(|tracked| &tracked.slot)
+    }
+
+    /// Whether `slot` itself, not only its id, is tracked.
+    pub(crate) fn holds(&self, slot: &Arc<Slot>) -> bool {
+        let now = self.get(slot.id.raw());
+        now.is_some_and(|now| Arc::ptr_eq(now, slot))
+    }
+
+    /// Adds a clean slot.
+    pub(crate) fn add(&mut self, id: SlotId, pages: u64, shards: usize) -> Result<(), SlotError> {
+        match self.tracked(id) {
+            Some(Tracked { retired: true, .. }) => return Err(SlotError::Retired { slot: id }),
+            Some(_) => return Err(SlotError::Exists { slot: id }),
+            None => {}
+        }
+        let slot = Arc::new(Slot::new(id, pages, shards)?);
+        let space = usize::from(id.address_space);
+        if self.spaces.len() <= space {
+            self.spaces.resize_with(space + 1, Vec::new);
+        }
+        let ids = &mut self.spaces[space];
+        if ids.len() <= usize::from(id.id) {
+            ids.resize_with(usize::from(id.id) + 1, || None);
+        }
+        ids[usize::from(id.id)] = Some(Tracked {
+            slot,
+            retired: false,
+        });
+        Ok(())
+    }
+
+    /// Marks a slot as being removed and returns it.
+    pub(crate) fn retire(&mut self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
+        let tracked = self.tracked_mut(id);
+        let tracked = tracked.ok_or(SlotError::Unknown { slot: id })?;
+        if tracked.retired {
+            return Err(SlotError::Retired { slot: id });
+        }
+        tracked.retired = true;
+        Ok(Arc::clone(&tracked.slot))
+    }
+
+    /// Forgets a retired slot, whose id is then free.
+    pub(crate) fn remove(&mut self, slot: &Arc<Slot>) {
+        if self.holds(slot) {
+            self.spaces[usize::from(slot.id.address_space)][usize::from(slot.id.id)] = None;
+        }
+    }
+
+    fn tracked_mut(&mut self, id: SlotId) -> Option<&mut Tracked> {
+        let space = self.spaces.get_mut(usize::from(id.address_space))?;
+        space.get_mut(usize::from(id.id))?.as_mut()
+    }
+}

@@ -1,0 +1,263 @@
+//! A pass over rings: harvested, then reset, then published, each a type of its own.
+
+use crate::bitmap::pool::{ShardGuard, ShardPool, Unreset};
+use crate::dirty_pages::DirtyPages;
+use crate::error::ResetError;
+use crate::kernel::Kernel;
+use crate::memslots::Table;
+use crate::reset::ResetGate;
+use crate::sync::{Arc, Counter, Mutex, lock};
+use crate::vcpu::Vcpu;
+
+/// Everything a pass needs.
+pub(crate) struct Harvester {
+    kernel: Box<dyn Kernel>,
+    pub(crate) gate: ResetGate,
+    pub(crate) pool: ShardPool,
+    layout: Mutex<Arc<Layout>>,
+    pub(crate) counts: Counts,
+}
+
+/// What is tracked at one moment: each pass works on one such snapshot.
+#[derive(Clone, Default)]
+pub(crate) struct Layout {
+    pub(crate) slots: Table,
+    pub(crate) vcpus: Vec<Arc<Vcpu>>,
+}
+
+/// What passes found.
+#[derive(Default)]
+pub(crate) struct Counts {
+    pub(crate) passes: Counter,
+    pub(crate) entries: Counter,
+    pub(crate) unknown_slot: Counter,
+    pub(crate) out_of_range: Counter,
+    pub(crate) overruns: Counter,
+}
+
+/// What one ring gave.
+pub(crate) struct Taken {
+    pub(crate) entries: u32,
+    /// Whether they were all there was: the ring was not overrun, and no entry harvested before
+    /// was still waiting for its reset.
+    pub(crate) alone: bool,
+}
+
+impl Harvester {
+    pub(crate) fn new(kernel: Box<dyn Kernel>, shards: usize) -> Self {
+        Self {
+            kernel,
+            gate: ResetGate::default(),
+            pool: ShardPool::new(shards),
+            layout: Mutex::default(),
+            counts: Counts::default(),
+        }
+    }
+
+    pub(crate) fn kernel(&self) -> &dyn Kernel {
+        &*self.kernel
+    }
+
+    pub(crate) fn layout(&self) -> Arc<Layout> {
+        Arc::clone(&lock(&self.layout))
+    }
+
+    /// Replaces the layout by a copy that `change` was let loose on. Passes that have begun keep
+    /// the old one.
+    pub(crate) fn change_layout<T, E>(
+        &self,
+        change: impl FnOnce(&mut Layout) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut layout = lock(&self.layout);
+        let mut new = Layout::clone(&layout);
+        let done = change(&mut new)?;
+        *layout = Arc::new(new);
+        Ok(done)
+    }
+
+    /// Waits until every pass that has begun, and so may work on an old layout, has ended.
+    pub(crate) fn quiesce(&self) {
+        for shard in 0..self.pool.len() {
+            drop(self.pool.acquire(shard));
+        }
+    }
+
+    /// Begins a pass on any shard.
+    pub(crate) fn begin(&self) -> Pass<'_, Harvested> {
+        self.begin_on(self.pool.acquire_any())
+    }
+
+    /// Begins a pass on a shard of the caller's choice.
+    pub(crate) fn begin_on<'a>(&'a self, shard: ShardGuard<'a>) -> Pass<'a, Harvested> {
+        self.counts.passes.add(1);
+        Pass {
+            harvester: self,
+            // After the shard was acquired, so that `quiesce` waits for every old layout in use.
+            layout: self.layout(),
+            stage: Harvested {
+                // Before the first entry is marked.
+                faults: self.gate.faults(),
+            },
+            shard,
+        }
+    }
+
+    /// A whole pass over every ring: harvest, reset, publish. Entries harvested.
+    pub(crate) fn reap(&self) -> Result<u64, ResetError> {
+        let mut pass = self.begin();
+        let taken = pass.harvest_all();
+        pass.reset()?.publish();
+        Ok(taken)
+    }
+}
+
+/// A pass at `Stage`; its pages are in the shard it holds.
+///
+/// Dropped before its reset, by an error or a panic, it leaves its pages in the shard together with
+/// the note that they are yet to be reset: the shard's next holder does it.
+#[must_use]
+pub(crate) struct Pass<'a, Stage> {
+    harvester: &'a Harvester,
+    layout: Arc<Layout>,
+    shard: ShardGuard<'a>,
+    stage: Stage,
+}
+
+/// Entries are marked for reset; their pages are not protected again, so nobody may copy them yet.
+pub(crate) struct Harvested {
+    faults: u64,
+}
+
+/// A reset that started after the last entry was marked has completed.
+pub(crate) struct Reset(());
+
+impl<'a> Pass<'a, Harvested> {
+    /// Harvests every ring. Entries taken.
+    pub(crate) fn harvest_all(&mut self) -> u64 {
+        let layout = Arc::clone(&self.layout);
+        let taken = layout.vcpus.iter().map(|vcpu| self.harvest(vcpu).entries);
+        taken.map(u64::from).sum()
+    }
+
+    /// Harvests one ring into the shard.
+    pub(crate) fn harvest(&mut self, vcpu: &Vcpu) -> Taken {
+        let mut ring = lock(&vcpu.ring);
+        let overrun = ring.is_overrun();
+        let alone = ring.all_recycled() && !overrun;
+        let (slots, shard) = (&self.layout.slots, &self.shard);
+        let (mut unknown_slot, mut out_of_range) = (0, 0);
+        let entries = ring.harvest(|raw, page| match slots.get(raw) {
+            Some(slot) if page < slot.pages() => slot.shard(shard).set(page),
+            Some(_) => out_of_range += 1,
+            None => unknown_slot += 1,
+        });
+        drop(ring);
+
+        self.note_marked(entries);
+        vcpu.counts.taken.add(entries.into());
+        let counts = &self.harvester.counts;
+        counts.entries.add(entries.into());
+        if unknown_slot + out_of_range > 0 {
+            counts.unknown_slot.add(unknown_slot);
+            counts.out_of_range.add(out_of_range);
+            self.suspect_all();
+        }
+        if overrun {
+            self.note_overrun();
+        }
+        Taken { entries, alone }
+    }
+
+    /// Joins a ring again that the kernel overran, see [`RingView::rejoin`]. Whether it had been.
+    ///
+    /// [`RingView::rejoin`]: crate::ring::RingView::rejoin
+    pub(crate) fn rejoin(&mut self, vcpu: &Vcpu) -> bool {
+        let gap = lock(&vcpu.ring).rejoin();
+        self.note_marked(gap);
+        if gap > 0 {
+            self.note_overrun();
+        }
+        gap > 0
+    }
+
+    /// The kernel overwrote entries that nobody had harvested, or whose pages it had yet to
+    /// protect: which pages, nobody knows.
+    fn note_overrun(&self) {
+        self.harvester.counts.overruns.add(1);
+        self.suspect_all();
+    }
+
+    /// Some page is written and unprotected, and we can't tell which.
+    fn suspect_all(&self) {
+        for slot in self.layout.slots.slots() {
+            slot.suspect_all();
+        }
+    }
+
+    fn note_marked(&mut self, entries: u32) {
+        if entries > 0 {
+            let faults = self.stage.faults;
+            let new = Unreset { marked: 0, faults };
+            self.shard.unreset.get_or_insert(new).marked += u64::from(entries);
+        }
+    }
+
+    /// Resets what was harvested, or what an earlier holder of the shard left; nothing to reset
+    /// costs no ioctl.
+    pub(crate) fn reset(self) -> Result<Pass<'a, Reset>, ResetError> {
+        if self.shard.unreset.is_none() {
+            return Ok(self.into_reset());
+        }
+        self.reset_all()
+    }
+
+    /// As [`reset`](Self::reset), and also waits for the reset of whatever other passes had marked
+    /// when this was called.
+    pub(crate) fn reset_all(mut self) -> Result<Pass<'a, Reset>, ResetError> {
+        let faults = self.stage.faults;
+        let none = Unreset { marked: 0, faults };
+        let unreset = self.shard.unreset.unwrap_or(none);
+        // The gate is told of the marks once, whatever comes of the reset.
+        if let Some(left) = &mut self.shard.unreset {
+            left.marked = 0;
+        }
+        let gate = &self.harvester.gate;
+        let faults = gate.reset(self.harvester.kernel(), unreset.marked)?;
+        if faults != unreset.faults {
+            for slot in self.layout.slots.slots() {
+                slot.suspect(&self.shard);
+            }
+        }
+        Ok(self.into_reset())
+    }
+
+    fn into_reset(mut self) -> Pass<'a, Reset> {
+        self.shard.unreset = None;
+        Pass {
+            harvester: self.harvester,
+            layout: self.layout,
+            shard: self.shard,
+            stage: Reset(()),
+        }
+    }
+}
+
+impl Pass<'_, Reset> {
+    /// Publishes the pages: whoever holds the shard next may hand them out.
+    pub(crate) fn publish(self) {
+        let Reset(()) = self.stage;
+    }
+
+    /// Moves the pages of this pass, and of those published on its shard before, into `dirty`.
+    /// False if there is no memory for it; then they stay.
+    pub(crate) fn publish_into(self, dirty: &mut DirtyPages) -> bool {
+        let fits = dirty.fit(&self.layout.slots);
+        if fits {
+            for (slot, bits) in dirty.slots_mut() {
+                slot.shard(&self.shard).take_into(bits);
+            }
+        }
+        self.publish();
+        fits
+    }
+}

@@ -1,0 +1,107 @@
+//! One entry of a dirty ring, and every ordering that the protocol with the kernel needs.
+
+use kvm_bindings::KVM_DIRTY_GFN_F_MASK;
+
+use crate::sync::{AtomicU32, Ordering, PlainU32, PlainU64};
+
+// The two flags of `struct kvm_dirty_gfn` in the kernel's include/uapi/linux/kvm.h. kvm-bindings
+// carries only their mask, the shifts being macros that bindgen does not translate.
+const DIRTY: u32 = 1 << 0;
+const RESET: u32 = 1 << 1;
+const _: () = assert!(DIRTY | RESET == KVM_DIRTY_GFN_F_MASK);
+
+/// One entry of the ring that a vCPU shares with userspace: `struct kvm_dirty_gfn`.
+///
+/// Its life is a cycle of three states, kept in `flags`:
+///
+/// | state | set by | meaning |
+/// |---|---|---|
+/// | free | kernel, `kvm_dirty_gfn_set_invalid` | the kernel may fill it |
+/// | dirty | kernel, `kvm_dirty_gfn_set_dirtied` | names a page that was written |
+/// | reset | userspace | harvested; the next reset ioctl re-protects its page and frees it |
+///
+/// `slot` and `offset` belong to the kernel while the entry is free and are only ever read by
+/// userspace: the kernel reads them again at reset, to know which page to protect.
+#[repr(C)]
+pub struct Entry {
+    flags: AtomicU32,
+    slot: PlainU32,
+    offset: PlainU64,
+}
+
+#[cfg(not(all(test, feature = "loom")))]
+const _: () = {
+    use core::mem::{align_of, offset_of, size_of};
+    use kvm_bindings::kvm_dirty_gfn;
+    assert!(size_of::<Entry>() == size_of::<kvm_dirty_gfn>());
+    assert!(align_of::<Entry>() == align_of::<kvm_dirty_gfn>());
+    assert!(offset_of!(Entry, flags) == offset_of!(kvm_dirty_gfn, flags));
+    assert!(offset_of!(Entry, slot) == offset_of!(kvm_dirty_gfn, slot));
+    assert!(offset_of!(Entry, offset) == offset_of!(kvm_dirty_gfn, offset));
+};
+
+impl Entry {
+    /// Whether the entry names a written page that nobody has harvested yet.
+    #[inline(always)]
+    pub(crate) fn is_dirty(&self) -> bool {
+        // Acquire: pairs with the write barrier before the flags in the kernel's
+        // `kvm_dirty_gfn_set_dirtied` (virt/kvm/dirty_ring.c), so that the payload read after it
+        // is the one that was pushed.
+        self.flags.load(Ordering::Acquire) & (DIRTY | RESET) == DIRTY
+    }
+
+    /// The payload: memslot (address space in the upper half) and page inside it. Only a dirty
+    /// entry has one; the consumer reads it between `is_dirty` and `mark_reset`.
+    #[inline(always)]
+    pub(crate) fn payload(&self) -> (u32, u64) {
+        (self.slot.load(), self.offset.load())
+    }
+
+    /// Gives the entry back: the kernel may re-protect its page and fill it anew.
+    #[inline(always)]
+    pub(crate) fn mark_reset(&self) {
+        // Release: pairs with the acquire load in the kernel's `kvm_dirty_gfn_harvested`, so that
+        // the payload was read before the kernel can overwrite it.
+        self.flags.store(RESET, Ordering::Release);
+    }
+
+    /// Whether the entry is harvested and not yet recycled.
+    #[inline]
+    pub(crate) fn awaits_reset(&self) -> bool {
+        // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`.
+        self.flags.load(Ordering::Acquire) & RESET != 0
+    }
+}
+
+/// The kernel's side of an entry, for the simulated kernel and the models.
+#[cfg(any(test, feature = "test-utils"))]
+impl Entry {
+    pub(crate) fn free() -> Self {
+        Self {
+            flags: AtomicU32::new(0),
+            slot: PlainU32::default(),
+            offset: PlainU64::default(),
+        }
+    }
+
+    /// `kvm_dirty_ring_push`: payload, barrier, flags.
+    pub(crate) fn push(&self, slot: u32, offset: u64) {
+        self.slot.store(slot);
+        self.offset.store(offset);
+        // Release: pairs with the acquire load in `is_dirty`.
+        self.flags.store(DIRTY, Ordering::Release);
+    }
+
+    /// The body of the loop of `kvm_dirty_ring_reset`: the payload of a harvested entry, which is
+    /// free from then on, or `None` where the loop ends.
+    pub(crate) fn recycle(&self) -> Option<(u32, u64)> {
+        // Acquire: pairs with the release store in `mark_reset`.
+        if self.flags.load(Ordering::Acquire) & RESET == 0 {
+            return None;
+        }
+        let payload = self.payload();
+        // Release: pairs with the acquire loads of the consumer.
+        self.flags.store(0, Ordering::Release);
+        Some(payload)
+    }
+}

@@ -1,0 +1,91 @@
+//! Where a ring's entries live, and for how long.
+
+use core::any::Any;
+use core::fmt;
+use core::ptr::NonNull;
+
+use super::Entry;
+
+/// The memory of one ring and whatever keeps it alive: a mapping of a vCPU's file descriptor, or
+/// the simulated kernel's.
+pub struct RingMemory {
+    start: NonNull<Entry>,
+    entries: u32,
+    first_index: u32,
+    /// Dropped last, with the memory.
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the memory is shared with the kernel in the first place; every access goes through the
+// atomics in `Entry`, and the owner is `Send` itself.
+unsafe impl Send for RingMemory {}
+// SAFETY: as above; `&RingMemory` gives out only `&Entry`, which is `Sync`.
+unsafe impl Sync for RingMemory {}
+
+impl RingMemory {
+    /// The ring of `entries` entries (a power of two) that starts at `start`.
+    ///
+    /// # Safety
+    /// For as long as `owner` lives, `start` must point to `entries` initialised entries, aligned
+    /// for [`Entry`], that nobody accesses but through `Entry`'s atomics or as the kernel does.
+    ///
+    /// # Panics
+    /// If `entries` is not a power of two.
+    pub unsafe fn new(
+        start: NonNull<Entry>,
+        entries: u32,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Self {
+        assert!(
+            entries.is_power_of_two(),
+            "a ring of {entries} entries: not a power of two"
+        );
+        Self {
+            start,
+            entries,
+            first_index: 0,
+            _owner: owner,
+        }
+    }
+
+    /// Ordinary memory, shared with a simulated kernel whose indices start at `first_index`.
+    #[cfg(any(test, feature = "test-utils"))]
+    pub(crate) fn shared(memory: crate::sync::Arc<[Entry]>, first_index: u32) -> Self {
+        let start = NonNull::from(&memory[..]).cast();
+        let entries = memory.len() as u32;
+        // SAFETY: the owner is the shared slice itself, which only `Entry`'s methods access.
+        let ring = unsafe { Self::new(start, entries, Box::new(memory)) };
+        Self {
+            first_index,
+            ..ring
+        }
+    }
+
+    /// Size of the ring, in entries.
+    pub fn entries(&self) -> u32 {
+        self.entries
+    }
+
+    /// Index at which both sides start: zero for every real ring.
+    pub(crate) fn first_index(&self) -> u32 {
+        self.first_index
+    }
+
+    /// The entry at `index`, which counts on for ever and wraps at 2^32.
+    #[inline(always)]
+    pub(crate) fn at(&self, index: u32) -> &Entry {
+        // `entries` is a power of two, so the mask keeps the position inside the ring, and stays
+        // in step where the index wraps.
+        let position = index & (self.entries - 1);
+        // SAFETY: position < entries, and `new`'s caller promised that many for `self`'s life.
+        unsafe { self.start.add(position as usize).as_ref() }
+    }
+}
+
+impl fmt::Debug for RingMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RingMemory")
+            .field("entries", &self.entries)
+            .finish_non_exhaustive()
+    }
+}

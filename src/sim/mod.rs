@@ -1,0 +1,280 @@
+//! A simulated kernel, to test a VMM's use of this crate without `/dev/kvm` (feature `test-utils`).
+//!
+//! It keeps rings in ordinary memory and treats them as KVM does: a page that is *armed*
+//! (write-protected) is logged at its next write and disarmed; further writes are silent until a
+//! reset arms it again; a vCPU whose ring has reached the soft limit does not run. It also knows
+//! the truth: every write counts up the version of its page, logged or not, so a test can tell
+//! whether a copy made on the word of a [`DirtyLog`] is equal to the original.
+//!
+//! Where the kernel leaves room, the simulation takes the worst: a reset frees all entries first,
+//! then arms all pages at the very end, so that whoever copies a page before the reset has returned
+//! is found out. [Faults](ResetFault) make it misbehave.
+//!
+//! ```
+//! use kvm_dirty_ring::sim::{SimConfig, SimVm};
+//! use kvm_dirty_ring::{DirtyPages, SlotId};
+//!
+//! let vm = SimVm::new(SimConfig::default());
+//! let log = vm.dirty_log();
+//! let ram = SlotId::new(0, 0);
+//! log.add_slot(ram, 1000)?;
+//! vm.create_slot(ram, 1000);
+//! let vcpu = vm.add_vcpu();
+//! let _ring = log.attach_ring(vcpu.ring_memory())?;
+//!
+//! vcpu.write(ram, 7)?;
+//! let mut dirty = DirtyPages::new();
+//! log.sync(&mut dirty)?;
+//! assert!(dirty.contains(ram, 7));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod slot;
+mod vcpu;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::kernel::{Kernel, RESERVED_ENTRIES};
+use crate::log::DirtyLog;
+use crate::memslots::SlotId;
+use slot::SimSlot;
+pub use vcpu::{SimVcpu, WriteError};
+
+/// Pages that a reset protects in one go: those of one 64-page window (`kvm_dirty_ring_reset`).
+const BATCH: usize = 64;
+
+/// How a simulated machine is made.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SimConfig {
+    /// Entries of each ring: a power of two.
+    pub ring_entries: u32,
+    /// Entries in reserve: a vCPU stops that many before its ring's end.
+    pub reserved: u32,
+    /// Entries of each vCPU's hardware buffer (Intel's page-modification logging has 512), whose
+    /// pages reach the ring late: when it is full, or when the vCPU leaves the guest. Zero: none.
+    pub pml: usize,
+    /// Index at which rings start, to reach the wrap at 2^32.
+    pub first_index: u32,
+}
+
+impl Default for SimConfig {
+    /// Rings of 4,096 entries, 64 of them in reserve, no hardware buffer.
+    fn default() -> Self {
+        Self {
+            ring_entries: 4096,
+            reserved: RESERVED_ENTRIES,
+            pml: 0,
+            first_index: 0,
+        }
+    }
+}
+
+/// Something that a reset does wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ResetFault {
+    /// It stops after so many entries, if there are more, as with a signal pending: the last of
+    /// them, up to 64, are recycled and their pages not armed, and the count says only what was
+    /// recycled.
+    Short {
+        /// Entries recycled.
+        after: u32,
+    },
+    /// It fails with this error number and does nothing.
+    Error(i32),
+}
+
+/// A moment inside a reset, at which a test may let the guest write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ResetPhase {
+    /// Nothing is recycled yet.
+    Begin,
+    /// All entries are free again, no page is armed yet: writes to them are still silent.
+    Recycled,
+}
+
+/// A simulated virtual machine. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct SimVm {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: SimConfig,
+    slots: RwLock<BTreeMap<SlotId, Arc<SimSlot>>>,
+    vcpus: RwLock<Vec<SimVcpu>>,
+    /// Held through a reset, as the kernel holds its `slots_lock`.
+    resets: Mutex<Resets>,
+}
+
+#[derive(Default)]
+struct Resets {
+    faults: VecDeque<ResetFault>,
+    hook: Option<Hook>,
+}
+
+type Hook = Box<dyn FnMut(ResetPhase) + Send>;
+
+impl SimVm {
+    /// A machine without slots and vCPUs.
+    ///
+    /// # Panics
+    /// If the ring's size is not a power of two, or the reserve leaves nothing of it.
+    pub fn new(config: SimConfig) -> Self {
+        assert!(config.ring_entries.is_power_of_two());
+        assert!(config.reserved > 0 && config.reserved < config.ring_entries);
+        let inner = Inner {
+            config,
+            slots: RwLock::default(),
+            vcpus: RwLock::default(),
+            resets: Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// A new log over this machine.
+    pub fn dirty_log(&self) -> DirtyLog {
+        DirtyLog::with_kernel(Box::new(self.clone()), self.inner.config.ring_entries)
+    }
+
+    /// Entries at which a vCPU stops.
+    pub fn soft_limit(&self) -> u32 {
+        self.inner.config.ring_entries - self.inner.config.reserved
+    }
+
+    /// Creates a logged slot, every page armed and of version zero; in place of one with that id.
+    pub fn create_slot(&self, slot: SlotId, pages: u64) {
+        let slots = &self.inner.slots;
+        let mut slots = slots.write().unwrap_or_else(PoisonError::into_inner);
+        slots.insert(slot, Arc::new(SimSlot::new(pages)));
+    }
+
+    /// Deletes a slot. Entries that name it stay in the rings and are recycled without effect.
+    pub fn delete_slot(&self, slot: SlotId) {
+        let slots = &self.inner.slots;
+        let mut slots = slots.write().unwrap_or_else(PoisonError::into_inner);
+        slots.remove(&slot);
+    }
+
+    /// Arms every page of a slot, as toggling `KVM_MEM_LOG_DIRTY_PAGES` does.
+    pub fn rearm_slot(&self, slot: SlotId) {
+        if let Some(slot) = self.slot(slot) {
+            slot.arm_all();
+            self.flush();
+        }
+    }
+
+    /// Creates a vCPU.
+    pub fn add_vcpu(&self) -> SimVcpu {
+        let vcpu = SimVcpu::new(self.clone());
+        let vcpus = &self.inner.vcpus;
+        let mut vcpus = vcpus.write().unwrap_or_else(PoisonError::into_inner);
+        vcpus.push(vcpu.clone());
+        vcpu
+    }
+
+    /// Writes a page as a device does: no vCPU logs it. False if there is no such page.
+    pub fn device_write(&self, slot: SlotId, page: u64) -> bool {
+        self.slot(slot).is_some_and(|slot| slot.write(page))
+    }
+
+    /// The truth: how often `page` was written since its slot was created; `None` if there is no
+    /// such page. Reading it stands for copying the page.
+    pub fn version(&self, slot: SlotId, page: u64) -> Option<u64> {
+        self.slot(slot)?.version(page)
+    }
+
+    /// Lets the next resets go wrong, each fault one of them, in this order.
+    pub fn inject(&self, faults: impl IntoIterator<Item = ResetFault>) {
+        self.resets().faults.extend(faults);
+    }
+
+    /// Calls `hook` inside every reset from now on. It may write as vCPUs and devices do; it must
+    /// not reset, sync, or change slots.
+    pub fn on_reset(&self, hook: impl FnMut(ResetPhase) + Send + 'static) {
+        self.resets().hook = Some(Box::new(hook));
+    }
+
+    fn resets(&self) -> std::sync::MutexGuard<'_, Resets> {
+        let resets = &self.inner.resets;
+        resets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, slot: SlotId) -> Option<Arc<SimSlot>> {
+        let slots = &self.inner.slots;
+        let slots = slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.get(&slot).cloned()
+    }
+
+    fn vcpus(&self) -> Vec<SimVcpu> {
+        let vcpus = &self.inner.vcpus;
+        vcpus.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits for every write that may have begun on an older protection: the kernel's remote TLB
+    /// flush.
+    fn flush(&self) {
+        for vcpu in self.vcpus() {
+            vcpu.flush();
+        }
+    }
+
+    fn arm(&self, pages: &[(u32, u64)]) {
+        for &(slot, page) in pages {
+            if let Some(slot) = self.slot(SlotId::from_raw(slot)) {
+                slot.arm(page);
+            }
+        }
+    }
+}
+
+impl Kernel for SimVm {
+    fn reset(&self) -> io::Result<u32> {
+        let mut resets = self.resets();
+        let fault = resets.faults.pop_front();
+        if let Some(ResetFault::Error(number)) = fault {
+            return Err(io::Error::from_raw_os_error(number));
+        }
+        if let Some(hook) = &mut resets.hook {
+            hook(ResetPhase::Begin);
+        }
+        let limit = match fault {
+            Some(ResetFault::Short { after }) => after,
+            _ => u32::MAX,
+        };
+        let mut pages = Vec::new();
+        let mut recycled = 0;
+        let vcpus = self.vcpus();
+        for vcpu in &vcpus {
+            recycled += vcpu.recycle(limit - recycled, &mut pages);
+        }
+        let short = recycled == limit && vcpus.iter().any(SimVcpu::awaits_reset);
+        if let Some(hook) = &mut resets.hook {
+            hook(ResetPhase::Recycled);
+        }
+        if short {
+            pages.truncate(pages.len().saturating_sub(BATCH));
+        }
+        self.arm(&pages);
+        self.flush();
+        Ok(recycled)
+    }
+
+    fn reserved_entries(&self) -> u32 {
+        self.inner.config.reserved
+    }
+}
+
+impl core::fmt::Debug for SimVm {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("SimVm")
+            .field("config", &self.inner.config)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,168 @@
+//! A vCPU: who pushes into a ring.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::SimVm;
+use crate::memslots::SlotId;
+use crate::ring::RingMemory;
+use crate::ring::producer::Producer;
+
+/// Why a write did not happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The ring has reached the soft limit: `KVM_EXIT_DIRTY_RING_FULL`.
+    #[error("the dirty ring is full: harvest and reset it, then try again")]
+    RingFull,
+    /// The guest has no such page.
+    #[error("slot {slot} has no page {page}")]
+    NoSuchPage {
+        /// The slot named.
+        slot: SlotId,
+        /// The page named.
+        page: u64,
+    },
+}
+
+/// A simulated vCPU. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct SimVcpu {
+    vm: SimVm,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    ring: Producer,
+    /// Held while the guest runs: what a remote TLB flush waits for.
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+struct Running {
+    /// Pages logged by the hardware that have not reached the ring.
+    buffer: Vec<(u32, u64)>,
+    /// Payloads to push in place of the true ones.
+    garbage: VecDeque<(u32, u64)>,
+    ignores_limit: bool,
+}
+
+impl SimVcpu {
+    pub(super) fn new(vm: SimVm) -> Self {
+        let config = &vm.inner.config;
+        let inner = Inner {
+            ring: Producer::new(config.ring_entries, config.first_index),
+            running: Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+            vm,
+        }
+    }
+
+    /// The ring as userspace maps it: for [`DirtyLog::attach_ring`](crate::DirtyLog::attach_ring),
+    /// once.
+    pub fn ring_memory(&self) -> RingMemory {
+        self.inner.ring.memory()
+    }
+
+    /// Writes a page as the guest does.
+    ///
+    /// # Errors
+    /// The ring is full, or there is no such page; nothing was written.
+    pub fn write(&self, slot: SlotId, page: u64) -> Result<(), WriteError> {
+        self.write_with(slot, page, || ())
+    }
+
+    /// Writes a page and runs `store` at the moment of the write: for a VMM under test that keeps
+    /// real memory.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_with(
+        &self,
+        slot: SlotId,
+        page: u64,
+        store: impl FnOnce(),
+    ) -> Result<(), WriteError> {
+        let mut running = self.running();
+        if !running.ignores_limit && self.inner.ring.used() >= self.vm.soft_limit() {
+            return Err(WriteError::RingFull);
+        }
+        let missing = WriteError::NoSuchPage { slot, page };
+        let memory = self.vm.slot(slot).ok_or(missing)?;
+        if memory.disarm(page).ok_or(missing)? {
+            let pml = self.vm.inner.config.pml;
+            if pml == 0 {
+                self.push(&mut running, slot.raw(), page);
+            } else {
+                running.buffer.push((slot.raw(), page));
+                if running.buffer.len() == pml {
+                    self.push_buffer(&mut running);
+                }
+            }
+        }
+        memory.write(page);
+        store();
+        Ok(())
+    }
+
+    /// Leaves the guest, as a kick makes a vCPU do: what the hardware has logged reaches the ring.
+    pub fn exit(&self) {
+        self.push_buffer(&mut self.running());
+    }
+
+    /// Entries in the ring that are not recycled yet.
+    pub fn used(&self) -> u32 {
+        self.inner.ring.used()
+    }
+
+    /// Makes the vCPU run on past the soft limit, as an instruction emulator that checks too
+    /// rarely does, and so overrun its ring.
+    pub fn ignore_soft_limit(&self, ignore: bool) {
+        self.running().ignores_limit = ignore;
+    }
+
+    /// Makes the next logged page reach the ring as this slot and page instead: the true one is
+    /// disarmed, and nobody learns of it.
+    pub fn garble_next(&self, raw_slot: u32, page: u64) {
+        self.running().garbage.push_back((raw_slot, page));
+    }
+
+    fn running(&self) -> MutexGuard<'_, Running> {
+        let running = &self.inner.running;
+        running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, running: &mut Running, slot: u32, page: u64) {
+        let (slot, page) = running.garbage.pop_front().unwrap_or((slot, page));
+        self.inner.ring.push(slot, page);
+    }
+
+    fn push_buffer(&self, running: &mut Running) {
+        for (slot, page) in core::mem::take(&mut running.buffer) {
+            self.push(running, slot, page);
+        }
+    }
+
+    pub(super) fn flush(&self) {
+        drop(self.running());
+    }
+
+    pub(super) fn awaits_reset(&self) -> bool {
+        self.inner.ring.awaits_reset()
+    }
+
+    pub(super) fn recycle(&self, limit: u32, pages: &mut Vec<(u32, u64)>) -> u32 {
+        let each = |slot, page| pages.push((slot, page));
+        self.inner.ring.recycle(limit, each)
+    }
+}
+
+impl core::fmt::Debug for SimVcpu {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("SimVcpu")
+            .field("used", &self.used())
+            .finish_non_exhaustive()
+    }
+}

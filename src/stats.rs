@@ -1,0 +1,81 @@
+//! What has happened so far, in numbers.
+
+use crate::pass::Harvester;
+use crate::vcpu::Vcpu;
+
+/// Counts since the log was enabled. They go up only, and are read one by one: passes under way
+/// may show in one and not yet in another.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Passes begun, by the reaper, by full exits and by syncs.
+    pub passes: u64,
+    /// Entries harvested.
+    pub entries: u64,
+    /// Reset ioctls issued.
+    pub resets: u64,
+    /// Reset ioctls that recycled fewer entries than were marked: a signal was pending that cannot
+    /// be blocked, or a ring was overrun. The pages concerned are reported by every sync until
+    /// their slot is re-armed.
+    pub short_resets: u64,
+    /// Reset ioctls that failed.
+    pub failed_resets: u64,
+    /// Entries that named a slot which is not tracked. Each makes every page suspect.
+    pub unknown_slot_entries: u64,
+    /// Entries that named a page past the end of their slot. Each makes every page suspect.
+    pub out_of_range_entries: u64,
+    /// Times that a ring was found overrun. Each makes every page suspect.
+    pub overruns: u64,
+    /// The vCPUs, in the order in which they were attached.
+    pub vcpus: Vec<VcpuStats>,
+}
+
+/// Counts of one vCPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VcpuStats {
+    /// Entries harvested from its ring.
+    pub entries: u64,
+    /// Exits for a full ring.
+    pub full_exits: u64,
+    /// Time that the vCPU spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds.
+    pub stall_ns: u64,
+    /// Entries at which the kernel stops the vCPU: supposed, until a full exit has shown it.
+    pub soft_limit: u64,
+}
+
+impl Stats {
+    /// Exits for a full ring, of all vCPUs.
+    pub fn full_exits(&self) -> u64 {
+        self.vcpus.iter().map(|vcpu| vcpu.full_exits).sum()
+    }
+
+    pub(crate) fn read(harvester: &Harvester) -> Self {
+        let counts = &harvester.counts;
+        let gate = harvester.gate.stats();
+        let layout = harvester.layout();
+        Self {
+            passes: counts.passes.get(),
+            entries: counts.entries.get(),
+            resets: gate.resets,
+            short_resets: gate.short,
+            failed_resets: gate.failed,
+            unknown_slot_entries: counts.unknown_slot.get(),
+            out_of_range_entries: counts.out_of_range.get(),
+            overruns: counts.overruns.get(),
+            vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
+        }
+    }
+}
+
+impl VcpuStats {
+    fn read(vcpu: &Vcpu) -> Self {
+        let counts = &vcpu.counts;
+        Self {
+            entries: counts.taken.get(),
+            full_exits: counts.full_exits.get(),
+            stall_ns: counts.stall_ns.get(),
+            soft_limit: counts.soft_limit.get(),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The only file that names atomics, locks and threads.
+//!
+//! Built for its own tests with the `loom` feature, the crate runs on loom's versions of them, so
+//! that the models in `loom-tests/` check the code that ships. Everything else, a dependent that
+//! turns the feature on included, gets the standard library's.
+
+pub(crate) use std::sync::{Arc, PoisonError};
+
+#[cfg(not(all(test, feature = "loom")))]
+mod real {
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+    pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
+    pub(crate) use std::thread;
+
+    macro_rules! plain {
+        ($name:ident, $atomic:ident, $int:ty) => {
+            /// Memory that the protocol around it never lets two threads access at once, one of
+            /// them writing.
+            ///
+            /// Relaxed atomic accesses compile to plain loads and stores, and keep a mistake (or a
+            /// kernel that breaks the protocol) from being undefined behaviour. Under loom this is
+            /// a cell that reports every access not ordered by happens-before.
+            #[repr(transparent)]
+            #[derive(Default)]
+            pub(crate) struct $name($atomic);
+
+            impl $name {
+                // Relaxed: pairs with nothing. Whoever uses the type orders accesses by other means.
+                #[inline(always)]
+                pub(crate) fn load(&self) -> $int {
+                    self.0.load(Ordering::Relaxed)
+                }
+
+                // Relaxed: as for `load`.
+                #[inline(always)]
+                pub(crate) fn store(&self, value: $int) {
+                    self.0.store(value, Ordering::Relaxed)
+                }
+            }
+        };
+    }
+    plain!(PlainU8, AtomicU8, u8);
+    plain!(PlainU32, AtomicU32, u32);
+    plain!(PlainU64, AtomicU64, u64);
+}
+
+#[cfg(all(test, feature = "loom"))]
+mod model {
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+    pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+
+    macro_rules! plain {
+        ($name:ident, $int:ty) => {
+            /// The race-checked double of the production type.
+            pub(crate) struct $name(loom::cell::UnsafeCell<$int>);
+
+            // SAFETY: loom tracks every access and fails the model at the first two that race.
+            unsafe impl Sync for $name {}
+            // SAFETY: an integer may move between threads.
+            unsafe impl Send for $name {}
+
+            impl Default for $name {
+                fn default() -> Self {
+                    Self(loom::cell::UnsafeCell::new(0))
+                }
+            }
+
+            impl $name {
+                pub(crate) fn load(&self) -> $int {
+                    // SAFETY: the pointer is the cell's own; loom has checked that nobody writes.
+                    self.0.with(|p| unsafe { *p })
+                }
+
+                pub(crate) fn store(&self, value: $int) {
+                    // SAFETY: the pointer is the cell's own; loom has checked that nobody else
+                    // reads or writes.
+                    self.0.with_mut(|p| unsafe { *p = value })
+                }
+            }
+        };
+    }
+    plain!(PlainU8, u8);
+    plain!(PlainU32, u32);
+    plain!(PlainU64, u64);
+}
+
+#[cfg(all(test, feature = "loom"))]
+pub(crate) use model::*;
+#[cfg(not(all(test, feature = "loom")))]
+pub(crate) use real::*;
+
+/// Locks, whatever became of the last holder.
+///
+/// Every critical section of the crate leaves its data whole at each point where it can unwind, so
+/// a poisoned lock says nothing, and giving up on it would lose pages.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits on `condvar`, whatever became of the last holder of its lock.
+pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A statistic: many may add, anybody may read, and nothing is ever decided by it, so it is a plain
+/// relaxed counter that loom need not see.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(core::sync::atomic::AtomicU64);
+
+impl Counter {
+    // Relaxed, as is every access below: pairs with nothing, a count publishes no other memory.
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, core::sync::atomic::Ordering::Relaxed);
+    }
+
+    pub(crate) fn set(&self, n: u64) {
+        self.0.store(n, core::sync::atomic::Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(core::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+/// Types whose all-zero bytes are their zero value.
+///
+/// # Safety
+/// An all-zero bit pattern must be a valid value of the type.
+#[cfg(not(all(test, feature = "loom")))]
+pub(crate) unsafe trait Zero: Sized {}
+
+/// Types that start at zero; loom's are built one by one.
+#[cfg(all(test, feature = "loom"))]
+pub(crate) trait Zero: Default {}
+
+macro_rules! zero {
+    ($($type:ty),*) => {$(
+        // SAFETY: an integer, or a transparent wrapper of one, for which zero is a value.
+        #[cfg(not(all(test, feature = "loom")))]
+        unsafe impl Zero for $type {}
+
+        #[cfg(all(test, feature = "loom"))]
+        impl Zero for $type {}
+    )*};
+}
+zero!(u8, u64, AtomicU8, AtomicU64, PlainU8, PlainU64);
+
+/// `len` zeroes, or `None` where the allocator refuses.
+///
+/// Large blocks come straight from the operating system as zero pages and take memory only where
+/// they are written: an idle guest's bitmaps cost next to nothing.
+#[cfg(not(all(test, feature = "loom")))]
+pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
+    let layout = core::alloc::Layout::array::<T>(len).ok()?;
+    if layout.size() == 0 {
+        return Some(Box::new([]));
+    }
+    // SAFETY: the layout's size is not zero.
+    let start = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<T>();
+    if start.is_null() {
+        return None;
+    }
+    let slice = core::ptr::slice_from_raw_parts_mut(start, len);
+    // SAFETY: the block was allocated by the global allocator with this slice's layout, nobody else
+    // has it, and `Zero` promises that its zero bytes are values.
+    Some(unsafe { Box::from_raw(slice) })
+}
+
+/// `len` zeroes, each known to loom.
+#[cfg(all(test, feature = "loom"))]
+pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
+    Some((0..len).map(|_| T::default()).collect())
+}
