@@ -82,7 +82,7 @@ impl Iterator for BitRuns<'_> {
         let filled = self.left | ((1 << begin) - 1);
         if filled != u64::MAX {
             let end = u64::from(filled.trailing_ones());
-            self.left = self.left & !0 << end;
+            self.left &= !0 << end;
             return Some(start..self.at as u64 * 64 + end);
         }
         // The run reaches the word's end: it goes on through the ones that follow.
@@ -92,7 +92,7 @@ impl Iterator for BitRuns<'_> {
             }
             if self.left != u64::MAX {
                 let end = u64::from(self.left.trailing_ones());
-                self.left = self.left & !0 << end;
+                self.left &= !0 << end;
                 return Some(start..self.at as u64 * 64 + end);
             }
         }
