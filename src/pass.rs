@@ -92,7 +92,7 @@ impl Harvester {
         self.counts.passes.add(1);
         Pass {
             harvester: self,
-            // After the shard was acquired, so that `quiesce` waits for every old layout in use.
+            // After the shard was acquired, so that `quiesce` waits for every older layout in use.
             layout: self.layout(),
             stage: Harvested {
                 // Before the first entry is marked.

@@ -48,6 +48,7 @@ mod real {
 mod model {
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
     pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+    pub(crate) use loom::thread;
 
     macro_rules! plain {
         ($name:ident, $int:ty) => {

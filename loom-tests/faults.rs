@@ -1,0 +1,60 @@
+//! Resets that go wrong, with others under way.
+
+use super::kernel::{Copy, Fault, Machine};
+use super::model;
+use crate::DirtyPages;
+use crate::sync::thread;
+
+/// A reset stops half-way while a guest writes and a reaper works: the pages it left unprotected
+/// are reported by every sync.
+#[test]
+fn short_reset_beside_a_guest() {
+    model(2, || {
+        let machine = Machine::with_faults(1, 2, vec![Fault::Short]);
+        let log = machine.log(2);
+        let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
+        machine.write(0, 0, 1);
+        machine.write(0, 1, 1);
+        let reaper = thread::spawn({
+            let log = log.clone();
+            move || log.reap().unwrap()
+        });
+        let mut copy = Copy::new(&machine);
+        copy.round(&machine, &log);
+        let guest = thread::spawn({
+            let machine = machine.clone();
+            move || machine.write(0, 0, 2)
+        });
+        reaper.join().unwrap();
+        guest.join().unwrap();
+        copy.round(&machine, &log);
+        copy.verify(&machine);
+        assert_eq!(log.stats().short_resets, 1);
+    });
+}
+
+/// A reaper's reset fails: its pages come with the sync whose reset succeeds.
+#[test]
+fn failed_reset_keeps_its_pages() {
+    model(2, || {
+        let machine = Machine::with_faults(1, 1, vec![Fault::Error]);
+        let log = machine.log(2);
+        let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
+        machine.write(0, 0, 1);
+        let reaper = thread::spawn({
+            let log = log.clone();
+            move || log.reap().is_err()
+        });
+        let mut dirty = DirtyPages::new();
+        let mut copy = Copy::new(&machine);
+        // The failure may hit either, or both.
+        if log.sync(&mut dirty).is_ok() {
+            copy.take(&machine, &dirty);
+        }
+        reaper.join().unwrap();
+        machine.write(0, 0, 2);
+        copy.round(&machine, &log);
+        copy.verify(&machine);
+        assert_eq!(log.stats().failed_resets, 1);
+    });
+}

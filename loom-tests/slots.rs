@@ -1,0 +1,54 @@
+//! Slots that come and go while passes run.
+
+use super::kernel::{Machine, SLOT};
+use super::model;
+use crate::DirtyPages;
+use crate::sync::thread;
+
+/// A slot is removed and another gets its id while a reaper is under way: the page that the guest
+/// writes in the new slot is reported, whichever layout the reaper works on.
+#[test]
+fn slot_id_reused_beside_a_reaper() {
+    model(2, || {
+        let machine = Machine::new(1, 1);
+        let log = machine.log(2);
+        let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
+        let reaper = thread::spawn({
+            let log = log.clone();
+            move || log.reap().unwrap()
+        });
+        let retired = log.retire_slot(SLOT).unwrap();
+        // Here the VMM deletes the slot in KVM.
+        log.finish_slot(&retired).unwrap();
+        log.add_slot(SLOT, 1).unwrap();
+        // Here it creates the new one, in which the guest writes.
+        machine.write(0, 0, 1);
+        let mut dirty = DirtyPages::new();
+        log.sync(&mut dirty).unwrap();
+        assert!(dirty.contains(SLOT, 0), "landed in the slot before");
+        reaper.join().unwrap();
+    });
+}
+
+/// What the guest wrote in the old slot is not reported of the new one.
+#[test]
+fn stale_entries_do_not_alias() {
+    model(2, || {
+        let machine = Machine::new(1, 1);
+        let log = machine.log(2);
+        let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
+        machine.write(0, 0, 1);
+        let reaper = thread::spawn({
+            let log = log.clone();
+            move || log.reap().unwrap()
+        });
+        let retired = log.retire_slot(SLOT).unwrap();
+        machine.write(0, 0, 2);
+        log.finish_slot(&retired).unwrap();
+        log.add_slot(SLOT, 1).unwrap();
+        let mut dirty = DirtyPages::new();
+        log.sync(&mut dirty).unwrap();
+        assert!(dirty.is_empty(), "an entry of the slot before");
+        reaper.join().unwrap();
+    });
+}
