@@ -9,7 +9,7 @@ use crate::sync::thread;
 /// are reported by every sync.
 #[test]
 fn short_reset_beside_a_guest() {
-    model(2, || {
+    model(3, || {
         let machine = Machine::with_faults(1, 2, vec![Fault::Short]);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
@@ -36,7 +36,7 @@ fn short_reset_beside_a_guest() {
 /// A reaper's reset fails: its pages come with the sync whose reset succeeds.
 #[test]
 fn failed_reset_keeps_its_pages() {
-    model(2, || {
+    model(4, || {
         let machine = Machine::with_faults(1, 1, vec![Fault::Error]);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();

@@ -7,7 +7,7 @@ use crate::sync::thread;
 /// The heart of it: the guest writes a page again and again while a migration syncs and copies.
 #[test]
 fn sync_beside_a_guest() {
-    model(4, || {
+    model(5, || {
         let machine = Machine::new(1, 1);
         let log = machine.log(1);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
@@ -29,7 +29,7 @@ fn sync_beside_a_guest() {
 /// A reaper has harvested and not reset yet when the last sync is called: the sync waits for it.
 #[test]
 fn sync_beside_a_reaper() {
-    model(3, || {
+    model(5, || {
         let machine = Machine::new(1, 1);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
@@ -49,7 +49,7 @@ fn sync_beside_a_reaper() {
 /// Guest, reaper and migration at once.
 #[test]
 fn sync_beside_a_guest_and_a_reaper() {
-    model(2, || {
+    model(3, || {
         let machine = Machine::new(1, 1);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
@@ -77,7 +77,7 @@ fn sync_beside_a_guest_and_a_reaper() {
 /// Two vCPUs write the same page, each into its own ring.
 #[test]
 fn sync_beside_two_guests() {
-    model(2, || {
+    model(3, || {
         let machine = Machine::new(2, 1);
         let log = machine.log(1);
         let _rings = [0, 1].map(|vcpu| log.attach_ring(machine.ring(vcpu).memory()).unwrap());
@@ -98,7 +98,7 @@ fn sync_beside_two_guests() {
 /// A vCPU stops on its full ring, makes room itself and goes on, beside a sync.
 #[test]
 fn full_exit_beside_a_sync() {
-    model(2, || {
+    model(3, || {
         let machine = Machine::new(1, 3);
         let log = machine.log(2);
         let mut ring = log.attach_ring(machine.ring(0).memory()).unwrap();
@@ -124,7 +124,7 @@ fn full_exit_beside_a_sync() {
 /// Two vCPUs with full rings and a migration: both make room, sharing a reset where they can.
 #[test]
 fn two_full_exits_beside_a_sync() {
-    model(1, || {
+    model(2, || {
         let machine = Machine::new(2, 6);
         let log = machine.log(2);
         let rings = [0, 1].map(|vcpu| log.attach_ring(machine.ring(vcpu).memory()).unwrap());

@@ -9,7 +9,7 @@ use crate::sync::thread;
 /// writes in the new slot is reported, whichever layout the reaper works on.
 #[test]
 fn slot_id_reused_beside_a_reaper() {
-    model(2, || {
+    model(3, || {
         let machine = Machine::new(1, 1);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
@@ -33,7 +33,7 @@ fn slot_id_reused_beside_a_reaper() {
 /// What the guest wrote in the old slot is not reported of the new one.
 #[test]
 fn stale_entries_do_not_alias() {
-    model(2, || {
+    model(3, || {
         let machine = Machine::new(1, 1);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();

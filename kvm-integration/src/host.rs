@@ -1,0 +1,150 @@
+//! What this machine is, and whether it can run the guest.
+
+use std::ffi::CStr;
+use std::fmt;
+use std::fs;
+use std::thread;
+
+use kvm_ioctls::Kvm;
+
+/// The one API version KVM has had since Linux 2.6.22; userspace must refuse any other.
+const API_VERSION: i32 = 12;
+/// `KVM_CAP_DIRTY_LOG_RING`: the dirty ring of strongly ordered machines.
+const CAP_DIRTY_LOG_RING: libc::c_ulong = 192;
+/// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`: the dirty ring of every architecture that has one.
+const CAP_DIRTY_LOG_RING_ACQ_REL: libc::c_ulong = 223;
+
+/// The machine a figure was measured on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// The KVM module in use: `kvm_intel`, `kvm_amd`, `kvm_pvm`, …; `kvm` where KVM has no
+    /// vendor module (arm64), `no kvm` where there is none at all.
+    pub kvm_kind: String,
+    /// The kernel release, as `uname -r` prints it.
+    pub kernel: String,
+    /// How many CPUs this process may run on.
+    pub cores: usize,
+}
+
+impl Host {
+    /// Looks at the running machine.
+    pub fn detect() -> Self {
+        Self {
+            kvm_kind: kvm_kind(),
+            kernel: kernel_release(),
+            cores: thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+
+    /// Whether this is `kvm_pvm`, which emulates guests of [`Mode::Emulated`] and whose emulator
+    /// overruns dirty rings.
+    ///
+    /// [`Mode::Emulated`]: crate::program::Mode::Emulated
+    pub fn is_pvm(&self) -> bool {
+        self.kvm_kind.split('+').any(|kind| kind == "kvm_pvm")
+    }
+}
+
+/// One line for the head of a table: `kvm_intel, Linux 6.18.0, 8 cores`.
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            kvm_kind,
+            kernel,
+            cores,
+        } = self;
+        let noun = if *cores == 1 { "core" } else { "cores" };
+        write!(f, "{kvm_kind}, Linux {kernel}, {cores} {noun}")
+    }
+}
+
+/// Why the guest cannot run on this machine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HostError {
+    /// There is no `/dev/kvm`.
+    #[error(
+        "/dev/kvm is missing: load a KVM module (kvm_intel, kvm_amd), or, inside a virtual \
+         machine, turn on nested virtualization"
+    )]
+    Missing,
+    /// `/dev/kvm` is there and this user may not open it.
+    #[error("/dev/kvm may not be opened by this user: join the group `kvm` or run as root")]
+    NoPermission,
+    /// `/dev/kvm` is there and cannot be opened.
+    #[error("/dev/kvm cannot be opened: see the cause, and `dmesg` for what KVM said of it")]
+    Open(#[source] kvm_ioctls::Error),
+    /// KVM speaks an API this program does not know.
+    #[error("KVM has API version {found}, not {API_VERSION}: run on Linux 5.11 or newer")]
+    WrongApi {
+        /// The version KVM answered.
+        found: i32,
+    },
+    /// KVM has no dirty ring.
+    #[error(
+        "KVM offers no dirty ring (capability {CAP_DIRTY_LOG_RING} or \
+         {CAP_DIRTY_LOG_RING_ACQ_REL}): run on Linux 5.11 or newer on x86-64, 6.1 or newer on \
+         arm64"
+    )]
+    NoDirtyRing,
+    /// `/dev/kvm` opens and makes no virtual machine.
+    #[error(
+        "KVM makes no virtual machine: virtualization may be off in the firmware or in use by \
+         another hypervisor; see the cause, and `dmesg`"
+    )]
+    NoVm(#[source] kvm_ioctls::Error),
+}
+
+/// Opens `/dev/kvm` and makes sure that it makes virtual machines with a dirty ring.
+///
+/// # Errors
+/// Says which of these is not so, and what to do about it; one line, fit for a skipped test.
+pub fn kvm_available() -> Result<Kvm, HostError> {
+    let kvm = Kvm::new().map_err(|source| match source.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => HostError::Missing,
+        libc::EACCES | libc::EPERM => HostError::NoPermission,
+        _ => HostError::Open(source),
+    })?;
+    let found = kvm.get_api_version();
+    if found != API_VERSION {
+        return Err(HostError::WrongApi { found });
+    }
+    let ring = |cap| kvm.check_extension_raw(cap) > 0;
+    if !ring(CAP_DIRTY_LOG_RING) && !ring(CAP_DIRTY_LOG_RING_ACQ_REL) {
+        return Err(HostError::NoDirtyRing);
+    }
+    kvm.create_vm().map_err(HostError::NoVm)?;
+    Ok(kvm)
+}
+
+/// The names of all vendor modules present, joined by `+`: nearly always just one.
+fn kvm_kind() -> String {
+    let mut kinds: Vec<String> = fs::read_dir("/sys/module")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("kvm_"))
+        .collect();
+    kinds.sort();
+    if !kinds.is_empty() {
+        return kinds.join("+");
+    }
+    if fs::exists("/dev/kvm").unwrap_or(false) {
+        "kvm"
+    } else {
+        "no kvm"
+    }
+    .into()
+}
+
+fn kernel_release() -> String {
+    // SAFETY: utsname is made of arrays of bytes only, for which zeroes are a valid value.
+    let mut name: libc::utsname = unsafe { std::mem::zeroed() };
+    // SAFETY: uname writes one utsname to the pointer, which is to one of ours.
+    if unsafe { libc::uname(&mut name) } != 0 {
+        return "unknown".into();
+    }
+    // SAFETY: the kernel ends each field with a NUL inside its array, which is still borrowed.
+    let release = unsafe { CStr::from_ptr(name.release.as_ptr()) };
+    release.to_string_lossy().into_owned()
+}
