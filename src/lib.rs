@@ -1,9 +1,78 @@
-//! x
+//! Track the memory that a KVM guest dirties, through its vCPUs' dirty rings, and lose no page.
+//!
+//! A VMM that migrates a running virtual machine, or snapshots it, must know which pages the guest
+//! has written. KVM logs them into one ring a vCPU. Someone has to empty the rings before they are
+//! full, has to have the pages write-protected again before anybody copies them, and must lose
+//! none: one lost page is a corrupted guest. This crate does that.
+//!
+//! ```text
+//!  kernel ring ── RingView ──▶ shard (private bits) ──▶ reset ioctl ──▶ published shard
+//!  (one a vCPU)                held by one pass         re-protects           │ OR
+//!                                                                             ▼
+//!  VMM and device writes ──▶ device bits (shared) ────── swap ──▶ DirtyPages ──▶ runs of pages
+//! ```
+//!
+//! # Use
+//!
+//! ```no_run
+//! use kvm_dirty_ring::{pacing::Fixed, DirtyLog, DirtyPages, Reaper, RingEntries, SlotId};
+//! # fn example(vm_fd: std::fs::File, vcpu_fd: std::fs::File, pages: u64)
+//! # -> Result<(), Box<dyn std::error::Error>> {
+//!
+//! let log = DirtyLog::enable(&vm_fd, RingEntries::new(4096)?)?; // before the first vCPU
+//! let ram = SlotId::new(0, 0);
+//! log.add_slot(ram, pages)?; // before the slot is created with KVM_MEM_LOG_DIRTY_PAGES
+//! let mut ring = log.attach_vcpu(&vcpu_fd)?; // one for each vCPU; it goes to the vCPU's thread
+//! let reaper = Reaper::spawn(&log, Fixed::default())?;
+//!
+//! // On the vCPU's thread, when KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL:
+//! ring.on_full()?;
+//!
+//! // On the migration's thread, each round; pages may be read once `sync` has returned:
+//! let mut dirty = DirtyPages::new();
+//! log.sync(&mut dirty)?;
+//! for run in dirty.runs() {
+//!     println!("slot {}: {} pages from {}", run.slot, run.pages, run.first_page);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it promises
+//!
+//! - **Publish after reset.** A page is reported only once it is write-protected again, so a write
+//!   that a copy may have missed is reported by a later sync.
+//! - **A final sync is complete.** With the vCPUs stopped, one [`DirtyLog::sync`] returns every
+//!   page written since the one before, whatever other passes were under way.
+//! - **Nothing is dropped.** Entries that make no sense, resets that fail or stop half-way, rings
+//!   that the kernel overran: each is counted in [`Stats`], and every page that may be concerned
+//!   is reported, by every sync, until the VMM has [re-armed](DirtyLog::rearmed) it.
+//!
+//! # What the VMM must do
+//!
+//! - Enable the log before the first vCPU, and not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
+//!   `INITIALLY_SET` beside it.
+//! - Add each logged memslot before it is created; remove it in [two
+//!   steps](DirtyLog::retire_slot).
+//! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
+//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it.
+//! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
+//!   page-modification logging hold pages back until a vCPU exits.
+//! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
+//!   runs a vCPU, and to the reaper.
+//!
+//! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
+//! simulated kernel, `sim` (feature `test-utils`).
+
 #![deny(
     missing_docs,
     unsafe_op_in_unsafe_fn,
     clippy::undocumented_unsafe_blocks
 )]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("kvm-dirty-ring is for 64-bit Linux");
 
 mod alarm;
 mod bitmap;
