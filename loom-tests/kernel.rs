@@ -4,8 +4,8 @@ use std::io;
 
 use crate::kernel::Kernel;
 use crate::log::DirtyLog;
-use crate::memslots::SlotId;
 use crate::ring::producer::Producer;
+use crate::slot_id::SlotId;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 
 /// Entries of a model's ring; a vCPU stops two before the end.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::memslots::{MAX_SLOT_PAGES, SlotId};
+use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
 
 /// Why a number of ring entries was refused.

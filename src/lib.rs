@@ -91,6 +91,7 @@ mod reset;
 pub mod ring;
 #[cfg(all(any(test, feature = "test-utils"), not(all(test, feature = "loom"))))]
 pub mod sim;
+mod slot_id;
 mod stats;
 mod sync;
 mod vcpu;
@@ -100,9 +101,9 @@ pub use kernel::Kernel;
 #[cfg(not(all(test, feature = "loom")))]
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
-pub use memslots::SlotId;
 #[cfg(not(all(test, feature = "loom")))]
 pub use reaper::Reaper;
+pub use slot_id::SlotId;
 pub use stats::{Stats, VcpuStats};
 
 #[cfg(test)]

@@ -1,58 +1,12 @@
 //! The memslots whose pages are tracked, and how an entry finds its bit.
 
-use core::fmt;
-
 use crate::bitmap::pages::PageBits;
 use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::shard::ShardBits;
 use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
+use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
 use crate::sync::{Arc, AtomicBool, Ordering};
-
-/// Pages in the largest slot KVM takes: `KVM_MEM_MAX_NR_PAGES` in the kernel's
-/// include/linux/kvm_host.h.
-pub(crate) const MAX_SLOT_PAGES: u64 = (1 << 31) - 1;
-
-/// A memslot: its address space (0, or 1 for x86 system management mode) and its id there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SlotId {
-    address_space: u16,
-    id: u16,
-}
-
-impl SlotId {
-    /// The slot `id` of `address_space`.
-    pub const fn new(address_space: u16, id: u16) -> Self {
-        Self { address_space, id }
-    }
-
-    /// The slot that KVM calls `raw`: the address space in the upper 16 bits, as in
-    /// `kvm_userspace_memory_region.slot` and in ring entries.
-    pub const fn from_raw(raw: u32) -> Self {
-        Self::new((raw >> 16) as u16, raw as u16)
-    }
-
-    /// What KVM calls the slot.
-    pub const fn raw(self) -> u32 {
-        (self.address_space as u32) << 16 | self.id as u32
-    }
-
-    /// The address space.
-    pub const fn address_space(self) -> u16 {
-        self.address_space
-    }
-
-    /// The id inside the address space.
-    pub const fn id(self) -> u16 {
-        self.id
-    }
-}
-
-impl fmt::Display for SlotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.address_space, self.id)
-    }
-}
 
 /// One tracked memslot with its bits in every shard.
 pub(crate) struct Slot {
@@ -162,8 +116,8 @@ impl Table {
 
     #[inline(always)]
     fn tracked(&self, id: SlotId) -> Option<&Tracked> {
-        let space = self.spaces.get(usize::from(id.address_space))?;
-        space.get(usize::from(id.id))?.as_ref()
+        let space = self.spaces.get(usize::from(id.address_space()))?;
+        space.get(usize::from(id.id()))?.as_ref()
     }
 
     /// All slots, ascending by id.
@@ -186,15 +140,15 @@ impl Table {
             None => {}
         }
         let slot = Arc::new(Slot::new(id, pages, shards)?);
-        let space = usize::from(id.address_space);
+        let space = usize::from(id.address_space());
         if self.spaces.len() <= space {
             self.spaces.resize_with(space + 1, Vec::new);
         }
         let ids = &mut self.spaces[space];
-        if ids.len() <= usize::from(id.id) {
-            ids.resize_with(usize::from(id.id) + 1, || None);
+        if ids.len() <= usize::from(id.id()) {
+            ids.resize_with(usize::from(id.id()) + 1, || None);
         }
-        ids[usize::from(id.id)] = Some(Tracked {
+        ids[usize::from(id.id())] = Some(Tracked {
             slot,
             retired: false,
         });
@@ -215,12 +169,12 @@ impl Table {
     /// Forgets a retired slot, whose id is then free.
     pub(crate) fn remove(&mut self, slot: &Arc<Slot>) {
         if self.holds(slot) {
-            self.spaces[usize::from(slot.id.address_space)][usize::from(slot.id.id)] = None;
+            self.spaces[usize::from(slot.id.address_space())][usize::from(slot.id.id())] = None;
         }
     }
 
     fn tracked_mut(&mut self, id: SlotId) -> Option<&mut Tracked> {
-        let space = self.spaces.get_mut(usize::from(id.address_space))?;
-        space.get_mut(usize::from(id.id))?.as_mut()
+        let space = self.spaces.get_mut(usize::from(id.address_space()))?;
+        space.get_mut(usize::from(id.id()))?.as_mut()
     }
 }

@@ -38,7 +38,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::kernel::{Kernel, RESERVED_ENTRIES};
 use crate::log::DirtyLog;
-use crate::memslots::SlotId;
+use crate::slot_id::SlotId;
 use slot::SimSlot;
 pub use vcpu::{SimVcpu, WriteError};
 

@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::SimVm;
-use crate::memslots::SlotId;
 use crate::ring::RingMemory;
 use crate::ring::producer::Producer;
+use crate::slot_id::SlotId;
 
 /// Why a write did not happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
