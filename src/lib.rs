@@ -85,6 +85,7 @@ mod log;
 mod memslots;
 pub mod pacing;
 mod pass;
+mod prefetch;
 #[cfg(not(all(test, feature = "loom")))]
 mod reaper;
 mod reset;
@@ -94,6 +95,7 @@ pub mod sim;
 mod slot_id;
 mod stats;
 mod sync;
+mod targets;
 mod vcpu;
 
 pub use dirty_pages::{DirtyPages, Run};

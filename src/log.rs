@@ -4,6 +4,7 @@ use core::fmt;
 use std::time::Instant;
 
 use crate::alarm::Alarm;
+use crate::bitmap::pool::MAX_SHARDS;
 use crate::dirty_pages::DirtyPages;
 use crate::error::{AttachError, ResetError, SlotError, SyncError};
 use crate::kernel::Kernel;
@@ -14,10 +15,6 @@ use crate::slot_id::SlotId;
 use crate::stats::Stats;
 use crate::sync::{Arc, AtomicBool, Mutex, lock};
 use crate::vcpu::Vcpu;
-
-/// Shards of a log: so many threads harvest at once, more wait for one of them. Each costs a bit
-/// a page, where pages are dirty.
-const SHARDS: usize = 4;
 
 /// The dirty log of one virtual machine.
 ///
@@ -49,7 +46,7 @@ impl DirtyLog {
     /// A log over `kernel`, whose rings have `ring_entries` entries each: for a kernel other than
     /// KVM, such as the simulated one.
     pub fn with_kernel(kernel: Box<dyn Kernel>, ring_entries: u32) -> Self {
-        Self::new(kernel, ring_entries, SHARDS, false)
+        Self::new(kernel, ring_entries, MAX_SHARDS, false)
     }
 
     pub(crate) fn new(
@@ -75,7 +72,7 @@ impl DirtyLog {
     /// A log over a KVM VM.
     #[cfg(not(all(test, feature = "loom")))]
     pub(crate) fn over_kvm(vm: Box<dyn Kernel>, ring_entries: u32) -> Self {
-        Self::new(vm, ring_entries, SHARDS, true)
+        Self::new(vm, ring_entries, MAX_SHARDS, true)
     }
 
     #[cfg(not(all(test, feature = "loom")))]

@@ -1,4 +1,4 @@
-//! The memslots whose pages are tracked, and how an entry finds its bit.
+//! The memslots whose pages are tracked, and their bits.
 
 use crate::bitmap::pages::PageBits;
 use crate::bitmap::pool::ShardGuard;
@@ -48,8 +48,12 @@ impl Slot {
         self.pages
     }
 
+    /// The bits of shard `shard`, to be pointed to.
+    pub(crate) fn shard_bits(&self, shard: usize) -> &ShardBits {
+        &self.shards[shard]
+    }
+
     /// The bits of the shard that `held` gives the right to.
-    #[inline(always)]
     pub(crate) fn shard(&self, held: &ShardGuard<'_>) -> &ShardBits {
         &self.shards[held.index()]
     }
@@ -107,14 +111,12 @@ struct Tracked {
 }
 
 impl Table {
-    /// The slot that an entry names.
-    #[inline(always)]
+    /// The slot that KVM calls `raw`.
     pub(crate) fn get(&self, raw: u32) -> Option<&Arc<Slot>> {
         let id = SlotId::from_raw(raw);
         self.tracked(id).map(|tracked| &tracked.slot)
     }
 
-    #[inline(always)]
     fn tracked(&self, id: SlotId) -> Option<&Tracked> {
         let space = self.spaces.get(usize::from(id.address_space()))?;
         space.get(usize::from(id.id()))?.as_ref()

@@ -1,12 +1,13 @@
 //! A pass over rings: harvested, then reset, then published, each a type of its own.
 
-use crate::bitmap::pool::{ShardGuard, ShardPool, Unreset};
+use crate::bitmap::pool::{MAX_SHARDS, ShardGuard, ShardPool, Unreset};
 use crate::dirty_pages::DirtyPages;
 use crate::error::ResetError;
 use crate::kernel::Kernel;
 use crate::memslots::Table;
 use crate::reset::ResetGate;
-use crate::sync::{Arc, Counter, Mutex, lock};
+use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
+use crate::targets::{Miss, STRETCH, Stretch, Targets};
 use crate::vcpu::Vcpu;
 
 /// Everything a pass needs.
@@ -19,10 +20,32 @@ pub(crate) struct Harvester {
 }
 
 /// What is tracked at one moment: each pass works on one such snapshot.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Layout {
     pub(crate) slots: Table,
     pub(crate) vcpus: Vec<Arc<Vcpu>>,
+    /// How entries find their bits, by shard; made by the first pass that needs it.
+    targets: [OnceLock<Targets>; MAX_SHARDS],
+}
+
+impl Clone for Layout {
+    /// A copy to be changed, so without what is made of the slots.
+    fn clone(&self) -> Self {
+        Self {
+            slots: self.slots.clone(),
+            vcpus: self.vcpus.clone(),
+            targets: Default::default(),
+        }
+    }
+}
+
+impl Layout {
+    fn targets(&self, held: &ShardGuard<'_>) -> &Targets {
+        // SAFETY: `self` holds both the slots and the targets, and whoever changes the slots
+        // throws the targets away.
+        let make = || unsafe { Targets::new(&self.slots, held.index()) };
+        self.targets[held.index()].get_or_init(make)
+    }
 }
 
 /// What passes found.
@@ -62,17 +85,17 @@ impl Harvester {
         Arc::clone(&lock(&self.layout))
     }
 
-    /// Replaces the layout by a copy that `change` was let loose on. Passes that have begun keep
-    /// the old one.
+    /// Lets `change` loose on the layout, which it leaves as it was if it fails. Passes that have
+    /// begun keep the old one.
     pub(crate) fn change_layout<T, E>(
         &self,
         change: impl FnOnce(&mut Layout) -> Result<T, E>,
     ) -> Result<T, E> {
         let mut layout = lock(&self.layout);
-        let mut new = Layout::clone(&layout);
-        let done = change(&mut new)?;
-        *layout = Arc::new(new);
-        Ok(done)
+        // Copied only if a pass has it.
+        let layout = Arc::make_mut(&mut layout);
+        layout.targets = Default::default();
+        change(layout)
     }
 
     /// Waits until every pass that has begun, and so may work on an old layout, has ended.
@@ -144,13 +167,24 @@ impl<'a> Pass<'a, Harvested> {
         let mut ring = lock(&vcpu.ring);
         let overrun = ring.is_overrun();
         let alone = ring.all_recycled() && !overrun;
-        let (slots, shard) = (&self.layout.slots, &self.shard);
+        let targets = self.layout.targets(&self.shard);
         let (mut unknown_slot, mut out_of_range) = (0, 0);
-        let entries = ring.harvest(|raw, page| match slots.get(raw) {
-            Some(slot) if page < slot.pages() => slot.shard(shard).set(page),
-            Some(_) => out_of_range += 1,
-            None => unknown_slot += 1,
-        });
+        let mut hits = Stretch::new();
+        let mut entries = 0;
+        while entries < ring.entries() {
+            let taken = ring.harvest(STRETCH as u32, |slot, page| {
+                match targets.hit(&self.shard, slot, page) {
+                    Ok(hit) => hits.push(hit),
+                    Err(Miss::UnknownSlot) => unknown_slot += 1,
+                    Err(Miss::OutOfRange) => out_of_range += 1,
+                }
+            });
+            hits.set_all();
+            entries += taken;
+            if taken < STRETCH as u32 {
+                break;
+            }
+        }
         drop(ring);
 
         self.note_marked(entries);

@@ -4,7 +4,7 @@
 //! that the models in `loom-tests/` check the code that ships. Everything else, a dependent that
 //! turns the feature on included, gets the standard library's.
 
-pub(crate) use std::sync::{Arc, PoisonError};
+pub(crate) use std::sync::{Arc, OnceLock, PoisonError};
 
 #[cfg(not(all(test, feature = "loom")))]
 mod real {

@@ -2,6 +2,10 @@
 
 use crate::sync::{Condvar, Mutex, lock, wait};
 
+/// Shards of a log: so many threads harvest at once, more wait for one of them. Each costs a bit a
+/// page, where pages are dirty.
+pub(crate) const MAX_SHARDS: usize = 4;
+
 /// The shards' tokens. A pass holds one from its first harvested entry until its pages are
 /// published, so whoever comes to hold a shard next finds only published pages in it, or the note
 /// of what is still to be done.
@@ -27,6 +31,7 @@ pub(crate) struct Unreset {
 
 impl ShardPool {
     pub(crate) fn new(shards: usize) -> Self {
+        assert!(shards <= MAX_SHARDS);
         let token = || Token {
             held: false,
             unreset: None,

@@ -1,7 +1,7 @@
 //! The bits that one harvesting thread writes without any other looking on.
 
 use super::pages::PageBits;
-use super::words::{BLOCK_WORDS, block_words, blocks_for, words_for};
+use super::words::{block_words, blocks_for, words_for};
 use crate::sync::{PlainU8, PlainU64, zeroed};
 
 /// One slot's part of one shard: a bit a page, written by plain stores.
@@ -9,7 +9,7 @@ use crate::sync::{PlainU8, PlainU64, zeroed};
 /// Whoever holds the shard (see [`ShardPool`](super::pool::ShardPool)) is alone with it.
 pub(crate) struct ShardBits {
     words: Box<[PlainU64]>,
-    /// One for each [`BLOCK_WORDS`] words: not zero if any of their bits may be set.
+    /// One for each block of words: not zero if any of their bits may be set.
     touched: Box<[PlainU8]>,
 }
 
@@ -23,13 +23,9 @@ impl ShardBits {
         })
     }
 
-    /// Sets the bit of `page`, which the caller has found to be inside the slot.
-    #[inline(always)]
-    pub(crate) fn set(&self, page: u64) {
-        let word = (page / 64) as usize;
-        let bits = self.words[word].load();
-        self.words[word].store(bits | 1 << (page % 64));
-        self.touched[word / BLOCK_WORDS].store(1);
+    /// The words and the touched-flags, for whoever makes pointers to them.
+    pub(crate) fn parts(&self) -> (&[PlainU64], &[PlainU8]) {
+        (&self.words, &self.touched)
     }
 
     /// Hands each non-zero word to `each` and leaves the word as what `each` returns.

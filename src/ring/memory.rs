@@ -6,6 +6,9 @@ use core::ptr::NonNull;
 
 use super::Entry;
 
+/// Entries in a cache line of 64 bytes.
+pub(crate) const LINE: u32 = 4;
+
 /// The memory of one ring and whatever keeps it alive: a mapping of a vCPU's file descriptor, or
 /// the simulated kernel's.
 pub struct RingMemory {
@@ -69,6 +72,16 @@ impl RingMemory {
     /// Index at which both sides start: zero for every real ring.
     pub(crate) fn first_index(&self) -> u32 {
         self.first_index
+    }
+
+    /// The four entries of the cache line that begins at `index`, a multiple of four.
+    #[inline(always)]
+    pub(crate) fn line(&self, index: u32) -> &[Entry; LINE as usize] {
+        debug_assert!(index % LINE == 0 && self.entries >= LINE);
+        let position = index & (self.entries - 1) & !(LINE - 1);
+        // SAFETY: `entries` is a power of two of at least `LINE` (no smaller ring has lines), so
+        // from a multiple of `LINE` below it there are `LINE` entries to its end.
+        unsafe { self.start.add(position as usize).cast().as_ref() }
     }
 
     /// The entry at `index`, which counts on for ever and wraps at 2^32.

@@ -8,7 +8,9 @@ mod memory;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) mod producer;
 
+use crate::prefetch;
 pub use entry::Entry;
+use memory::LINE;
 pub use memory::RingMemory;
 
 /// The consumer of one ring.
@@ -36,22 +38,44 @@ impl RingView {
         self.memory.entries()
     }
 
-    /// Takes every dirty entry in ring order, hands its payload (memslot with the address space in
-    /// the upper 16 bits, page inside the memslot) to `take`, and marks it for the next reset.
-    /// Returns how many entries there were, at most a whole ring of them.
+    /// Takes dirty entries in ring order, at most `limit`, hands each payload (memslot with the
+    /// address space in the upper 16 bits, page inside the memslot) to `take`, and marks it for the
+    /// next reset. Returns how many entries there were; fewer than `limit` if the ring is empty now.
     ///
     /// Nothing about a payload is checked: it is what the ring holds.
-    #[inline]
-    pub fn harvest(&mut self, mut take: impl FnMut(u32, u64)) -> u32 {
+    #[inline(always)]
+    pub fn harvest(&mut self, limit: u32, mut take: impl FnMut(u32, u64)) -> u32 {
+        // If the last entry of the next stretch is dirty, all of it is: the kernel pushes in order.
+        // Then its lines may be asked for early without taking any from the vCPU that still fills
+        // them, but for the one looked at.
+        let ahead = self.head.wrapping_add(limit);
+        let more =
+            limit < self.entries() / 2 && self.memory.at(ahead.wrapping_add(limit - 1)).is_dirty();
         let mut taken = 0;
-        while taken < self.entries() {
+        while taken < limit {
+            if more {
+                prefetch::for_write(self.memory.at(ahead.wrapping_add(taken)));
+            }
+            if self.head % LINE == 0 && limit - taken >= LINE && self.entries() >= LINE {
+                let line = self.memory.line(self.head);
+                if line.iter().all(Entry::is_dirty) {
+                    for entry in line {
+                        let (slot, page) = entry.payload();
+                        take(slot, page);
+                        // Only now: from here on the kernel may overwrite the payload.
+                        entry.mark_reset();
+                    }
+                    self.head = self.head.wrapping_add(LINE);
+                    taken += LINE;
+                    continue;
+                }
+            }
             let entry = self.memory.at(self.head);
             if !entry.is_dirty() {
                 break;
             }
-            let (slot, offset) = entry.payload();
-            take(slot, offset);
-            // Only now: from here on the kernel may overwrite the payload.
+            let (slot, page) = entry.payload();
+            take(slot, page);
             entry.mark_reset();
             self.head = self.head.wrapping_add(1);
             taken += 1;
