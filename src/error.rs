@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
+use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
 
 /// Why a number of ring entries was refused.
@@ -155,6 +155,12 @@ pub enum SlotError {
         slot: SlotId,
         /// What was asked for.
         pages: u64,
+    },
+    /// An address space that no VM has.
+    #[error("slot {slot}: a VM has address spaces 0 to {}", ADDRESS_SPACES - 1)]
+    AddressSpace {
+        /// The slot.
+        slot: SlotId,
     },
     /// Pages past the slot's end.
     #[error(

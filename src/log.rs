@@ -327,6 +327,14 @@ impl VcpuRing {
         result
     }
 
+    /// Harvests this ring and ends the pass before its reset, as a panic in between would: its
+    /// pages come with a later sync, after the reset that the sync makes up for. Returns how many
+    /// entries there were.
+    #[cfg(feature = "test-utils")]
+    pub fn harvest_and_stop(&mut self) -> u32 {
+        self.inner.harvester.begin().harvest(&self.vcpu).entries
+    }
+
     fn make_room(&self) -> Result<(), ResetError> {
         let mut pass = self.inner.harvester.begin();
         let taken = pass.harvest(&self.vcpu);

@@ -5,7 +5,7 @@ use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::shard::ShardBits;
 use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
-use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
+use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::{Arc, AtomicBool, Ordering};
 
 /// One tracked memslot with its bits in every shard.
@@ -136,6 +136,9 @@ impl Table {
 
     /// Adds a clean slot.
     pub(crate) fn add(&mut self, id: SlotId, pages: u64, shards: usize) -> Result<(), SlotError> {
+        if id.address_space() >= ADDRESS_SPACES {
+            return Err(SlotError::AddressSpace { slot: id });
+        }
         match self.tracked(id) {
             Some(Tracked { retired: true, .. }) => return Err(SlotError::Retired { slot: id }),
             Some(_) => return Err(SlotError::Exists { slot: id }),

@@ -7,7 +7,7 @@ use crate::kernel::Kernel;
 use crate::memslots::Table;
 use crate::reset::ResetGate;
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
-use crate::targets::{Miss, STRETCH, Stretch, Targets};
+use crate::targets::{Misses, Targets};
 use crate::vcpu::Vcpu;
 
 /// Everything a pass needs.
@@ -167,33 +167,23 @@ impl<'a> Pass<'a, Harvested> {
         let mut ring = lock(&vcpu.ring);
         let overrun = ring.is_overrun();
         let alone = ring.all_recycled() && !overrun;
-        let targets = self.layout.targets(&self.shard);
-        let (mut unknown_slot, mut out_of_range) = (0, 0);
-        let mut hits = Stretch::new();
-        let mut entries = 0;
-        while entries < ring.entries() {
-            let taken = ring.harvest(STRETCH as u32, |slot, page| {
-                match targets.hit(&self.shard, slot, page) {
-                    Ok(hit) => hits.push(hit),
-                    Err(Miss::UnknownSlot) => unknown_slot += 1,
-                    Err(Miss::OutOfRange) => out_of_range += 1,
-                }
-            });
-            hits.set_all();
-            entries += taken;
-            if taken < STRETCH as u32 {
-                break;
-            }
-        }
+        let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
+        let mut misses = Misses::default();
+        // In two steps, the bits of a block all looked up before the first is set: while one waits
+        // for its memory, the others' is on its way.
+        let entries = ring.harvest_blocks(
+            |slot, page| lookup.hit(slot, page, &mut misses),
+            |hits| hits.iter().for_each(|hit| hit.set()),
+        );
         drop(ring);
 
         self.note_marked(entries);
         vcpu.counts.taken.add(entries.into());
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());
-        if unknown_slot + out_of_range > 0 {
-            counts.unknown_slot.add(unknown_slot);
-            counts.out_of_range.add(out_of_range);
+        if misses.unknown_slot + misses.out_of_range > 0 {
+            counts.unknown_slot.add(misses.unknown_slot);
+            counts.out_of_range.add(misses.out_of_range);
             self.suspect_all();
         }
         if overrun {

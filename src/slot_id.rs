@@ -6,6 +6,10 @@ use core::fmt;
 /// include/linux/kvm_host.h.
 pub(crate) const MAX_SLOT_PAGES: u64 = (1 << 31) - 1;
 
+/// Address spaces that a VM can have: `KVM_MAX_NR_ADDRESS_SPACES` in the kernel's
+/// include/linux/kvm_host.h.
+pub(crate) const ADDRESS_SPACES: u16 = 2;
+
 /// A memslot: its address space (0, or 1 for x86 system management mode) and its id there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId {

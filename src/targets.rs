@@ -1,15 +1,16 @@
 //! How a ring entry finds its bit: one table for each shard, made when slots change.
 
-use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::words::BLOCK_WORDS;
 use crate::memslots::Table;
+use crate::prefetch;
 use crate::sync::{PlainU8, PlainU64};
 
 /// Where one slot's bits of one shard are.
 #[derive(Clone, Copy)]
+#[repr(align(32))]
 struct Target {
     words: NonNull<PlainU64>,
     touched: NonNull<PlainU8>,
@@ -17,29 +18,21 @@ struct Target {
     pages: u64,
 }
 
-/// The targets of one shard, by address space and id. Lookup is two loads and two comparisons that
-/// always come out the same: no cache of the last slot, whose misses would cost more.
+/// The targets of one shard.
 pub(crate) struct Targets {
-    spaces: Vec<Vec<Target>>,
+    /// Address space after address space, in each a power of two of ids; last, one that is none.
+    targets: Box<[Target]>,
+    /// How many bits of an id count, and the bits of a slot's number that no slot here has.
+    id_bits: u32,
+    foreign_bits: u32,
+    /// Where bits go that have no place.
+    nowhere: PlainU64,
 }
 
 // SAFETY: the pointers are to `Sync` memory that lives as long as the table they were made of.
 unsafe impl Send for Targets {}
 // SAFETY: as above.
 unsafe impl Sync for Targets {}
-
-/// One bit to be set.
-#[derive(Clone, Copy)]
-pub(crate) struct Hit<'a> {
-    word: &'a PlainU64,
-    mask: u64,
-}
-
-/// Why an entry has no bit.
-pub(crate) enum Miss {
-    UnknownSlot,
-    OutOfRange,
-}
 
 impl Targets {
     /// Those of shard `shard` over the slots of `table`.
@@ -52,96 +45,119 @@ impl Targets {
             touched: NonNull::dangling(),
             pages: 0,
         };
-        let mut spaces = Vec::<Vec<Target>>::new();
+        let raw = || table.slots().map(|slot| slot.id().raw());
+        let bits = raw().fold(0, |bits, raw| bits | raw);
+        let id_bits = u32::BITS - (bits & 0xffff).leading_zeros();
+        let space_bits = u32::BITS - (bits >> 16).leading_zeros();
+        let mut targets = vec![none; (1 << (space_bits + id_bits)) + 1];
+        let place = |raw: u32| ((raw >> 16) << id_bits | raw & 0xffff) as usize;
         for slot in table.slots() {
-            let (space, id) = (slot.id().address_space(), usize::from(slot.id().id()));
-            spaces.resize_with(spaces.len().max(usize::from(space) + 1), Vec::new);
-            let space = &mut spaces[usize::from(space)];
-            space.resize(space.len().max(id + 1), none);
-            let bits = slot.shard_bits(shard);
-            let (words, touched) = bits.parts();
-            space[id] = Target {
+            let (words, touched) = slot.shard_bits(shard).parts();
+            targets[place(slot.id().raw())] = Target {
                 words: NonNull::from(words).cast(),
                 touched: NonNull::from(touched).cast(),
                 pages: slot.pages(),
             };
         }
-        Self { spaces }
+        Self {
+            targets: targets.into(),
+            id_bits,
+            foreign_bits: !(((1 << space_bits) - 1) << 16 | ((1 << id_bits) - 1)),
+            nowhere: PlainU64::default(),
+        }
     }
 
-    /// The bit of page `page` of the slot that KVM calls `slot`, its block flagged as touched.
+    /// Looks entries up, for the holder of the shard.
+    pub(crate) fn lookup<'a>(&'a self, _held: &'a ShardGuard<'_>) -> Lookup<'a> {
+        Lookup {
+            targets: &self.targets,
+            id_bits: self.id_bits,
+            foreign_bits: self.foreign_bits,
+            nowhere: &self.nowhere,
+        }
+    }
+}
+
+/// A table of targets in the hands of a pass.
+#[derive(Clone, Copy)]
+pub(crate) struct Lookup<'a> {
+    targets: &'a [Target],
+    id_bits: u32,
+    foreign_bits: u32,
+    nowhere: &'a PlainU64,
+}
+
+/// One bit to be set.
+#[derive(Clone, Copy)]
+pub(crate) struct Hit<'a> {
+    word: &'a PlainU64,
+    mask: u64,
+}
+
+/// Entries that have no bit, by reason.
+#[derive(Default)]
+pub(crate) struct Misses {
+    pub(crate) unknown_slot: u64,
+    pub(crate) out_of_range: u64,
+}
+
+impl<'a> Lookup<'a> {
+    /// The bit of page `page` of the slot that KVM calls `slot`, asked for and its block flagged as
+    /// touched. It is not set yet.
     ///
-    /// The caller holds the shard; the bit is not set yet.
+    /// No branch depends on which slot it is: a cache of the last one would cost more by its misses
+    /// than it saves.
     #[inline(always)]
-    pub(crate) fn hit<'a>(
-        &'a self,
-        _held: &'a ShardGuard<'_>,
-        slot: u32,
-        page: u64,
-    ) -> Result<Hit<'a>, Miss> {
-        let space = self.spaces.get((slot >> 16) as usize);
-        let target = space.and_then(|space| space.get((slot & 0xffff) as usize));
-        let Some(target) = target else {
-            return Err(Miss::UnknownSlot);
+    pub(crate) fn hit(self, slot: u32, page: u64, misses: &mut Misses) -> Hit<'a> {
+        let none = self.targets.len() - 1;
+        let id_mask = (1 << self.id_bits) - 1;
+        let place = ((slot >> 16) << self.id_bits | slot & id_mask) as usize;
+        let place = if slot & self.foreign_bits == 0 {
+            place
+        } else {
+            none
         };
+        // SAFETY: without foreign bits the place is below 2^(bits of spaces + bits of ids), and
+        // there is one target more than that.
+        let target = unsafe { self.targets.get_unchecked(place) };
         if page >= target.pages {
-            return Err(match target.pages {
-                0 => Miss::UnknownSlot,
-                _ => Miss::OutOfRange,
-            });
+            return self.miss(target, misses);
         }
         let word = (page / 64) as usize;
         // SAFETY: `page` is in the slot, whose shard has a word for each 64 pages and a flag for
-        // each block of words; both live as long as the table (see `new`).
+        // each block of words; both live as long as the table (see `Targets::new`).
         let (word, touched) = unsafe {
             (
                 target.words.add(word).as_ref(),
                 target.touched.add(word / BLOCK_WORDS).as_ref(),
             )
         };
+        prefetch::for_write(word);
         touched.store(1);
-        Ok(Hit {
+        Hit {
             word,
             mask: 1 << (page % 64),
-        })
-    }
-}
-
-/// Entries that are looked up before the first of their bits is set: while one waits for its
-/// memory, the others' is on its way.
-pub(crate) const STRETCH: usize = 64;
-
-/// A stretch of bits to be set.
-pub(crate) struct Stretch<'a> {
-    hits: [MaybeUninit<Hit<'a>>; STRETCH],
-    /// So many of them are there.
-    len: usize,
-}
-
-impl<'a> Stretch<'a> {
-    pub(crate) fn new() -> Self {
-        Self {
-            hits: [MaybeUninit::uninit(); STRETCH],
-            len: 0,
         }
     }
 
-    /// Adds a bit, of which there are at most [`STRETCH`] between two calls of `set_all`, and asks
-    /// for its memory.
-    #[inline(always)]
-    pub(crate) fn push(&mut self, hit: Hit<'a>) {
-        crate::prefetch::for_write(hit.word);
-        self.hits[self.len] = MaybeUninit::new(hit);
-        self.len += 1;
-    }
-
-    /// Sets all bits, and forgets them.
-    #[inline(always)]
-    pub(crate) fn set_all(&mut self) {
-        for hit in &self.hits[..core::mem::take(&mut self.len)] {
-            // SAFETY: `push` has written the first `len`.
-            let hit = unsafe { hit.assume_init() };
-            hit.word.store(hit.word.load() | hit.mask);
+    #[cold]
+    fn miss(self, target: &Target, misses: &mut Misses) -> Hit<'a> {
+        if target.pages == 0 {
+            misses.unknown_slot += 1;
+        } else {
+            misses.out_of_range += 1;
         }
+        Hit {
+            word: self.nowhere,
+            mask: 0,
+        }
+    }
+}
+
+impl Hit<'_> {
+    /// Sets the bit.
+    #[inline(always)]
+    pub(crate) fn set(self) {
+        self.word.store(self.word.load() | self.mask);
     }
 }

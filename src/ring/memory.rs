@@ -6,8 +6,8 @@ use core::ptr::NonNull;
 
 use super::Entry;
 
-/// Entries in a cache line of 64 bytes.
-pub(crate) const LINE: u32 = 4;
+/// Entries that are harvested in one go: a block of 1 KiB, or the whole ring if it is smaller.
+pub(crate) const BLOCK: u32 = 64;
 
 /// The memory of one ring and whatever keeps it alive: a mapping of a vCPU's file descriptor, or
 /// the simulated kernel's.
@@ -74,14 +74,18 @@ impl RingMemory {
         self.first_index
     }
 
-    /// The four entries of the cache line that begins at `index`, a multiple of four.
+    /// The entries from `index` to the end of its block: at least one, side by side.
     #[inline(always)]
-    pub(crate) fn line(&self, index: u32) -> &[Entry; LINE as usize] {
-        debug_assert!(index % LINE == 0 && self.entries >= LINE);
-        let position = index & (self.entries - 1) & !(LINE - 1);
-        // SAFETY: `entries` is a power of two of at least `LINE` (no smaller ring has lines), so
-        // from a multiple of `LINE` below it there are `LINE` entries to its end.
-        unsafe { self.start.add(position as usize).cast().as_ref() }
+    pub(crate) fn block_from(&self, index: u32) -> &[Entry] {
+        let position = index & (self.entries - 1);
+        let block = self.entries.min(BLOCK);
+        let len = block - (position & (block - 1));
+        // SAFETY: both `entries` and `block` are powers of two, so no block reaches beyond the
+        // ring's end; `new`'s caller promised `entries` entries for `self`'s life.
+        unsafe {
+            let first = self.start.add(position as usize);
+            core::slice::from_raw_parts(first.as_ptr(), len as usize)
+        }
     }
 
     /// The entry at `index`, which counts on for ever and wraps at 2^32.

@@ -3,15 +3,21 @@
 //! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of
 //! the protocol; [`RingView`] is the consumer with its cached index.
 
+use core::mem::MaybeUninit;
+
+use crate::prefetch;
+
 mod entry;
 mod memory;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) mod producer;
 
-use crate::prefetch;
 pub use entry::Entry;
-use memory::LINE;
+use memory::BLOCK;
 pub use memory::RingMemory;
+
+/// Entries in a cache line of 64 bytes.
+const LINE: usize = 4;
 
 /// The consumer of one ring.
 ///
@@ -38,49 +44,67 @@ impl RingView {
         self.memory.entries()
     }
 
-    /// Takes dirty entries in ring order, at most `limit`, hands each payload (memslot with the
-    /// address space in the upper 16 bits, page inside the memslot) to `take`, and marks it for the
-    /// next reset. Returns how many entries there were; fewer than `limit` if the ring is empty now.
+    /// Takes every dirty entry in ring order, hands its payload (memslot with the address space in
+    /// the upper 16 bits, page inside the memslot) to `take`, and marks it for the next reset.
+    /// Returns how many entries there were, at most a whole ring of them.
     ///
     /// Nothing about a payload is checked: it is what the ring holds.
+    pub fn harvest(&mut self, take: impl FnMut(u32, u64)) -> u32 {
+        self.harvest_blocks(take, |_| ())
+    }
+
+    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries: `each` makes something
+    /// of every payload of a block, then `all` gets what was made of them.
     #[inline(always)]
-    pub fn harvest(&mut self, limit: u32, mut take: impl FnMut(u32, u64)) -> u32 {
-        // If the last entry of the next stretch is dirty, all of it is: the kernel pushes in order.
-        // Then its lines may be asked for early without taking any from the vCPU that still fills
-        // them, but for the one looked at.
-        let ahead = self.head.wrapping_add(limit);
-        let more =
-            limit < self.entries() / 2 && self.memory.at(ahead.wrapping_add(limit - 1)).is_dirty();
+    pub(crate) fn harvest_blocks<T: Copy>(
+        &mut self,
+        mut each: impl FnMut(u32, u64) -> T,
+        mut all: impl FnMut(&[T]),
+    ) -> u32 {
+        let mut made = [MaybeUninit::<T>::uninit(); BLOCK as usize];
         let mut taken = 0;
-        while taken < limit {
-            if more {
-                prefetch::for_write(self.memory.at(ahead.wrapping_add(taken)));
+        while taken < self.entries() {
+            let block = self.memory.block_from(self.head);
+            // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
+            // The acquire load of the last one's flags orders the payloads of all.
+            let whole = block[0].is_dirty() && block[block.len() - 1].is_dirty();
+            let dirty = if whole {
+                self.prefetch_block(self.head.wrapping_add(block.len() as u32));
+                block
+            } else {
+                let count = block.iter().take_while(|entry| entry.is_dirty()).count();
+                &block[..count]
+            };
+            for (entry, made) in dirty.iter().zip(&mut made) {
+                let (slot, page) = entry.payload();
+                made.write(each(slot, page));
+                // Only now: from here on the kernel may overwrite the payload.
+                entry.mark_reset();
             }
-            if self.head % LINE == 0 && limit - taken >= LINE && self.entries() >= LINE {
-                let line = self.memory.line(self.head);
-                if line.iter().all(Entry::is_dirty) {
-                    for entry in line {
-                        let (slot, page) = entry.payload();
-                        take(slot, page);
-                        // Only now: from here on the kernel may overwrite the payload.
-                        entry.mark_reset();
-                    }
-                    self.head = self.head.wrapping_add(LINE);
-                    taken += LINE;
-                    continue;
-                }
-            }
-            let entry = self.memory.at(self.head);
-            if !entry.is_dirty() {
+            let count = dirty.len() as u32;
+            self.head = self.head.wrapping_add(count);
+            taken += count;
+            let made = &made[..count as usize];
+            // SAFETY: the loop above has written the first `count`, which are at most a block.
+            let made = unsafe { &*(core::ptr::from_ref(made) as *const [T]) };
+            all(made);
+            if !whole {
                 break;
             }
-            let (slot, page) = entry.payload();
-            take(slot, page);
-            entry.mark_reset();
-            self.head = self.head.wrapping_add(1);
-            taken += 1;
         }
         taken
+    }
+
+    /// Asks for the lines of the block at `index` early, if it is complete: the vCPU loses no line
+    /// that it has yet to fill, but for the one looked at.
+    #[inline(always)]
+    fn prefetch_block(&self, index: u32) {
+        let block = self.memory.block_from(index);
+        if block[block.len() - 1].is_dirty() {
+            for entry in block.iter().step_by(LINE) {
+                prefetch::for_write(entry);
+            }
+        }
     }
 
     /// Whether the kernel has filled the ring to the last entry, which its reserve forbids: then it
