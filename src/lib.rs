@@ -98,7 +98,7 @@ mod sync;
 mod targets;
 mod vcpu;
 
-pub use dirty_pages::{DirtyPages, Run};
+pub use dirty_pages::{DirtyPages, DirtyPart, Run};
 pub use kernel::Kernel;
 #[cfg(not(all(test, feature = "loom")))]
 pub use kvm::{HostSupport, RingEntries};

@@ -53,9 +53,10 @@ impl Slot {
         &self.shards[shard]
     }
 
-    /// The bits of the shard that `held` gives the right to.
-    pub(crate) fn shard(&self, held: &ShardGuard<'_>) -> &ShardBits {
-        &self.shards[held.index()]
+    /// Moves the bits of the shard that `held` gives the right to into `into`.
+    pub(crate) fn take_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
+        // SAFETY: the guard says that the caller holds the shard.
+        unsafe { self.shards[held.index()].take_into(into) }
     }
 
     /// The bits that devices and the VMM set.
@@ -66,8 +67,8 @@ impl Slot {
     /// Puts every page in the shard that `held` gives the right to under suspicion: it may be
     /// unprotected, its next writes unlogged, so every sync reports it until the slot is re-armed.
     pub(crate) fn suspect(&self, held: &ShardGuard<'_>) {
-        self.shard(held)
-            .for_each(|word, bits| self.suspect.merge(word, bits));
+        // SAFETY: the guard says that the caller holds the shard.
+        unsafe { self.shards[held.index()].for_each(|word, bits| self.suspect.merge(word, bits)) }
     }
 
     /// Puts every page of the slot under suspicion.

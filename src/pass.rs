@@ -278,7 +278,7 @@ impl Pass<'_, Reset> {
         let fits = dirty.fit(&self.layout.slots);
         if fits {
             for (slot, bits) in dirty.slots_mut() {
-                slot.shard(&self.shard).take_into(bits);
+                slot.take_shard_into(&self.shard, bits);
             }
         }
         self.publish();

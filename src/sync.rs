@@ -24,16 +24,18 @@ mod real {
             #[derive(Default)]
             pub(crate) struct $name($atomic);
 
-            impl $name {
+            impl super::Plain for $name {
+                type Int = $int;
+
                 // Relaxed: pairs with nothing. Whoever uses the type orders accesses by other means.
                 #[inline(always)]
-                pub(crate) fn load(&self) -> $int {
+                fn load(&self) -> $int {
                     self.0.load(Ordering::Relaxed)
                 }
 
                 // Relaxed: as for `load`.
                 #[inline(always)]
-                pub(crate) fn store(&self, value: $int) {
+                fn store(&self, value: $int) {
                     self.0.store(value, Ordering::Relaxed)
                 }
             }
@@ -42,6 +44,21 @@ mod real {
     plain!(PlainU8, AtomicU8, u8);
     plain!(PlainU32, AtomicU32, u32);
     plain!(PlainU64, AtomicU64, u64);
+
+    /// Lends `memory` to `borrower` as plain integers, of which compilers can make more.
+    ///
+    /// # Safety
+    /// Nobody else may access it before this returns.
+    #[inline(always)]
+    pub(crate) unsafe fn lend<P: super::Plain, T>(
+        memory: &[P],
+        borrower: impl FnOnce(&mut [P::Int]) -> T,
+    ) -> T {
+        let start = memory.as_ptr().cast_mut().cast::<P::Int>();
+        // SAFETY: each `Plain` is a transparent atomic, which has the size and bits of its integer
+        // and may be written through a shared reference; the caller promises that we are alone.
+        borrower(unsafe { core::slice::from_raw_parts_mut(start, memory.len()) })
+    }
 }
 
 #[cfg(all(test, feature = "loom"))]
@@ -66,13 +83,15 @@ mod model {
                 }
             }
 
-            impl $name {
-                pub(crate) fn load(&self) -> $int {
+            impl super::Plain for $name {
+                type Int = $int;
+
+                fn load(&self) -> $int {
                     // SAFETY: the pointer is the cell's own; loom has checked that nobody writes.
                     self.0.with(|p| unsafe { *p })
                 }
 
-                pub(crate) fn store(&self, value: $int) {
+                fn store(&self, value: $int) {
                     // SAFETY: the pointer is the cell's own; loom has checked that nobody else
                     // reads or writes.
                     self.0.with_mut(|p| unsafe { *p = value })
@@ -83,12 +102,36 @@ mod model {
     plain!(PlainU8, u8);
     plain!(PlainU32, u32);
     plain!(PlainU64, u64);
+
+    /// Lends a copy of `memory`, each access checked on the way there and back.
+    ///
+    /// # Safety
+    /// As for the production function; a breach fails the model.
+    pub(crate) unsafe fn lend<P: super::Plain, T>(
+        memory: &[P],
+        borrower: impl FnOnce(&mut [P::Int]) -> T,
+    ) -> T {
+        let mut copy: Vec<_> = memory.iter().map(P::load).collect();
+        let result = borrower(&mut copy);
+        memory
+            .iter()
+            .zip(copy)
+            .for_each(|(to, from)| to.store(from));
+        result
+    }
 }
 
 #[cfg(all(test, feature = "loom"))]
 pub(crate) use model::*;
 #[cfg(not(all(test, feature = "loom")))]
 pub(crate) use real::*;
+
+/// What `PlainU8`, `PlainU32` and `PlainU64` have in common.
+pub(crate) trait Plain {
+    type Int: Copy;
+    fn load(&self) -> Self::Int;
+    fn store(&self, value: Self::Int);
+}
 
 /// Locks, whatever became of the last holder.
 ///
@@ -144,7 +187,7 @@ macro_rules! zero {
         impl Zero for $type {}
     )*};
 }
-zero!(u8, u64, AtomicU8, AtomicU64, PlainU8, PlainU64);
+zero!(u8, u64, AtomicU64, PlainU8, PlainU64);
 
 /// `len` zeroes, or `None` where the allocator refuses.
 ///

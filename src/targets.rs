@@ -6,7 +6,7 @@ use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::words::BLOCK_WORDS;
 use crate::memslots::Table;
 use crate::prefetch;
-use crate::sync::{PlainU8, PlainU64};
+use crate::sync::{Plain, PlainU8, PlainU64};
 
 /// Where one slot's bits of one shard are.
 #[derive(Clone, Copy)]

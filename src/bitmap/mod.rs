@@ -6,6 +6,7 @@
 
 pub(crate) mod pages;
 pub(crate) mod pool;
+pub(crate) mod runs;
 pub(crate) mod shard;
 pub(crate) mod shared;
 pub(crate) mod words;

@@ -1,12 +1,24 @@
 //! The bits of one slot in the hands of one owner.
 
-use super::words::{BLOCK_WORDS, BitRuns, block_words, blocks_for, masks, words_for};
+use core::ops::Range;
+
+use super::runs::BitRuns;
+use super::words::{BLOCK_WORDS, masks, words_for};
 use crate::sync::zeroed;
 
+/// Up to so many non-zero words of 64 are cleared one by one, more all at once.
+const FEW: u32 = 8;
+
 /// A bit a page, owned: what a sync collects and its caller reads.
+///
+/// Over the words lie two levels of summaries, so that what is clean costs nothing: an idle guest
+/// of 1 TiB is 1,024 words of the upper one.
 pub(crate) struct PageBits {
     words: Box<[u64]>,
-    touched: Box<[u8]>,
+    /// A bit for each word: set if the word is not zero.
+    summary: Box<[u64]>,
+    /// A bit for each word of `summary`: set if it is not zero.
+    top: Box<[u64]>,
     pages: u64,
 }
 
@@ -16,15 +28,43 @@ impl PageBits {
         let words = words_for(pages);
         Some(Self {
             words: zeroed(words)?,
-            touched: zeroed(blocks_for(words))?,
+            summary: zeroed(words.div_ceil(64))?,
+            top: zeroed(words.div_ceil(64 * 64))?,
             pages,
         })
     }
 
-    /// Adds `bits` to `word`.
+    /// Adds `bits`, some of which are set, to `word`.
+    #[inline]
     pub(crate) fn merge(&mut self, word: usize, bits: u64) {
         self.words[word] |= bits;
-        self.touched[word / BLOCK_WORDS] = 1;
+        self.summary[word / 64] |= 1 << (word % 64);
+        self.top[word / (64 * 64)] |= 1 << (word / 64 % 64);
+    }
+
+    /// Moves the bits of `source`, the words of block `block`, here, and leaves none there.
+    pub(crate) fn take_block(&mut self, block: usize, source: &mut [u64]) {
+        /// Words of a cache line, which are looked at together.
+        const LINE: usize = 8;
+        let mut take = |word: usize, source: &mut u64| {
+            if *source != 0 {
+                self.merge(word, core::mem::take(source));
+            }
+        };
+        let start = block * BLOCK_WORDS;
+        let mut lines = source.chunks_exact_mut(LINE);
+        let mut word = start;
+        for line in &mut lines {
+            if line.iter().fold(0, |all, bits| all | bits) != 0 {
+                for (i, source) in line.iter_mut().enumerate() {
+                    take(word + i, source);
+                }
+            }
+            word += LINE;
+        }
+        for (i, source) in lines.into_remainder().iter_mut().enumerate() {
+            take(word + i, source);
+        }
     }
 
     /// Sets every bit.
@@ -36,37 +76,80 @@ impl PageBits {
 
     /// Clears every bit.
     pub(crate) fn clear(&mut self) {
-        for block in 0..self.touched.len() {
-            if core::mem::take(&mut self.touched[block]) != 0 {
-                let words = block_words(block, self.words.len());
-                self.words[words].fill(0);
+        for top in 0..self.top.len() {
+            for i in ones(core::mem::take(&mut self.top[top])) {
+                let group = top * 64 + i;
+                let summary = core::mem::take(&mut self.summary[group]);
+                let words = &mut self.words[group * 64..];
+                if summary.count_ones() <= FEW {
+                    ones(summary).for_each(|word| words[word] = 0);
+                } else {
+                    let len = words.len().min(64);
+                    words[..len].fill(0);
+                }
             }
         }
     }
 
+    /// The words; the last may have room for more pages than there are.
     pub(crate) fn words(&self) -> &[u64] {
         &self.words
+    }
+
+    /// The first word at or after `from` that is not zero.
+    #[inline]
+    pub(crate) fn next_word(&self, from: usize) -> Option<usize> {
+        // What is left of the group of 64 words, then of the groups' group, then all others.
+        let group = from / 64;
+        let left = self.summary.get(group)? & (!0 << (from % 64));
+        if left != 0 {
+            return Some(group * 64 + left.trailing_zeros() as usize);
+        }
+        let group = self.next_group(group + 1)?;
+        Some(group * 64 + self.summary[group].trailing_zeros() as usize)
+    }
+
+    fn next_group(&self, from: usize) -> Option<usize> {
+        let left = self.top.get(from / 64)? & (!0 << (from % 64));
+        if left != 0 {
+            return Some(from / 64 * 64 + left.trailing_zeros() as usize);
+        }
+        let rest = &self.top[from / 64 + 1..];
+        let skipped = rest.iter().position(|&top| top != 0)?;
+        let bit = rest[skipped].trailing_zeros() as usize;
+        Some((from / 64 + 1 + skipped) * 64 + bit)
     }
 
     pub(crate) fn contains(&self, page: u64) -> bool {
         page < self.pages && self.words[(page / 64) as usize] >> (page % 64) & 1 == 1
     }
 
-    /// How many bits are set.
-    pub(crate) fn count(&self) -> u64 {
-        self.touched_words()
-            .map(|words| words.iter().map(|w| u64::from(w.count_ones())).sum::<u64>())
-            .sum()
+    pub(crate) fn is_empty(&self) -> bool {
+        self.top.iter().all(|&top| top == 0)
     }
 
-    fn touched_words(&self) -> impl Iterator<Item = &[u64]> {
-        (0..self.touched.len())
-            .filter(|&block| self.touched[block] != 0)
-            .map(|block| &self.words[block_words(block, self.words.len())])
+    /// How many bits are set in `words`.
+    pub(crate) fn count(&self, words: Range<usize>) -> u64 {
+        let mut count = 0;
+        let mut from = words.start;
+        while let Some(word) = self.next_word(from).filter(|&word| word < words.end) {
+            count += u64::from(self.words[word].count_ones());
+            from = word + 1;
+        }
+        count
     }
 
-    /// Runs of set bits, ascending.
-    pub(crate) fn runs(&self) -> BitRuns<'_> {
-        BitRuns::new(&self.words)
+    /// Runs of set bits in `words`, ascending.
+    pub(crate) fn runs(&self, words: Range<usize>) -> BitRuns<'_> {
+        BitRuns::new(self, words)
     }
+}
+
+/// The positions of the ones of `word`, ascending.
+fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let position = (word != 0).then(|| word.trailing_zeros() as usize)?;
+        word &= word - 1;
+        Some(position)
+    })
 }

@@ -1,8 +1,8 @@
 //! The bits that one harvesting thread writes without any other looking on.
 
 use super::pages::PageBits;
-use super::words::{block_words, blocks_for, words_for};
-use crate::sync::{PlainU8, PlainU64, zeroed};
+use super::words::{BLOCK_WORDS, block_words, blocks_for, words_for};
+use crate::sync::{PlainU8, PlainU64, lend, zeroed};
 
 /// One slot's part of one shard: a bit a page, written by plain stores.
 ///
@@ -28,38 +28,56 @@ impl ShardBits {
         (&self.words, &self.touched)
     }
 
-    /// Hands each non-zero word to `each` and leaves the word as what `each` returns.
-    fn for_each_word(&self, mut each: impl FnMut(usize, u64) -> u64) {
-        for (block, touched) in self.touched.iter().enumerate() {
-            if touched.load() == 0 {
-                continue;
+    /// Moves all bits into `into` and leaves none.
+    ///
+    /// # Safety
+    /// The caller holds the shard.
+    pub(crate) unsafe fn take_into(&self, into: &mut PageBits) {
+        let take = |block, words: &mut [u64]| {
+            into.take_block(block, words);
+            false
+        };
+        // SAFETY: the caller holds the shard.
+        unsafe { self.for_each_block(take) }
+    }
+
+    /// Shows each word that is not zero to `each`.
+    ///
+    /// # Safety
+    /// The caller holds the shard.
+    pub(crate) unsafe fn for_each(&self, mut each: impl FnMut(usize, u64)) {
+        let show = |block, words: &mut [u64]| {
+            let start = block * BLOCK_WORDS;
+            for (i, &bits) in words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+                each(start + i, bits);
             }
-            let mut left = 0;
-            for word in block_words(block, self.words.len()) {
-                let bits = self.words[word].load();
-                if bits != 0 {
-                    let keep = each(word, bits);
-                    self.words[word].store(keep);
-                    left |= keep;
+            true
+        };
+        // SAFETY: the caller holds the shard.
+        unsafe { self.for_each_block(show) }
+    }
+
+    /// Lends each touched block to `each`, which says whether bits are left in it.
+    ///
+    /// # Safety
+    /// The caller holds the shard.
+    unsafe fn for_each_block(&self, mut each: impl FnMut(usize, &mut [u64]) -> bool) {
+        let visit = |touched: &mut [u8]| {
+            for (group, flags) in touched.chunks_mut(64).enumerate() {
+                // Most are clean: seen of 64 at once.
+                if flags.iter().fold(0, |all, flag| all | flag) == 0 {
+                    continue;
+                }
+                for (i, flag) in flags.iter_mut().enumerate().filter(|(_, flag)| **flag != 0) {
+                    let block = group * 64 + i;
+                    let words = &self.words[block_words(block, self.words.len())];
+                    // SAFETY: as below.
+                    let left = unsafe { lend(words, |words| each(block, words)) };
+                    *flag = u8::from(left);
                 }
             }
-            touched.store(u8::from(left != 0));
-        }
-    }
-
-    /// Moves all bits into `into` and leaves none.
-    pub(crate) fn take_into(&self, into: &mut PageBits) {
-        self.for_each_word(|word, bits| {
-            into.merge(word, bits);
-            0
-        });
-    }
-
-    /// Shows each non-zero word to `each`.
-    pub(crate) fn for_each(&self, mut each: impl FnMut(usize, u64)) {
-        self.for_each_word(|word, bits| {
-            each(word, bits);
-            bits
-        });
+        };
+        // SAFETY: who holds the shard is alone with its words and flags.
+        unsafe { lend(&self.touched, visit) }
     }
 }

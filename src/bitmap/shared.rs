@@ -2,13 +2,13 @@
 
 use super::pages::PageBits;
 use super::words::{BLOCK_WORDS, block_words, blocks_for, masks, words_for};
-use crate::sync::{AtomicU8, AtomicU64, Ordering, zeroed};
+use crate::sync::{AtomicU64, Ordering, zeroed};
 
 /// One slot's bits as shared atomics.
 pub(crate) struct SharedBits {
     words: Box<[AtomicU64]>,
-    /// One for each [`BLOCK_WORDS`] words: not zero if any of their bits may be set.
-    touched: Box<[AtomicU8]>,
+    /// A bit for each block of words: set if any bit of the block may be.
+    touched: Box<[AtomicU64]>,
 }
 
 impl SharedBits {
@@ -17,7 +17,7 @@ impl SharedBits {
         let words = words_for(pages);
         Some(Self {
             words: zeroed(words)?,
-            touched: zeroed(blocks_for(words))?,
+            touched: zeroed(blocks_for(words).div_ceil(64))?,
         })
     }
 
@@ -36,43 +36,51 @@ impl SharedBits {
         // Release: pairs with the acquire swap of the flag in `take_into`: who takes the flag sees
         // the bits. A read-modify-write, not a store, so that the flags of several writers form
         // one release sequence and the taker sees the bits of all of them.
-        self.touched[word / BLOCK_WORDS].fetch_or(1, Ordering::Release);
+        let block = word / BLOCK_WORDS;
+        self.touched[block / 64].fetch_or(1 << (block % 64), Ordering::Release);
     }
 
     /// Moves all bits into `into` and leaves none. Bits set meanwhile are moved now or next time.
     pub(crate) fn take_into(&self, into: &mut PageBits) {
-        for (block, touched) in self.touched.iter().enumerate() {
+        for (group, touched) in self.touched.iter().enumerate() {
             // Relaxed: a flag not seen yet is seen next time; a flag that the caller is bound to
             // see was set before (happens-before) its call.
             if touched.load(Ordering::Relaxed) == 0 {
                 continue;
             }
-            // Acquire: pairs with the release in `merge`. The flag goes before the bits, so that a
+            // Acquire: pairs with the release in `merge`. The flags go before the bits, so that a
             // bit set after its word was taken leaves the flag set.
-            touched.swap(0, Ordering::Acquire);
-            for word in block_words(block, self.words.len()) {
+            let flags = touched.swap(0, Ordering::Acquire);
+            self.for_each_word(group, flags, |at, word| {
                 // Relaxed: a bit that this misses comes with a flag that is still to be taken.
-                if self.words[word].load(Ordering::Relaxed) != 0 {
+                if word.load(Ordering::Relaxed) != 0 {
                     // Acquire: pairs with the release in `merge`.
-                    into.merge(word, self.words[word].swap(0, Ordering::Acquire));
+                    into.merge(at, word.swap(0, Ordering::Acquire));
                 }
-            }
+            });
         }
     }
 
     /// Adds all bits to `into` and leaves them set.
     pub(crate) fn copy_into(&self, into: &mut PageBits) {
-        for (block, touched) in self.touched.iter().enumerate() {
+        for (group, touched) in self.touched.iter().enumerate() {
             // Acquire: pairs with the release in `merge`: who sees the flag sees the bits.
-            if touched.load(Ordering::Acquire) == 0 {
-                continue;
-            }
-            for word in block_words(block, self.words.len()) {
+            let flags = touched.load(Ordering::Acquire);
+            self.for_each_word(group, flags, |at, word| {
                 // Acquire: pairs with the release in `merge`.
-                let bits = self.words[word].load(Ordering::Acquire);
+                let bits = word.load(Ordering::Acquire);
                 if bits != 0 {
-                    into.merge(word, bits);
+                    into.merge(at, bits);
                 }
+            });
+        }
+    }
+
+    /// Visits the words of the blocks that are flagged in `flags`, those of group `group`.
+    fn for_each_word(&self, group: usize, flags: u64, mut each: impl FnMut(usize, &AtomicU64)) {
+        for block in (0..64).filter(|block| flags >> block & 1 == 1) {
+            for word in block_words(group * 64 + block, self.words.len()) {
+                each(word, &self.words[word]);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use kvm_bindings::KVM_DIRTY_GFN_F_MASK;
 
-use crate::sync::{AtomicU32, Ordering, PlainU32, PlainU64};
+use crate::sync::{AtomicU32, Ordering, Plain, PlainU32, PlainU64};
 
 // The two flags of `struct kvm_dirty_gfn` in the kernel's include/uapi/linux/kvm.h. kvm-bindings
 // carries only their mask, the shifts being macros that bindgen does not translate.
