@@ -1,22 +1,49 @@
-//! x
-use kvm_dirty_ring::{DirtyLog, SlotId};
+//! Harvesting a ring that another core has filled, an entry.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use kvm_dirty_ring_benches::Tracked;
 use kvm_dirty_ring_benches::pattern::Pattern;
-use kvm_dirty_ring_benches::ring::{NoKernel, Ring};
-fn main() {
-    let entries = 65536;
-    let log = DirtyLog::with_kernel(Box::new(NoKernel), entries);
-    log.add_slot(SlotId::new(0, 0), 1 << 18).unwrap();
-    let ring = Ring::new(entries);
-    let mut vcpu = log.attach_ring(ring.memory()).unwrap();
-    let pages = Pattern::Random1.pages(1, 65472);
-    let n: usize = std::env::var("N").map_or(1, |n| n.parse().unwrap());
-    let mut index = 0;
-    for _ in 0..n {
-        index = ring.push(index, &pages);
-        let t = std::time::Instant::now();
-        assert_eq!(vcpu.harvest_and_stop(), 65472);
-        if n > 1 {
-            println!("{:.2}", t.elapsed().as_nanos() as f64 / 65472.0);
+use kvm_dirty_ring_benches::pin;
+use kvm_dirty_ring_benches::ring::Filler;
+
+fn harvest(criterion: &mut Criterion) {
+    pin(0);
+    let filler = Filler::on(1);
+    let mut group = criterion.benchmark_group("harvest");
+    for entries in [256u32, 4096, 65536] {
+        let fill = entries as usize - 64;
+        group.throughput(Throughput::Elements(fill as u64));
+        for pattern in Pattern::ALL {
+            let (slots, slot_pages) = pattern.slots();
+            let mut tracked = Tracked::new(entries, slots, slot_pages);
+            let id = BenchmarkId::new(pattern.name(), entries);
+            group.bench_function(id, |bencher| {
+                bencher.iter_custom(|iterations| {
+                    let mut total = Duration::ZERO;
+                    for seed in 0..iterations {
+                        let pages: Arc<[_]> = pattern.pages(seed, fill).into();
+                        tracked.index = filler.fill(&tracked.ring, tracked.index, &pages);
+                        let start = Instant::now();
+                        let taken = tracked.vcpu.harvest_and_stop();
+                        total += start.elapsed();
+                        assert_eq!(taken as usize, fill);
+                    }
+                    total
+                });
+            });
         }
     }
+    group.finish();
+}
+
+fn main() {
+    let criterion = Criterion::default()
+        .sample_size(50)
+        .measurement_time(Duration::from_secs(1));
+    let mut criterion = criterion.configure_from_args();
+    harvest(&mut criterion);
+    criterion.final_summary();
 }

@@ -13,7 +13,7 @@ use crate::pass::Harvester;
 use crate::ring::RingMemory;
 use crate::slot_id::SlotId;
 use crate::stats::Stats;
-use crate::sync::{Arc, AtomicBool, Mutex, lock};
+use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, lock};
 use crate::vcpu::Vcpu;
 
 /// The dirty log of one virtual machine.
@@ -236,11 +236,26 @@ impl DirtyLog {
     /// Pages under suspicion (see [`Stats::short_resets`]) are reported each time.
     ///
     /// # Errors
-    /// A reset failed, or there is no memory. `dirty` is as it was, and the pages come with the
+    /// A reset failed, or there is no memory. `dirty` is empty then, and the pages come with the
     /// next sync.
     pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
+        dirty.clear();
+        let mut collected = Collected {
+            pending: lock(&self.inner.pending),
+            dirty,
+            complete: false,
+        };
+        if !collected.pending.is_empty() {
+            core::mem::swap(&mut *collected.pending, collected.dirty);
+        }
+        self.collect(collected.dirty)?;
+        collected.complete = true;
+        Ok(())
+    }
+
+    /// Adds every page written before the call, and those under suspicion, to `dirty`.
+    fn collect(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         let harvester = &self.inner.harvester;
-        let mut pending = lock(&self.inner.pending);
         for shard in 0..harvester.pool.len() {
             // Waits for the pass that holds the shard: its pages are harvested, and we are not to
             // return without them.
@@ -250,25 +265,39 @@ impl DirtyLog {
                 // bound to report.
                 pass.harvest_all();
             }
-            if !pass.reset()?.publish_into(&mut pending) {
+            if !pass.reset()?.publish_into(dirty) {
                 return Err(SyncError::NoMemory);
             }
         }
-        if !pending.fit(&harvester.layout().slots) {
+        if !dirty.fit(&harvester.layout().slots) {
             return Err(SyncError::NoMemory);
         }
-        for (slot, bits) in pending.slots_mut() {
+        for (slot, bits) in dirty.slots_mut() {
             slot.device().take_into(bits);
             slot.copy_suspects_into(bits);
         }
-        core::mem::swap(&mut *pending, dirty);
-        pending.clear();
         Ok(())
     }
 
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
         Stats::read(&self.inner.harvester)
+    }
+}
+
+/// What a sync has collected. If it does not complete, by an error or a panic, its pages wait in the
+/// log for the next one.
+struct Collected<'a> {
+    pending: MutexGuard<'a, DirtyPages>,
+    dirty: &'a mut DirtyPages,
+    complete: bool,
+}
+
+impl Drop for Collected<'_> {
+    fn drop(&mut self) {
+        if !self.complete {
+            core::mem::swap(&mut *self.pending, self.dirty);
+        }
     }
 }
 

@@ -74,7 +74,64 @@ impl Pattern {
     }
 }
 
-/// Xorshift: numbers that a cache cannot foresee, the same for the same seed.
+/// How much of a guest of 64 GiB is dirty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dirtied {
+    /// A page of 100,000.
+    Trace,
+    /// A page of 1,000, at random.
+    Thousandth,
+    /// As many, in runs of 256.
+    ThousandthInRuns,
+    /// A page of ten, at random.
+    Tenth,
+    /// All.
+    All,
+}
+
+impl Dirtied {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Trace,
+        Self::Thousandth,
+        Self::ThousandthInRuns,
+        Self::Tenth,
+        Self::All,
+    ];
+
+    /// Pages of the guest.
+    pub const OF: u64 = 64 * GIB;
+
+    /// What tables call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Trace => "0.001 %",
+            Self::Thousandth => "0.1 % random",
+            Self::ThousandthInRuns => "0.1 % in runs",
+            Self::Tenth => "10 % random",
+            Self::All => "100 %",
+        }
+    }
+
+    /// The pages, some of them perhaps twice.
+    pub fn pages(self) -> Vec<u64> {
+        let mut random = Random(7);
+        let mut some = |count| (0..count).map(|_| random.below(Self::OF)).collect();
+        match self {
+            Self::Trace => some(Self::OF / 100_000),
+            Self::Thousandth => some(Self::OF / 1000),
+            Self::Tenth => some(Self::OF / 10),
+            Self::ThousandthInRuns => {
+                let starts: Vec<u64> = some(Self::OF / 1000 / 256);
+                let runs = starts.into_iter().map(|page| page / 256 * 256);
+                runs.flat_map(|start| start..start + 256).collect()
+            }
+            Self::All => (0..Self::OF).collect(),
+        }
+    }
+}
+
+/// Numbers that a cache cannot foresee, the same for the same seed.
 #[derive(Debug, Clone)]
 pub struct Random(pub u64);
 

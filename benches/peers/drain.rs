@@ -6,17 +6,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use hibitset::{AtomicBitSet, BitSetLike};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, SlotId, VcpuRing};
-use kvm_dirty_ring_benches::median;
-use kvm_dirty_ring_benches::pattern::Random;
-use kvm_dirty_ring_benches::ring::{NoKernel, Ring};
+use kvm_dirty_ring::DirtyPages;
+use kvm_dirty_ring_benches::pattern::Dirtied;
+use kvm_dirty_ring_benches::{Tracked, median};
 use roaring::RoaringBitmap;
 use vm_memory::bitmap::AtomicBitmap;
 
 use crate::{Effort, Report};
 
-/// Pages of 64 GiB.
-const PAGES: u64 = 1 << 24;
+/// Pages of the guest.
+const PAGES: u64 = Dirtied::OF;
 /// Pages of 1 TiB.
 const TIB: u64 = 1 << 28;
 
@@ -65,26 +64,14 @@ trait Variant {
 }
 
 struct Ours {
-    log: DirtyLog,
-    vcpu: VcpuRing,
-    ring: Ring,
-    index: usize,
+    tracked: Tracked,
     dirty: DirtyPages,
 }
 
 impl Ours {
-    const ENTRIES: u32 = 65536;
-
     fn new(pages: u64) -> Self {
-        let log = DirtyLog::with_kernel(Box::new(NoKernel), Self::ENTRIES);
-        log.add_slot(SlotId::new(0, 0), pages).expect("a slot");
-        let ring = Ring::new(Self::ENTRIES);
-        let vcpu = log.attach_ring(ring.memory()).expect("a ring");
         Self {
-            log,
-            vcpu,
-            ring,
-            index: 0,
+            tracked: Tracked::new(65536, 1, pages),
             dirty: DirtyPages::new(),
         }
     }
@@ -96,15 +83,11 @@ impl Variant for Ours {
     }
 
     fn set(&mut self, pages: &[u64]) {
-        for pages in pages.chunks(Self::ENTRIES as usize / 2) {
-            let pages: Vec<_> = pages.iter().map(|&page| (0, page)).collect();
-            self.index = self.ring.push(self.index, &pages);
-            self.vcpu.harvest_and_stop();
-        }
+        self.tracked.dirty(pages);
     }
 
     fn drain(&mut self) -> Digest {
-        self.log.sync(&mut self.dirty).expect("a sync");
+        self.tracked.log.sync(&mut self.dirty).expect("a sync");
         digest(self.dirty.runs().map(|run| (run.first_page, run.pages)))
     }
 }
@@ -202,40 +185,19 @@ fn joined(mut pages: impl Iterator<Item = u64>) -> impl Iterator<Item = (u64, u6
     })
 }
 
-/// Which pages are dirty.
-fn pages(kind: &str) -> Vec<u64> {
-    let mut random = Random(7);
-    match kind {
-        "0.001 %" => (0..PAGES / 100_000).map(|_| random.below(PAGES)).collect(),
-        "0.1 % random" => (0..PAGES / 1000).map(|_| random.below(PAGES)).collect(),
-        "0.1 % in runs" => (0..PAGES / 1000 / 256)
-            .map(|_| random.below(PAGES / 256) * 256)
-            .flat_map(|start| start..start + 256)
-            .collect(),
-        "10 % random" => (0..PAGES / 10).map(|_| random.below(PAGES)).collect(),
-        _ => (0..PAGES).collect(),
-    }
-}
-
 pub fn run(effort: Effort, report: &mut Report) {
-    for kind in [
-        "0.001 %",
-        "0.1 % random",
-        "0.1 % in runs",
-        "10 % random",
-        "100 %",
-    ] {
-        let samples = match kind {
-            "100 %" | "10 % random" if effort.quick => effort.samples.min(5),
+    for dirtied in Dirtied::ALL {
+        let samples = match dirtied {
+            Dirtied::All | Dirtied::Tenth if effort.quick => effort.samples.min(5),
             _ => effort.samples,
         };
-        compare(report, samples, kind);
+        compare(report, samples, dirtied);
     }
     idle(effort, report);
 }
 
-fn compare(report: &mut Report, samples: usize, kind: &str) {
-    let pages = pages(kind);
+fn compare(report: &mut Report, samples: usize, dirtied: Dirtied) {
+    let pages = dirtied.pages();
     let words = || (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect();
     let page = NonZeroUsize::new(4096).expect("not zero");
     let mut variants: Vec<Box<dyn Variant>> = vec![
@@ -269,7 +231,7 @@ fn compare(report: &mut Report, samples: usize, kind: &str) {
         reading.push(start.elapsed().as_nanos() as f64);
     }
     let medians: Vec<_> = times.iter_mut().map(|times| median(times)).collect();
-    let case = format!("drain, 64 GiB, {kind}");
+    let case = format!("drain, 64 GiB, {}", dirtied.name());
     for (variant, &ns) in variants.iter().zip(&medians).skip(1) {
         report.add(case.clone(), medians[0], variant.name(), ns);
     }
