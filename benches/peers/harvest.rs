@@ -243,7 +243,7 @@ impl Variant for Scan {
     }
 }
 
-pub fn run(effort: Effort, report: &mut Report) {
+pub fn run(effort: &Effort, report: &mut Report) {
     pin(0);
     let filler = Filler::on(1);
     let rings: &[u32] = match effort.quick {
@@ -258,7 +258,11 @@ pub fn run(effort: Effort, report: &mut Report) {
     two_harvesters(effort, report);
 }
 
-fn compare(effort: Effort, report: &mut Report, filler: &Filler, entries: u32, pattern: Pattern) {
+fn compare(effort: &Effort, report: &mut Report, filler: &Filler, entries: u32, pattern: Pattern) {
+    let case = format!("harvest, {}, ring {entries}", pattern.name());
+    if !effort.takes(&case) {
+        return;
+    }
     let (slots, pages) = pattern.slots();
     let ring = Ring::new(entries);
     let mut variants: Vec<Box<dyn Variant>> = vec![
@@ -312,14 +316,17 @@ fn compare(effort: Effort, report: &mut Report, filler: &Filler, entries: u32, p
     }
     let medians: Vec<_> = times.iter_mut().map(|times| median(times)).collect();
     for (variant, &ns) in variants.iter().zip(&medians).skip(1) {
-        let case = format!("harvest, {}, ring {entries}", pattern.name());
-        report.add(case, medians[0], variant.name(), ns);
+        report.add(case.clone(), medians[0], variant.name(), ns);
     }
 }
 
 /// Two threads, each on its own ring, the same pages in both, beside one alone.
-fn two_harvesters(effort: Effort, report: &mut Report) {
+fn two_harvesters(effort: &Effort, report: &mut Report) {
     const ENTRIES: u32 = 4096;
+    let case = "two harvesters, the same pages".to_string();
+    if !effort.takes(&case) {
+        return;
+    }
     let fill = ENTRIES as usize - 64;
     let log = DirtyLog::with_kernel(Box::new(NoKernel), ENTRIES);
     let (slots, pages) = Pattern::Random1.slots();
@@ -376,6 +383,5 @@ fn two_harvesters(effort: Effort, report: &mut Report) {
             both.push(two);
         }
     }
-    let case = "two harvesters, the same pages".to_string();
     report.add(case, median(&mut both), "one at a time", median(&mut alone));
 }

@@ -1,7 +1,7 @@
 //! This crate beside what its users could take instead.
 //!
 //! `cargo bench --bench peers` prints a table; `-- --quick` takes less than a minute,
-//! `-- --json FILE` writes `[{case, ours_ns, peer, peer_ns, ratio}]`. All variants of a case run
+//! `-- TEXT` takes only cases with TEXT in their names, `-- --json FILE` writes `[{case, ours_ns, peer, peer_ns, ratio}]`. All variants of a case run
 //! interleaved in one process; their results are compared before they are timed.
 
 mod drain;
@@ -11,11 +11,19 @@ mod report;
 use report::Report;
 
 /// How thorough a run is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Effort {
     /// Samples of each variant.
     samples: usize,
     quick: bool,
+    /// What the names of the cases to run contain.
+    only: String,
+}
+
+impl Effort {
+    fn takes(&self, case: &str) -> bool {
+        case.contains(&self.only)
+    }
 }
 
 fn main() {
@@ -23,32 +31,26 @@ fn main() {
     let mut effort = Effort {
         samples: 101,
         quick: false,
+        only: String::new(),
     };
     let mut json = None;
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
-            "--quick" => {
-                effort = Effort {
-                    samples: 51,
-                    quick: true,
-                }
-            }
+            "--quick" => (effort.samples, effort.quick) = (51, true),
             "--json" => json = Some(arguments.next().expect("--json takes a file")),
             // `cargo bench` passes --bench, `cargo test --benches` passes nothing: then a few
             // samples show that it runs.
             "--bench" => {}
-            other => panic!("unknown argument {other}: --quick and --json FILE are known"),
+            only if !only.starts_with('-') => effort.only = only.into(),
+            other => panic!("unknown argument {other}: --quick, --json FILE and TEXT are known"),
         }
     }
     if !std::env::args().any(|argument| argument == "--bench") {
-        effort = Effort {
-            samples: 3,
-            quick: true,
-        };
+        (effort.samples, effort.quick) = (1, true);
     }
     let mut report = Report::default();
-    harvest::run(effort, &mut report);
-    drain::run(effort, &mut report);
+    harvest::run(&effort, &mut report);
+    drain::run(&effort, &mut report);
     report.print();
     if let Some(file) = json {
         report.write(&file).expect("writing the report");

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use super::runs::BitRuns;
-use super::words::{BLOCK_WORDS, masks, words_for};
+use super::words::{BLOCK_WORDS, masks, ones, words_for};
 use crate::sync::zeroed;
 
 /// Up to so many non-zero words of 64 are cleared one by one, more all at once.
@@ -143,13 +143,4 @@ impl PageBits {
     pub(crate) fn runs(&self, words: Range<usize>) -> BitRuns<'_> {
         BitRuns::new(self, words)
     }
-}
-
-/// The positions of the ones of `word`, ascending.
-fn ones(mut word: u64) -> impl Iterator<Item = usize> {
-    core::iter::from_fn(move || {
-        let position = (word != 0).then(|| word.trailing_zeros() as usize)?;
-        word &= word - 1;
-        Some(position)
-    })
 }

@@ -1,7 +1,7 @@
 //! Bits that any thread may set at any time: the writes of devices, and the pages under suspicion.
 
 use super::pages::PageBits;
-use super::words::{BLOCK_WORDS, block_words, blocks_for, masks, words_for};
+use super::words::{BLOCK_WORDS, block_words, blocks_for, masks, ones, words_for};
 use crate::sync::{AtomicU64, Ordering, zeroed};
 
 /// One slot's bits as shared atomics.
@@ -78,7 +78,7 @@ impl SharedBits {
 
     /// Visits the words of the blocks that are flagged in `flags`, those of group `group`.
     fn for_each_word(&self, group: usize, flags: u64, mut each: impl FnMut(usize, &AtomicU64)) {
-        for block in (0..64).filter(|block| flags >> block & 1 == 1) {
+        for block in ones(flags) {
             for word in block_words(group * 64 + block, self.words.len()) {
                 each(word, &self.words[word]);
             }

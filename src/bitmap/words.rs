@@ -36,6 +36,15 @@ pub(crate) fn masks(first: u64, pages: u64) -> impl Iterator<Item = (usize, u64)
     })
 }
 
+/// The positions of the ones of `word`, ascending.
+pub(crate) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let position = (word != 0).then(|| word.trailing_zeros() as usize)?;
+        word &= word - 1;
+        Some(position)
+    })
+}
+
 #[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::*;
