@@ -169,12 +169,7 @@ impl<'a> Pass<'a, Harvested> {
         let alone = ring.all_recycled() && !overrun;
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut misses = Misses::default();
-        // In two steps, the bits of a block all looked up before the first is set: while one waits
-        // for its memory, the others' is on its way.
-        let entries = ring.harvest_blocks(
-            |slot, page| lookup.hit(slot, page, &mut misses),
-            |hits| hits.iter().for_each(|hit| hit.set()),
-        );
+        let entries = ring.harvest_blocks(|entries| lookup.take(entries, &mut misses));
         drop(ring);
 
         self.note_marked(entries);

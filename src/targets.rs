@@ -1,11 +1,13 @@
 //! How a ring entry finds its bit: one table for each shard, made when slots change.
 
+use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::words::BLOCK_WORDS;
 use crate::memslots::Table;
 use crate::prefetch;
+use crate::ring::{BLOCK, Entry};
 use crate::sync::{Plain, PlainU8, PlainU64};
 
 /// Where one slot's bits of one shard are.
@@ -79,19 +81,11 @@ impl Targets {
 }
 
 /// A table of targets in the hands of a pass.
-#[derive(Clone, Copy)]
 pub(crate) struct Lookup<'a> {
     targets: &'a [Target],
     id_bits: u32,
     foreign_bits: u32,
     nowhere: &'a PlainU64,
-}
-
-/// One bit to be set.
-#[derive(Clone, Copy)]
-pub(crate) struct Hit<'a> {
-    word: &'a PlainU64,
-    mask: u64,
 }
 
 /// Entries that have no bit, by reason.
@@ -101,14 +95,52 @@ pub(crate) struct Misses {
     pub(crate) out_of_range: u64,
 }
 
-impl<'a> Lookup<'a> {
-    /// The bit of page `page` of the slot that KVM calls `slot`, asked for and its block flagged as
-    /// touched. It is not set yet.
+/// One bit to be set.
+#[derive(Clone, Copy)]
+struct Hit<'a> {
+    word: &'a PlainU64,
+    mask: u64,
+}
+
+impl Lookup<'_> {
+    /// Sets the bits of a block of dirty entries, at most [`BLOCK`], and marks them for reset.
     ///
-    /// No branch depends on which slot it is: a cache of the last one would cost more by its misses
-    /// than it saves.
+    /// In two steps, the bits all looked up before the first is set: while one waits for its
+    /// memory, the others' is on its way.
     #[inline(always)]
-    pub(crate) fn hit(self, slot: u32, page: u64, misses: &mut Misses) -> Hit<'a> {
+    pub(crate) fn take(&self, entries: &[Entry], misses: &mut Misses) {
+        let Some(first) = entries.first() else {
+            return;
+        };
+        let mut hits = [MaybeUninit::<Hit<'_>>::uninit(); BLOCK as usize];
+        let (slot, _) = first.payload();
+        // Most blocks are of one slot, which then is looked up once. For the others no branch
+        // depends on the slot: a cache of the last one would cost more by its misses than it saves.
+        if entries.iter().all(|entry| entry.payload().0 == slot) {
+            let target = *self.target(slot);
+            for (entry, hit) in entries.iter().zip(&mut hits) {
+                hit.write(self.hit(&target, entry.payload().1, misses));
+                // Only now: from here on the kernel may overwrite the payload.
+                entry.mark_reset();
+            }
+        } else {
+            for (entry, hit) in entries.iter().zip(&mut hits) {
+                let (slot, page) = entry.payload();
+                hit.write(self.hit(self.target(slot), page, misses));
+                // As above.
+                entry.mark_reset();
+            }
+        }
+        for hit in &hits[..entries.len()] {
+            // SAFETY: one of the loops above has written a hit for each entry.
+            let hit = unsafe { hit.assume_init() };
+            hit.word.store(hit.word.load() | hit.mask);
+        }
+    }
+
+    /// Where the bits of the slot are that KVM calls `slot`.
+    #[inline(always)]
+    fn target(&self, slot: u32) -> &Target {
         let none = self.targets.len() - 1;
         let id_mask = (1 << self.id_bits) - 1;
         let place = ((slot >> 16) << self.id_bits | slot & id_mask) as usize;
@@ -119,7 +151,12 @@ impl<'a> Lookup<'a> {
         };
         // SAFETY: without foreign bits the place is below 2^(bits of spaces + bits of ids), and
         // there is one target more than that.
-        let target = unsafe { self.targets.get_unchecked(place) };
+        unsafe { self.targets.get_unchecked(place) }
+    }
+
+    /// The bit of page `page`, asked for, and its block flagged as touched.
+    #[inline(always)]
+    fn hit(&self, target: &Target, page: u64, misses: &mut Misses) -> Hit<'_> {
         if page >= target.pages {
             return self.miss(target, misses);
         }
@@ -141,7 +178,7 @@ impl<'a> Lookup<'a> {
     }
 
     #[cold]
-    fn miss(self, target: &Target, misses: &mut Misses) -> Hit<'a> {
+    fn miss(&self, target: &Target, misses: &mut Misses) -> Hit<'_> {
         if target.pages == 0 {
             misses.unknown_slot += 1;
         } else {
@@ -151,13 +188,5 @@ impl<'a> Lookup<'a> {
             word: self.nowhere,
             mask: 0,
         }
-    }
-}
-
-impl Hit<'_> {
-    /// Sets the bit.
-    #[inline(always)]
-    pub(crate) fn set(self) {
-        self.word.store(self.word.load() | self.mask);
     }
 }

@@ -3,8 +3,6 @@
 //! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of
 //! the protocol; [`RingView`] is the consumer with its cached index.
 
-use core::mem::MaybeUninit;
-
 use crate::prefetch;
 
 mod entry;
@@ -13,7 +11,7 @@ mod memory;
 pub(crate) mod producer;
 
 pub use entry::Entry;
-use memory::BLOCK;
+pub(crate) use memory::BLOCK;
 pub use memory::RingMemory;
 
 /// Entries in a cache line of 64 bytes.
@@ -49,19 +47,21 @@ impl RingView {
     /// Returns how many entries there were, at most a whole ring of them.
     ///
     /// Nothing about a payload is checked: it is what the ring holds.
-    pub fn harvest(&mut self, take: impl FnMut(u32, u64)) -> u32 {
-        self.harvest_blocks(take, |_| ())
+    pub fn harvest(&mut self, mut take: impl FnMut(u32, u64)) -> u32 {
+        self.harvest_blocks(|entries| {
+            for entry in entries {
+                let (slot, page) = entry.payload();
+                take(slot, page);
+                // Only now: from here on the kernel may overwrite the payload.
+                entry.mark_reset();
+            }
+        })
     }
 
-    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries: `each` makes something
-    /// of every payload of a block, then `all` gets what was made of them.
+    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side: `take`
+    /// has to read the payload of each entry and then mark it for reset.
     #[inline(always)]
-    pub(crate) fn harvest_blocks<T: Copy>(
-        &mut self,
-        mut each: impl FnMut(u32, u64) -> T,
-        mut all: impl FnMut(&[T]),
-    ) -> u32 {
-        let mut made = [MaybeUninit::<T>::uninit(); BLOCK as usize];
+    pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> u32 {
         let mut taken = 0;
         while taken < self.entries() {
             let block = self.memory.block_from(self.head);
@@ -75,19 +75,9 @@ impl RingView {
                 let count = block.iter().take_while(|entry| entry.is_dirty()).count();
                 &block[..count]
             };
-            for (entry, made) in dirty.iter().zip(&mut made) {
-                let (slot, page) = entry.payload();
-                made.write(each(slot, page));
-                // Only now: from here on the kernel may overwrite the payload.
-                entry.mark_reset();
-            }
-            let count = dirty.len() as u32;
-            self.head = self.head.wrapping_add(count);
-            taken += count;
-            let made = &made[..count as usize];
-            // SAFETY: the loop above has written the first `count`, which are at most a block.
-            let made = unsafe { &*(core::ptr::from_ref(made) as *const [T]) };
-            all(made);
+            take(dirty);
+            self.head = self.head.wrapping_add(dirty.len() as u32);
+            taken += dirty.len() as u32;
             if !whole {
                 break;
             }
