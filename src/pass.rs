@@ -146,14 +146,22 @@ impl<'a> Pass<'a, Harvested> {
         let alone = ring.all_recycled() && !overrun;
         let (slots, shard) = (&self.layout.slots, &self.shard);
         let (mut unknown_slot, mut out_of_range) = (0, 0);
-        let entries = ring.harvest(|raw, page| match slots.get(raw) {
+        let mut take = |raw, page| match slots.get(raw) {
             Some(slot) if page < slot.pages() => slot.shard(shard).set(page),
             Some(_) => out_of_range += 1,
             None => unknown_slot += 1,
-        });
+        };
+        let mut entries = ring.harvest(&mut take);
+        let mut gap = 0;
+        if ring.was_overrun() {
+            // That overrun is noted already; the gap it left shows once the vCPU runs on. What
+            // lies beyond must not wait for a full exit.
+            gap = ring.rejoin();
+            entries += ring.harvest(&mut take);
+        }
         drop(ring);
 
-        self.note_marked(entries);
+        self.note_marked(entries + gap);
         vcpu.counts.taken.add(entries.into());
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());
