@@ -167,12 +167,18 @@ impl<'a> Pass<'a, Harvested> {
         let mut ring = lock(&vcpu.ring);
         let overrun = ring.is_overrun();
         let alone = ring.all_recycled() && !overrun;
+        // That overrun is noted already; the gap it left shows once the vCPU has run on. What lies
+        // beyond must not wait for a full exit.
+        let gap = match ring.was_overrun() {
+            true => ring.rejoin(),
+            false => 0,
+        };
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut misses = Misses::default();
         let entries = ring.harvest_blocks(|entries| lookup.take(entries, &mut misses));
         drop(ring);
 
-        self.note_marked(entries);
+        self.note_marked(entries + gap);
         vcpu.counts.taken.add(entries.into());
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());

@@ -4,8 +4,8 @@ use core::time::Duration;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use crate::error::ReaperError;
-use crate::kvm::SignalsBlocked;
+use crate::error::{ReaperError, ResetError};
+use crate::kvm::block_for_good;
 use crate::log::DirtyLog;
 use crate::pacing::{Decision, Fixed, Observation, Pacing, RingObservation};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock, thread};
@@ -112,12 +112,10 @@ impl Drop for Reaper {
 
 /// The reaper's life.
 fn run(log: &DirtyLog, mut policy: Box<dyn Pacing>, control: &Control) {
-    match SignalsBlocked::new() {
-        Ok(blocked) => blocked.for_good(),
+    if let Err(error) = block_for_good() {
         // Each reset blocks them anyway, and says so if it can't.
-        Err(error) => control.report(crate::error::ResetError {
-            source: Arc::new(error),
-        }),
+        let source = Arc::new(error);
+        control.report(ResetError { source });
     }
     let mut rings = Vec::new();
     let mut last_look = Instant::now();

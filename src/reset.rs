@@ -91,7 +91,6 @@ impl ResetGate {
             drop(state);
             let mut turn = Turn {
                 gate: self,
-                outstanding,
                 outcome: Err(io::Error::other("the reset panicked")),
             };
             turn.outcome = self.recycle(kernel, outstanding);
@@ -123,7 +122,6 @@ impl ResetGate {
 /// One reset in flight. Ending it, by unwinding too, lets the others go on.
 struct Turn<'a> {
     gate: &'a ResetGate,
-    outstanding: u64,
     outcome: io::Result<u64>,
 }
 
@@ -135,9 +133,9 @@ impl Drop for Turn<'_> {
         match core::mem::replace(&mut self.outcome, Ok(0)) {
             Ok(recycled) => {
                 state.succeeded = state.finished;
-                // Entries that even the repeated ioctl left (an overrun ring has such) would make
-                // every later reset look short: they are written off, as their pages are suspect.
-                state.recycled += recycled.max(self.outstanding);
+                // What even the repeated ioctl left stays outstanding. A later one may recycle it;
+                // written off, it would then stand in for as many entries that one has left.
+                state.recycled += recycled;
             }
             Err(error) => {
                 self.gate.failures.add(1);

@@ -5,14 +5,8 @@ use std::fmt;
 use std::fs;
 use std::thread;
 
+use kvm_dirty_ring::HostSupport;
 use kvm_ioctls::Kvm;
-
-/// The one API version KVM has had since Linux 2.6.22; userspace must refuse any other.
-const API_VERSION: i32 = 12;
-/// `KVM_CAP_DIRTY_LOG_RING`: the dirty ring of strongly ordered machines.
-const CAP_DIRTY_LOG_RING: libc::c_ulong = 192;
-/// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`: the dirty ring of every architecture that has one.
-const CAP_DIRTY_LOG_RING_ACQ_REL: libc::c_ulong = 223;
 
 /// The machine a figure was measured on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,32 +56,10 @@ impl fmt::Display for Host {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HostError {
-    /// There is no `/dev/kvm`.
-    #[error(
-        "/dev/kvm is missing: load a KVM module (kvm_intel, kvm_amd), or, inside a virtual \
-         machine, turn on nested virtualization"
-    )]
-    Missing,
-    /// `/dev/kvm` is there and this user may not open it.
-    #[error("/dev/kvm may not be opened by this user: join the group `kvm` or run as root")]
-    NoPermission,
-    /// `/dev/kvm` is there and cannot be opened.
-    #[error("/dev/kvm cannot be opened: see the cause, and `dmesg` for what KVM said of it")]
-    Open(#[source] kvm_ioctls::Error),
-    /// KVM speaks an API this program does not know.
-    #[error("KVM has API version {found}, not {API_VERSION}: run on Linux 5.11 or newer")]
-    WrongApi {
-        /// The version KVM answered.
-        found: i32,
-    },
-    /// KVM has no dirty ring.
-    #[error(
-        "KVM offers no dirty ring (capability {CAP_DIRTY_LOG_RING} or \
-         {CAP_DIRTY_LOG_RING_ACQ_REL}): run on Linux 5.11 or newer on x86-64, 6.1 or newer on \
-         arm64"
-    )]
-    NoDirtyRing,
-    /// `/dev/kvm` opens and makes no virtual machine.
+    /// There are no dirty rings to be had.
+    #[error(transparent)]
+    NoRings(#[from] kvm_dirty_ring::error::HostError),
+    /// KVM offers dirty rings and makes no virtual machine.
     #[error(
         "KVM makes no virtual machine: virtualization may be off in the firmware or in use by \
          another hypervisor; see the cause, and `dmesg`"
@@ -100,19 +72,8 @@ pub enum HostError {
 /// # Errors
 /// Says which of these is not so, and what to do about it; one line, fit for a skipped test.
 pub fn kvm_available() -> Result<Kvm, HostError> {
-    let kvm = Kvm::new().map_err(|source| match source.errno() {
-        libc::ENOENT | libc::ENXIO | libc::ENODEV => HostError::Missing,
-        libc::EACCES | libc::EPERM => HostError::NoPermission,
-        _ => HostError::Open(source),
-    })?;
-    let found = kvm.get_api_version();
-    if found != API_VERSION {
-        return Err(HostError::WrongApi { found });
-    }
-    let ring = |cap| kvm.check_extension_raw(cap) > 0;
-    if !ring(CAP_DIRTY_LOG_RING) && !ring(CAP_DIRTY_LOG_RING_ACQ_REL) {
-        return Err(HostError::NoDirtyRing);
-    }
+    HostSupport::query()?;
+    let kvm = Kvm::new().map_err(HostError::NoVm)?;
     kvm.create_vm().map_err(HostError::NoVm)?;
     Ok(kvm)
 }

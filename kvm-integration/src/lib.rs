@@ -6,8 +6,11 @@
 //! [`VcpuThread`], reads their progress while they run, and compares [`GuestMemory`] byte for
 //! byte when they stand still.
 //!
-//! The guest is x86-64 code, so the machine itself is there on x86-64 only; [`host`],
-//! [`memory`] and [`workload`] build everywhere.
+//! On top of it, [`machine`] makes such a guest, or one on the simulated kernel, ready to be
+//! migrated, and [`migration`] migrates it.
+//!
+//! The guest is x86-64 code, so the machine itself is there on x86-64 only; everything else builds
+//! everywhere.
 //!
 //! ```no_run
 //! # #[cfg(target_arch = "x86_64")]
@@ -35,7 +38,11 @@
 //! ```
 
 pub mod host;
+pub mod machine;
 pub mod memory;
+pub mod migration;
+pub mod rate;
+pub mod stamp;
 pub mod workload;
 
 #[cfg(target_arch = "x86_64")]

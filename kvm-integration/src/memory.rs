@@ -185,13 +185,19 @@ impl GuestMemory {
             self.pages, other.pages,
             "guest memories of two sizes were compared"
         );
-        (0..self.pages).filter(move |&page| {
-            let (a, b) = (self.run(page, 1), other.run(page, 1));
-            // SAFETY: run() made sure that both pages are mapped. memcmp takes pointers, so no
-            // slice is made.
-            let order = unsafe { libc::memcmp(a.cast(), b.cast(), PAGE_SIZE as usize) };
-            order != 0
-        })
+        (0..self.pages).filter(move |&page| self.page_differs(page, other))
+    }
+
+    /// Whether the two differ in this page, byte for byte. Call it when no vCPU runs.
+    ///
+    /// # Panics
+    /// If `page` is out of bounds of either.
+    pub fn page_differs(&self, page: u64, other: &GuestMemory) -> bool {
+        let (a, b) = (self.run(page, 1), other.run(page, 1));
+        // SAFETY: run() made sure that both pages are mapped. memcmp takes pointers, so no slice is
+        // made.
+        let order = unsafe { libc::memcmp(a.cast(), b.cast(), PAGE_SIZE as usize) };
+        order != 0
     }
 
     fn word(&self, offset: u64) -> *mut u64 {

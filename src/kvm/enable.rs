@@ -23,6 +23,9 @@ const MAX_ENTRIES: u32 = 65536;
 /// the kernel keep in reserve.
 const MIN_ENTRIES_WITH_PML: u32 = 1024;
 
+/// How many slot ids are tried, from the last one down, to find one that the VMM does not use.
+const IDS_TRIED: usize = 16;
+
 /// The size of a ring: a power of two, from one host page (256 entries of 16 bytes in 4 KiB) to
 /// 65,536 entries.
 ///
@@ -136,9 +139,14 @@ impl HostSupport {
 pub(super) fn enable(fd: &impl AsRawFd, entries: RingEntries) -> Result<(), EnableError> {
     let failed = |call| move |source| EnableError::Kvm { call, source };
     let found = HostSupport::of(fd).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOTTY | libc::EBADF) => EnableError::NotAVm,
+        // EINVAL is what a vCPU says.
+        Some(libc::ENOTTY | libc::EBADF | libc::EINVAL) => EnableError::NotAVm,
         _ => failed("KVM_CHECK_EXTENSION")(error),
     })?;
+    // /dev/kvm answers both, a VM only the former.
+    if ioctl_value(fd, ioctl::GET_API_VERSION, 0).is_ok() {
+        return Err(EnableError::NotAVm);
+    }
     let (support, cap) = found.ok_or(EnableError::NoDirtyRing)?;
     fits(entries.get(), support.max_entries)?;
     if is_enabled(fd)? {
@@ -216,7 +224,7 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     let slots = slots.map_err(failed("KVM_CHECK_EXTENSION"))?;
     let memory = MmapMut::map_anon(page_size()).map_err(failed("mmap"))?;
     let mut region = kvm_userspace_memory_region {
-        slot: slots.saturating_sub(1),
+        slot: 0,
         flags: KVM_MEM_LOG_DIRTY_PAGES,
         guest_phys_addr: 0,
         memory_size: page_size() as u64,
@@ -228,13 +236,18 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
         unsafe { ioctl_struct(fd, ioctl::SET_USER_MEMORY_REGION, region) }
     };
     let call = "KVM_SET_USER_MEMORY_REGION";
-    // Where guest memory ends is not known: the page below the first power of two that is free.
+    // Which ids are free is not known, and where guest memory ends neither: the last id, and the
+    // page below the last power of two, that KVM takes. It takes no id that is in use: its slot
+    // would have to move to other memory of ours (EINVAL).
     let mut refused = Err(io::Error::from_raw_os_error(libc::EINVAL));
-    for bits in (20..=45).rev() {
-        region.guest_phys_addr = (1 << bits) - region.memory_size;
-        refused = set_region(&mut region);
-        if refused.is_ok() {
-            break;
+    'found: for slot in (0..slots).rev().take(IDS_TRIED) {
+        for bits in (20..=45).rev() {
+            region.slot = slot;
+            region.guest_phys_addr = (1 << bits) - region.memory_size;
+            refused = set_region(&mut region);
+            if refused.is_ok() {
+                break 'found;
+            }
         }
     }
     refused.map_err(failed(call))?;

@@ -21,6 +21,13 @@ pub(crate) fn map_ring(vcpu_fd: &impl AsRawFd, entries: u32) -> io::Result<RingM
         .map_raw(vcpu_fd.as_raw_fd())?;
     // A child that wrote to it would mark entries of our guest.
     map.advise(Advice::DontFork)?;
+    // The kernel maps whatever it is asked for and answers the first look at a page that is none of
+    // this vCPU's ring with SIGBUS (`kvm_vcpu_fault`): of a VM whose rings are smaller, or off.
+    // Better to look at all of them now; kernels before 5.14 can't.
+    match map.advise(Advice::PopulateRead) {
+        Err(error) if error.raw_os_error() != Some(libc::EINVAL) => return Err(error),
+        _ => {}
+    }
     let start = NonNull::new(map.as_mut_ptr().cast::<Entry>());
     let start = start.ok_or_else(|| io::Error::other("a mapping at address zero"))?;
     // SAFETY: the mapping is that long, page-aligned, and lives as long as its owner, `map`.

@@ -8,7 +8,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 pub use enable::{HostSupport, RingEntries};
-pub(crate) use signals::SignalsBlocked;
+use signals::SignalsBlocked;
+pub(crate) use signals::block_for_good;
 
 use crate::error::{AttachError, EnableError};
 use crate::kernel::{Kernel, RESERVED_ENTRIES};

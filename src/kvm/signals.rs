@@ -5,47 +5,64 @@ use core::mem::MaybeUninit;
 use std::io;
 
 /// While it lives, every signal that can be blocked is, on the thread that made it.
+///
+/// Not by `pthread_sigmask`: C libraries keep the signals they use themselves out of it, and a
+/// `setuid` on some other thread would interrupt ours.
 pub(crate) struct SignalsBlocked {
-    before: libc::sigset_t,
+    before: u64,
     /// A thread's mask is its own: the guard must be dropped where it was made.
     _not_send: PhantomData<*const ()>,
 }
 
 impl SignalsBlocked {
-    /// Blocks them.
+    /// Blocks them. For a short time only, as the C library has to wait.
     pub(crate) fn new() -> io::Result<Self> {
-        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: sigfillset only writes the set it is given.
-        unsafe { libc::sigfillset(all.as_mut_ptr()) };
-        // SAFETY: sigfillset has initialised it; it cannot fail with a valid pointer.
-        let all = unsafe { all.assume_init() };
         Ok(Self {
-            before: set_mask(&all)?,
+            before: set_mask(u64::MAX)?,
             _not_send: PhantomData,
         })
-    }
-
-    /// Leaves them blocked for the rest of the thread's life.
-    pub(crate) fn for_good(self) {
-        core::mem::forget(self);
     }
 }
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
         // It fails for a wrong argument only, and this is the mask that the kernel gave us.
-        let _ = set_mask(&self.before);
+        let _ = set_mask(self.before);
     }
 }
 
-/// Sets the calling thread's mask and returns the one before.
-fn set_mask(mask: &libc::sigset_t) -> io::Result<libc::sigset_t> {
-    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: both sets are valid for the call, which reads the one and writes the other.
-    match unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, before.as_mut_ptr()) } {
-        // SAFETY: the call succeeded, so it has written the set.
-        0 => Ok(unsafe { before.assume_init() }),
+/// Blocks every signal for the rest of the calling thread's life, but for the C library's own.
+pub(crate) fn block_for_good() -> io::Result<()> {
+    let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigfillset initialises the set it is given, and cannot fail with a valid pointer;
+    // pthread_sigmask reads it, and takes a null pointer for no interest in the mask before.
+    let result = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), core::ptr::null_mut())
+    };
+    match result {
+        0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Sets the calling thread's mask, a bit a signal, and returns the one before.
+fn set_mask(mask: u64) -> io::Result<u64> {
+    let mut before = 0u64;
+    // SAFETY: the call reads one mask and writes the other, both of the size that it is told, which
+    // is the kernel's on every 64-bit architecture.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const mask,
+            &raw mut before,
+            size_of::<u64>(),
+        )
+    };
+    match result {
+        0 => Ok(before),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -53,21 +70,35 @@ fn set_mask(mask: &libc::sigset_t) -> io::Result<libc::sigset_t> {
 mod tests {
     use super::*;
 
-    fn blocked(signal: i32) -> bool {
-        let mut now = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: without a new set the call only writes the current one.
-        unsafe {
-            libc::pthread_sigmask(libc::SIG_SETMASK, core::ptr::null(), now.as_mut_ptr());
-            libc::sigismember(now.as_ptr(), signal) == 1
-        }
+    /// The calling thread's mask; SIGKILL and SIGSTOP never are in it.
+    fn mask() -> u64 {
+        let mask = set_mask(0).unwrap();
+        set_mask(mask).unwrap();
+        mask
     }
+
+    const UNBLOCKABLE: u64 = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
 
     #[test]
     fn blocks_all_while_it_lives() {
-        assert!(!blocked(libc::SIGUSR1));
+        let before = mask();
+        assert_eq!(before & 1 << (libc::SIGUSR1 - 1), 0);
         let guard = SignalsBlocked::new().unwrap();
-        assert!([libc::SIGUSR1, libc::SIGALRM, libc::SIGRTMIN() + 3].map(blocked) == [true; 3]);
+        assert_eq!(mask(), !UNBLOCKABLE);
         drop(guard);
-        assert!(!blocked(libc::SIGUSR1));
+        assert_eq!(mask(), before);
+    }
+
+    #[test]
+    fn blocks_for_good_what_is_not_the_c_librarys() {
+        std::thread::spawn(|| {
+            block_for_good().unwrap();
+            let others = mask() | UNBLOCKABLE;
+            for signal in (1..=31).chain(libc::SIGRTMIN()..=libc::SIGRTMAX()) {
+                assert_ne!(others & 1 << (signal - 1), 0, "signal {signal}");
+            }
+        })
+        .join()
+        .unwrap();
     }
 }

@@ -26,6 +26,8 @@ pub struct RingView {
     memory: RingMemory,
     /// Index of the next entry to harvest. Wraps at 2^32, as the kernel's do.
     head: u32,
+    /// Whether the ring was ever seen overrun: then there may be a gap at the head.
+    was_overrun: bool,
 }
 
 impl RingView {
@@ -34,6 +36,7 @@ impl RingView {
         Self {
             head: memory.first_index(),
             memory,
+            was_overrun: false,
         }
     }
 
@@ -102,8 +105,16 @@ impl RingView {
     ///
     /// The entry behind the head was harvested a whole ring ago. If it is dirty again, the kernel's
     /// write index is at least a ring ahead of ours, and so of its own reset index.
-    pub(crate) fn is_overrun(&self) -> bool {
-        self.memory.at(self.head.wrapping_sub(1)).is_dirty()
+    pub(crate) fn is_overrun(&mut self) -> bool {
+        let overrun = self.memory.at(self.head.wrapping_sub(1)).is_dirty();
+        self.was_overrun |= overrun;
+        overrun
+    }
+
+    /// Whether the ring was ever seen overrun: only then is [`rejoin`](Self::rejoin) worth its look
+    /// at every entry.
+    pub(crate) fn was_overrun(&self) -> bool {
+        self.was_overrun
     }
 
     /// Whether the kernel has recycled everything that was harvested.
@@ -135,6 +146,164 @@ impl RingView {
             self.memory.at(self.head).mark_reset();
             self.head = self.head.wrapping_add(1);
         }
+        self.was_overrun = true;
         gap
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::producer::Producer;
+    use super::*;
+
+    const ENTRIES: u32 = 8;
+
+    fn ring(first_index: u32) -> (Producer, RingView) {
+        let producer = Producer::new(ENTRIES, first_index);
+        let view = RingView::new(producer.memory());
+        (producer, view)
+    }
+
+    fn push(producer: &Producer, pages: core::ops::Range<u64>) {
+        for page in pages {
+            producer.push(5, page);
+        }
+    }
+
+    fn harvest(view: &mut RingView) -> Vec<u64> {
+        let mut pages = Vec::new();
+        let taken = view.harvest(|slot, page| {
+            assert_eq!(slot, 5);
+            pages.push(page);
+        });
+        assert_eq!(taken as usize, pages.len());
+        pages
+    }
+
+    fn recycle(producer: &Producer) -> Vec<u64> {
+        let mut pages = Vec::new();
+        let recycled = producer.recycle(u32::MAX, |_, page| pages.push(page));
+        assert_eq!(recycled as usize, pages.len());
+        pages
+    }
+
+    #[test]
+    fn a_harvest_takes_what_is_dirty_in_order() {
+        let (producer, mut view) = ring(0);
+        assert_eq!(harvest(&mut view), []);
+        push(&producer, 0..3);
+        assert_eq!(harvest(&mut view), [0, 1, 2]);
+        // They wait for their reset, and are not taken twice.
+        assert_eq!(harvest(&mut view), []);
+        push(&producer, 3..5);
+        assert_eq!(harvest(&mut view), [3, 4]);
+        assert_eq!(recycle(&producer), [0, 1, 2, 3, 4]);
+        assert_eq!(harvest(&mut view), []);
+    }
+
+    #[test]
+    fn payloads_are_handed_over_whole() {
+        let (producer, mut view) = ring(0);
+        producer.push(0xffff_0001, u64::MAX);
+        let mut seen = None;
+        view.harvest(|slot, page| seen = Some((slot, page)));
+        assert_eq!(seen, Some((0xffff_0001, u64::MAX)));
+    }
+
+    #[test]
+    fn indices_wrap() {
+        for before in 0..20 {
+            let (producer, mut view) = ring(u32::MAX - before);
+            for round in 0..10 {
+                let pages = round * 5..round * 5 + 5;
+                push(&producer, pages.clone());
+                assert_eq!(producer.used(), 5);
+                assert!(!view.is_overrun());
+                assert!(harvest(&mut view).into_iter().eq(pages.clone()));
+                assert!(recycle(&producer).into_iter().eq(pages));
+                assert_eq!(view.rejoin(), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_whole_ring_is_one_harvest_and_an_overrun() {
+        for first_index in [0, 3, u32::MAX - 3] {
+            let (producer, mut view) = ring(first_index);
+            push(&producer, 0..7);
+            assert!(!view.is_overrun());
+            assert!(!view.was_overrun());
+            push(&producer, 7..8);
+            assert!(view.is_overrun());
+            assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5, 6, 7]);
+            assert!(!view.is_overrun());
+            assert!(view.was_overrun());
+            assert_eq!(recycle(&producer).len(), 8);
+            assert_eq!(view.rejoin(), 0);
+        }
+    }
+
+    #[test]
+    fn a_harvest_ends_even_if_the_kernel_never_stops() {
+        // Two blocks, and a page pushed for each that is taken: behind the head, all is dirty again.
+        let producer = Producer::new(2 * BLOCK, 0);
+        let mut view = RingView::new(producer.memory());
+        push(&producer, 0..2 * u64::from(BLOCK) - 1);
+        let taken = view.harvest(|_, _| producer.push(5, 0));
+        assert_eq!(taken, 2 * BLOCK);
+    }
+
+    #[test]
+    fn the_last_harvested_entry_tells_whether_all_are_recycled() {
+        for first_index in [0, u32::MAX] {
+            let (producer, mut view) = ring(first_index);
+            assert!(view.all_recycled());
+            push(&producer, 0..3);
+            assert!(view.all_recycled());
+            harvest(&mut view);
+            assert!(!view.all_recycled());
+            producer.recycle(2, |_, _| ());
+            assert!(!view.all_recycled());
+            push(&producer, 3..4);
+            assert!(!view.all_recycled());
+            producer.recycle(1, |_, _| ());
+            assert!(view.all_recycled());
+        }
+    }
+
+    #[test]
+    fn a_gap_is_crossed_once_there_is_something_beyond() {
+        for first_index in [0, 3, u32::MAX - 9] {
+            for lead in 1..ENTRIES {
+                // The kernel runs a whole ring and `lead` entries ahead.
+                let (producer, mut view) = ring(first_index);
+                push(&producer, 0..u64::from(ENTRIES + lead));
+                assert!(view.is_overrun());
+                assert_eq!(harvest(&mut view).len(), 8);
+                recycle(&producer);
+                assert_eq!(producer.used(), lead);
+                assert_eq!(view.rejoin(), 0, "nothing shows where the kernel is");
+
+                push(&producer, 100..101);
+                assert_eq!(harvest(&mut view), []);
+                assert_eq!(view.rejoin(), lead);
+                assert_eq!(harvest(&mut view), [100]);
+                assert_eq!(recycle(&producer).len() as u32, lead + 1);
+                assert_eq!(producer.used(), 0);
+                assert_eq!(view.rejoin(), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_ring_without_a_gap_is_left_alone() {
+        let (producer, mut view) = ring(0);
+        assert_eq!(view.rejoin(), 0);
+        push(&producer, 0..6);
+        assert_eq!(view.rejoin(), 0, "the head is dirty");
+        assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(view.rejoin(), 0, "nothing is dirty");
+        assert!(!view.was_overrun());
+        assert_eq!(recycle(&producer).len(), 6);
     }
 }

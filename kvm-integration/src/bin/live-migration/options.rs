@@ -1,0 +1,221 @@
+//! The command line.
+
+use std::fs;
+
+use clap::{Parser, ValueEnum};
+use kvm_dirty_ring::RingEntries;
+use kvm_dirty_ring::error::RingSizeError;
+use kvm_integration::Workload;
+use kvm_integration::machine::{MAX_PAGES, Setup};
+use kvm_integration::stamp::MAX_VCPUS;
+
+/// Pages of 4 KiB in a MiB.
+const PAGES_PER_MIB: u64 = 256;
+
+/// Migrates a live guest from one piece of memory to another by means of its dirty rings, and
+/// compares both in the end, byte for byte.
+///
+/// The guest writes its memory all the time. Round 0 copies all of it; each further round asks
+/// `sync` what was written meanwhile and copies that. When a round was small, the vCPUs stop, and
+/// the rest is copied. Exit status: 0 if both sides are equal, 1 if not, 2 if it could not be
+/// tried, 130 if interrupted.
+#[derive(Debug, Clone, Parser)]
+#[command(version)]
+pub struct Options {
+    /// vCPUs of the guest, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 2,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
+    pub vcpus: u32,
+
+    /// Logged memory of the guest in MiB, 1 to 262144, in two memslots; the copy takes as much
+    #[arg(long, value_name = "MIB", default_value_t = 512,
+          value_parser = clap::value_parser!(u64).range(1..=MAX_PAGES / PAGES_PER_MIB))]
+    pub memory_mib: u64,
+
+    /// Entries of each vCPU's dirty ring, a power of two from 256 to 65536, or as the host allows
+    #[arg(long, value_name = "N", default_value = "4096", value_parser = ring_entries)]
+    pub ring_entries: RingEntries,
+
+    // Of the three, this one writes the same pages again soon, which is what finds a page that was
+    // not protected again.
+    /// What the guest writes: walk (all pages in order, each vCPU its share), random (all pages,
+    /// without order) or hot-and-cold (nine stores of ten to a tenth of the pages)
+    #[arg(long, value_name = "NAME", default_value_t = Workload::HotAndCold)]
+    pub workload: Workload,
+
+    /// Page stores per second of the whole guest, up to 1000000000; 0: as many as it can
+    #[arg(long, value_name = "PAGES", default_value_t = 30_000,
+          value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
+    pub write_rate: u64,
+
+    /// MiB per second that the copy may take, up to 1000000; 0: as many as it can
+    #[arg(long, value_name = "MIB", default_value_t = 256,
+          value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    pub bandwidth_mib: u64,
+
+    /// The most rounds while the guest runs, 1 to 1000; one more follows with the guest stopped
+    #[arg(long, value_name = "N", default_value_t = 12,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub max_rounds: u32,
+
+    /// What the order of the guest's stores comes from
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+
+    /// Who runs the guest
+    #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
+    pub backend: BackendChoice,
+
+    /// Ends stdout with one JSON object; everything for people goes to stderr
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Who is to run the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackendChoice {
+    /// KVM if /dev/kvm works, else the simulated kernel
+    Auto,
+    /// KVM
+    Kvm,
+    /// The simulated kernel, with threads for vCPUs
+    Sim,
+}
+
+/// The guest and its copy don't fit into this machine.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a guest of {wanted} MiB and its copy take {} MiB, and {available} MiB are available: choose a \
+     --memory-mib of at most {}",
+    2 * wanted,
+    available / 2
+)]
+pub struct TooLarge {
+    wanted: u64,
+    available: u64,
+}
+
+impl Options {
+    /// The guest that is asked for.
+    pub fn setup(&self) -> Setup {
+        Setup {
+            vcpus: self.vcpus,
+            ring_entries: self.ring_entries,
+            pages: self.memory_mib * PAGES_PER_MIB,
+            workload: self.workload,
+            seed: self.seed,
+            write_rate: self.write_rate,
+        }
+    }
+
+    /// Whether guest and copy fit into memory: mapping them would succeed anyway, and the kernel
+    /// would end some process later.
+    ///
+    /// # Errors
+    /// They don't.
+    pub fn check_memory(&self) -> Result<(), TooLarge> {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        self.check_against(available_mib(&meminfo))
+    }
+
+    fn check_against(&self, available: Option<u64>) -> Result<(), TooLarge> {
+        let wanted = self.memory_mib;
+        match available {
+            Some(available) if 2 * wanted > available => Err(TooLarge { wanted, available }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn available_mib(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024)
+}
+
+fn ring_entries(text: &str) -> Result<RingEntries, String> {
+    let entries: u32 = text
+        .parse()
+        .map_err(|_| "a power of two from 256 to 65536 is wanted".to_string())?;
+    RingEntries::new(entries).map_err(|error: RingSizeError| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(args: &str) -> Result<Options, clap::Error> {
+        Options::try_parse_from(
+            ["live-migration"]
+                .into_iter()
+                .chain(args.split_whitespace()),
+        )
+    }
+
+    #[test]
+    fn is_a_sound_command() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_help() {
+        let options = parse("").unwrap();
+        let setup = options.setup();
+        assert_eq!((setup.vcpus, setup.pages), (2, 131_072));
+        assert_eq!(setup.ring_entries.get(), 4096);
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for args in [
+            "--vcpus 0",
+            "--vcpus 33",
+            "--vcpus 1000",
+            "--vcpus two",
+            "--memory-mib 0",
+            "--memory-mib -5",
+            "--memory-mib 262145",
+            "--memory-mib 99999999999999999999",
+            "--ring-entries 1000",
+            "--ring-entries 0",
+            "--ring-entries 128",
+            "--ring-entries 131072",
+            "--ring-entries many",
+            "--workload stroll",
+            "--write-rate 1000000001",
+            "--bandwidth-mib 1000001",
+            "--max-rounds 0",
+            "--seed x",
+            "--backend qemu",
+            "--pace 3",
+            "now",
+        ] {
+            let error = parse(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{args}: {error}");
+        }
+        assert_eq!(parse("--help").unwrap_err().kind(), ErrorKind::DisplayHelp);
+    }
+
+    #[test]
+    fn memory_must_do_for_guest_and_copy() {
+        let available = available_mib("MemTotal: 9 kB\nMemAvailable:   2097152 kB\nX: 1 kB\n");
+        assert_eq!(available, Some(2048));
+        assert_eq!(available_mib("nonsense"), None);
+        assert_eq!(
+            parse("--memory-mib 1024").unwrap().check_against(available),
+            Ok(())
+        );
+        let error = parse("--memory-mib 1025").unwrap().check_against(available);
+        let error = error.unwrap_err().to_string();
+        assert!(error.ends_with("a --memory-mib of at most 1024"), "{error}");
+        assert_eq!(
+            parse("--memory-mib 262144").unwrap().check_against(None),
+            Ok(())
+        );
+    }
+}

@@ -1,0 +1,245 @@
+//! A guest that writes its memory all the time, ready to be migrated: on KVM, or on the simulated
+//! kernel.
+
+#[cfg(target_arch = "x86_64")]
+mod kvm;
+mod sim;
+
+use std::sync::Arc;
+
+use kvm_dirty_ring::error::{AttachError, EnableError, ResetError, SlotError};
+use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId};
+
+use crate::memory::{GuestMemory, MemoryError};
+use crate::rate::{Dormitory, Throttle};
+use crate::workload::{Region, Workload};
+
+#[cfg(target_arch = "x86_64")]
+pub use kvm::KvmMachine;
+pub use sim::SimMachine;
+
+/// Where the two slots begin: below a hole, and far above it, as on a PC.
+const SLOT_GPAS: [u64; 2] = [1 << 30, 256 << 30];
+/// The most pages that the slots have room for: 256 GiB.
+pub const MAX_PAGES: u64 = 1 << 26;
+/// Entries of all vCPUs' lists together: 128 MiB of them.
+const MAX_LIST_ENTRIES: usize = 1 << 24;
+/// How often a second a vCPU with a limited write rate looks whether it is too fast. On `kvm_pvm`
+/// an exit costs a native guest 57 µs, so that this costs it half a percent.
+const LOOKS_PER_SECOND: f64 = 100.0;
+/// The most stores between two of these looks.
+const MAX_CHUNK: f64 = 4096.0;
+
+/// A machine whose vCPUs run from its making until it is paused or dropped.
+pub trait Machine {
+    /// The log of everything its vCPUs write.
+    fn log(&self) -> &DirtyLog;
+
+    /// Its memory, slot by slot.
+    fn slots(&self) -> &[GuestSlot];
+
+    /// Page stores of all vCPUs so far.
+    fn stores(&self) -> u64;
+
+    /// Looks whether every vCPU is still up.
+    ///
+    /// # Errors
+    /// What has ended one of them.
+    fn check(&mut self) -> Result<(), MachineError>;
+
+    /// Takes every vCPU out of the guest, and waits until all are.
+    ///
+    /// # Errors
+    /// What has ended one of them.
+    fn pause(&mut self) -> Result<(), MachineError>;
+
+    /// Lets paused vCPUs run again.
+    fn resume(&mut self);
+}
+
+/// A logged slot and what is behind it.
+#[derive(Debug, Clone)]
+pub struct GuestSlot {
+    /// What KVM calls it.
+    pub id: SlotId,
+    /// Where the guest sees it.
+    pub region: Region,
+    /// Its pages.
+    pub memory: Arc<GuestMemory>,
+}
+
+impl GuestSlot {
+    fn new(id: SlotId, region: Region) -> Result<Self, MachineError> {
+        let memory = Arc::new(GuestMemory::new(region.pages)?);
+        Ok(Self { id, region, memory })
+    }
+}
+
+/// A machine could not be made, or does not work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// There is no memory for the guest.
+    #[error("no memory for the guest: make it smaller")]
+    Memory(#[from] MemoryError),
+    /// The dirty rings could not be enabled.
+    #[error("dirty rings could not be enabled")]
+    Enable(#[from] EnableError),
+    /// A slot could not be tracked.
+    #[error("a slot could not be tracked")]
+    Slot(#[from] SlotError),
+    /// A ring could not be attached.
+    #[error("the ring of vCPU {index} could not be attached")]
+    Attach {
+        /// The vCPU.
+        index: u32,
+        /// What the log said.
+        source: AttachError,
+    },
+    /// KVM refused the machine.
+    #[cfg(target_arch = "x86_64")]
+    #[error("the machine could not be made")]
+    Vm(#[from] crate::vm::VmError),
+    /// A vCPU on KVM failed.
+    #[cfg(target_arch = "x86_64")]
+    #[error("a vCPU failed")]
+    Vcpu(#[from] crate::vcpu::VcpuError),
+    /// A simulated vCPU failed: its full ring could not be emptied.
+    #[error("the full ring of vCPU {index} could not be emptied")]
+    SimVcpu {
+        /// The vCPU.
+        index: u32,
+        /// What the log said.
+        source: ResetError,
+    },
+    /// A vCPU's thread could not be started.
+    #[error("the thread of vCPU {index} could not be started: too many threads?")]
+    Spawn {
+        /// The vCPU.
+        index: u32,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// A vCPU's thread has ended, and did not say why.
+    #[error("a vCPU's thread has ended for no reason it could give")]
+    Ended,
+}
+
+/// What kind of guest to make.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// How many vCPUs, from 1 to [`MAX_VCPUS`](crate::stamp::MAX_VCPUS).
+    pub vcpus: u32,
+    /// The size of each ring.
+    pub ring_entries: RingEntries,
+    /// Logged memory, in pages: from 4 to [`MAX_PAGES`]. A quarter of it is the lower slot.
+    pub pages: u64,
+    /// Which pages are written, in what order.
+    pub workload: Workload,
+    /// What the order comes from.
+    pub seed: u64,
+    /// Page stores per second of all vCPUs together; 0: as many as they can.
+    pub write_rate: u64,
+}
+
+impl Setup {
+    /// The two slots. They differ in size, so that mistaking one for the other cannot go unnoticed.
+    pub fn regions(&self) -> [(SlotId, Region); 2] {
+        let lower = self.pages / 4;
+        let sizes = [lower, self.pages - lower];
+        // Slot 0 is the tiny guest's own.
+        [0, 1].map(|n| {
+            let region = Region {
+                gpa: SLOT_GPAS[n],
+                pages: sizes[n],
+            };
+            (SlotId::new(0, n as u16 + 1), region)
+        })
+    }
+
+    /// Stores between two looks at the throttle; 0: never.
+    pub fn chunk(&self) -> u32 {
+        match self.stores_per_second() {
+            0.0 => 0,
+            rate => (rate / LOOKS_PER_SECOND).clamp(1.0, MAX_CHUNK) as u32,
+        }
+    }
+
+    /// How many entries each vCPU's list has: every page is in one of them, unless the guest is so
+    /// large that lists would be too.
+    fn list_length(&self) -> usize {
+        let chunk = self.chunk();
+        let covering = self.workload.covering_length(self.pages, self.vcpus, chunk);
+        // As long as that, random lists would have no page in common.
+        let times = if self.workload == Workload::Random {
+            2
+        } else {
+            1
+        };
+        let granule = chunk.max(1) as usize;
+        let most = (MAX_LIST_ENTRIES / self.vcpus as usize).max(granule);
+        (covering * times).min(most - most % granule)
+    }
+
+    fn list(&self, vcpu: u32) -> Vec<u64> {
+        let regions = self.regions().map(|(_, region)| region);
+        self.workload
+            .addresses(self.seed, vcpu, self.vcpus, &regions, self.list_length())
+    }
+
+    fn throttle(&self, dormitory: &Arc<Dormitory>) -> Throttle {
+        Throttle::new(self.stores_per_second(), dormitory)
+    }
+
+    /// Of one vCPU.
+    fn stores_per_second(&self) -> f64 {
+        self.write_rate as f64 / f64::from(self.vcpus)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn setup() -> Setup {
+        Setup {
+            vcpus: 3,
+            ring_entries: RingEntries::new(4096).unwrap(),
+            pages: 1000,
+            workload: Workload::Random,
+            seed: 1,
+            write_rate: 0,
+        }
+    }
+
+    #[test]
+    fn slots_have_all_pages_and_do_not_meet() {
+        for pages in [4, 1000, 1001, MAX_PAGES] {
+            let [(_, low), (_, high)] = Setup { pages, ..setup() }.regions();
+            assert_eq!(low.pages + high.pages, pages);
+            assert!(low.pages > 0);
+            assert!(low.gpa + low.pages * 4096 <= high.gpa);
+            assert!(high.gpa + high.pages * 4096 <= 512 << 30);
+        }
+    }
+
+    #[test]
+    fn lists_are_whole_chunks_of_bounded_length() {
+        for write_rate in [0, 1, 299, 30_000, 1_000_000_000] {
+            for pages in [4, 1001, MAX_PAGES] {
+                for workload in Workload::ALL {
+                    let setup = Setup {
+                        pages,
+                        workload,
+                        write_rate,
+                        ..setup()
+                    };
+                    let length = setup.list_length();
+                    assert!(length > 0 && length <= MAX_LIST_ENTRIES / 3);
+                    assert_eq!(length % setup.chunk().max(1) as usize, 0);
+                    assert!(setup.chunk() > 0 || write_rate == 0);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! A guest on the simulated kernel: threads that store into real memory, each store logged the
+//! way KVM logs it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
+use kvm_dirty_ring::{DirtyLog, VcpuRing};
+
+use super::{GuestSlot, Machine, MachineError, Setup};
+use crate::memory::PAGE_SIZE;
+use crate::rate::{Dormitory, Throttle};
+use crate::stamp::{stamp, stamp_offset};
+
+/// A guest on the simulated kernel.
+pub struct SimMachine {
+    log: DirtyLog,
+    slots: Vec<GuestSlot>,
+    threads: Vec<Thread>,
+    dormitory: Arc<Dormitory>,
+}
+
+struct Thread {
+    index: u32,
+    shared: Arc<Shared>,
+    thread: JoinHandle<Result<(), ResetError>>,
+}
+
+/// What a vCPU's thread and the machine tell each other.
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// A hint to look at the state, for a glance before each store.
+    out: AtomicBool,
+    stores: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    want: Want,
+    parked: bool,
+    ended: bool,
+}
+
+#[derive(Default, Clone, Copy, PartialEq, Eq)]
+enum Want {
+    #[default]
+    Run,
+    Pause,
+    Stop,
+}
+
+impl SimMachine {
+    /// Makes it and lets it run.
+    ///
+    /// # Errors
+    /// There is no memory for it, or no thread.
+    pub fn start(setup: &Setup) -> Result<Self, MachineError> {
+        let mut config = SimConfig::default();
+        config.ring_entries = setup.ring_entries.get();
+        let vm = SimVm::new(config);
+        let log = vm.dirty_log();
+        let mut this = Self {
+            log,
+            slots: Vec::new(),
+            threads: Vec::new(),
+            dormitory: Arc::default(),
+        };
+        for (id, region) in setup.regions() {
+            this.log.add_slot(id, region.pages)?;
+            vm.create_slot(id, region.pages);
+            this.slots.push(GuestSlot::new(id, region)?);
+        }
+        for index in 0..setup.vcpus {
+            let vcpu = vm.add_vcpu();
+            let ring = this.log.attach_ring(vcpu.ring_memory());
+            let guest = Guest {
+                index,
+                ring: ring.map_err(|source| MachineError::Attach { index, source })?,
+                vcpu,
+                slots: this.slots.clone(),
+                list: setup.list(index),
+                chunk: setup.chunk(),
+                throttle: setup.throttle(&this.dormitory),
+            };
+            this.threads.push(Thread::spawn(guest)?);
+        }
+        Ok(this)
+    }
+
+    fn tell(&self, want: Want) {
+        for thread in &self.threads {
+            thread.shared.tell(want);
+        }
+    }
+}
+
+impl Machine for SimMachine {
+    fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    fn slots(&self) -> &[GuestSlot] {
+        &self.slots
+    }
+
+    fn stores(&self) -> u64 {
+        let stores = |thread: &Thread| thread.shared.stores.load(Ordering::Relaxed);
+        self.threads.iter().map(stores).sum()
+    }
+
+    fn check(&mut self) -> Result<(), MachineError> {
+        let ended = |thread: &Thread| thread.shared.lock().ended;
+        let Some(ended) = self.threads.iter().position(ended) else {
+            return Ok(());
+        };
+        let Thread { index, thread, .. } = self.threads.swap_remove(ended);
+        match thread.join() {
+            Ok(Err(source)) => Err(MachineError::SimVcpu { index, source }),
+            // A panic has been on stderr already.
+            Ok(Ok(())) | Err(_) => Err(MachineError::Ended),
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.tell(Want::Pause);
+        self.dormitory.wake();
+        for thread in &self.threads {
+            drop(thread.shared.wait_while(|s| !s.parked && !s.ended));
+        }
+        self.check()
+    }
+
+    fn resume(&mut self) {
+        self.dormitory.calm();
+        self.tell(Want::Run);
+    }
+}
+
+impl Drop for SimMachine {
+    fn drop(&mut self) {
+        self.tell(Want::Stop);
+        self.dormitory.wake();
+        for thread in self.threads.drain(..) {
+            // An error or a panic was for check() to report, which nobody called.
+            let _ = thread.thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for SimMachine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimMachine")
+            .field("vcpus", &self.threads.len())
+            .field("slots", &self.slots)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Thread {
+    fn spawn(guest: Guest) -> Result<Self, MachineError> {
+        let index = guest.index;
+        let shared = Arc::<Shared>::default();
+        let end_guard = EndGuard(Arc::clone(&shared));
+        let thread = Builder::new().name(format!("sim-vcpu-{index}"));
+        let thread = thread.spawn(move || guest.run(&end_guard.0));
+        let thread = thread.map_err(|source| MachineError::Spawn { index, source })?;
+        Ok(Self {
+            index,
+            shared,
+            thread,
+        })
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is one step, so a panic leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_while(&self, condition: impl FnMut(&mut State) -> bool) -> MutexGuard<'_, State> {
+        let guard = self.changed.wait_while(self.lock(), condition);
+        guard.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, want: Want) {
+        self.lock().want = want;
+        // Relaxed: the lock orders the state; a thread that sees the hint late looks late.
+        self.out.store(want != Want::Run, Ordering::Relaxed);
+        self.changed.notify_all();
+    }
+
+    /// On the vCPU's thread: waits while it is to pause; false if it is to stop.
+    fn park(&self) -> bool {
+        self.lock().parked = true;
+        self.changed.notify_all();
+        let mut state = self.wait_while(|state| state.want == Want::Pause);
+        state.parked = false;
+        state.want != Want::Stop
+    }
+}
+
+/// Tells the waiting that the thread has ended, also if it panics.
+struct EndGuard(Arc<Shared>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.lock().ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// What runs on one vCPU.
+struct Guest {
+    index: u32,
+    vcpu: SimVcpu,
+    ring: VcpuRing,
+    slots: Vec<GuestSlot>,
+    list: Vec<u64>,
+    chunk: u32,
+    throttle: Throttle,
+}
+
+impl Guest {
+    /// The tiny guest's loop.
+    fn run(mut self, shared: &Shared) -> Result<(), ResetError> {
+        let mut stores = 0;
+        for pass in 1.. {
+            for n in 0..self.list.len() {
+                if shared.out.load(Ordering::Relaxed) {
+                    // What a kick does: the hardware's buffer reaches the ring.
+                    self.vcpu.exit();
+                    if !shared.park() {
+                        return Ok(());
+                    }
+                }
+                self.store(self.list[n], pass)?;
+                stores += 1;
+                // Relaxed: read for the sake of the number alone.
+                shared.stores.store(stores, Ordering::Relaxed);
+                if self.chunk > 0 && stores % u64::from(self.chunk) == 0 {
+                    self.throttle.pay(self.chunk.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, gpa: u64, pass: u64) -> Result<(), ResetError> {
+        let (slot, page) = locate(&self.slots, gpa);
+        let offset = page * PAGE_SIZE + stamp_offset(self.index);
+        let store = || slot.memory.write_u64(offset, stamp(self.index, pass));
+        loop {
+            match self.vcpu.write_with(slot.id, page, store) {
+                Ok(()) => return Ok(()),
+                Err(WriteError::RingFull) => self.ring.on_full()?,
+                Err(other) => unreachable!("lists hold pages of slots only: {other}"),
+            }
+        }
+    }
+}
+
+/// The slot that has the page at `gpa`, and which of its pages that is.
+fn locate(slots: &[GuestSlot], gpa: u64) -> (&GuestSlot, u64) {
+    let page = |slot: &GuestSlot| gpa.checked_sub(slot.region.gpa).map(|at| at / PAGE_SIZE);
+    slots
+        .iter()
+        .find_map(|slot| Some((slot, page(slot).filter(|&page| page < slot.region.pages)?)))
+        .expect("lists hold addresses of slots only")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use kvm_dirty_ring::{DirtyPages, RingEntries};
+
+    use super::*;
+    use crate::workload::Workload;
+
+    fn machine(write_rate: u64) -> SimMachine {
+        let setup = Setup {
+            vcpus: 2,
+            ring_entries: RingEntries::new(256).unwrap(),
+            pages: 1000,
+            workload: Workload::Random,
+            seed: 1,
+            write_rate,
+        };
+        SimMachine::start(&setup).unwrap()
+    }
+
+    fn wait(until: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !until() {
+            assert!(Instant::now() < deadline, "it takes too long");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn pauses_stand_still_and_resumes_go_on() {
+        let mut machine = machine(0);
+        for _ in 0..50 {
+            machine.pause().unwrap();
+            let still = machine.stores();
+            std::thread::yield_now();
+            assert_eq!(machine.stores(), still);
+            machine.resume();
+            wait(|| machine.stores() > still);
+        }
+        machine.check().unwrap();
+    }
+
+    #[test]
+    fn a_machine_that_sleeps_is_paused_at_once() {
+        let mut machine = machine(1);
+        wait(|| machine.stores() > 0);
+        let start = Instant::now();
+        machine.pause().unwrap();
+        drop(machine);
+        assert!(start.elapsed() < Duration::from_millis(500));
+    }
+
+    #[test]
+    fn every_store_is_logged() {
+        let mut machine = machine(0);
+        let through = |thread: &Thread| thread.shared.stores.load(Ordering::Relaxed) > 1000;
+        wait(|| machine.threads.iter().all(through));
+        machine.pause().unwrap();
+        let mut dirty = DirtyPages::new();
+        machine.log().sync(&mut dirty).unwrap();
+        assert_eq!(dirty.page_count(), 1000);
+        assert!(machine.log().stats().full_exits() > 0);
+    }
+}

@@ -1,0 +1,214 @@
+//! The loop on machines that do as they are told, or on purpose not.
+
+use std::sync::Arc;
+
+use kvm_dirty_ring::pacing::Fixed;
+use kvm_dirty_ring::sim::SimVm;
+use kvm_dirty_ring::{DirtyLog, RingEntries};
+
+use super::*;
+use crate::machine::{Setup, SimMachine};
+use crate::workload::{Region, Workload};
+
+const LIMITS: Limits = Limits {
+    bandwidth_mib: 0,
+    max_rounds: 5,
+    small: Duration::from_millis(1),
+};
+
+/// A machine without vCPUs, whose memory is written while it "pauses".
+struct Double {
+    log: DirtyLog,
+    slots: Vec<GuestSlot>,
+    /// Pages written then.
+    writes: Vec<(usize, u64)>,
+    /// Whether the log learns of it.
+    honest: bool,
+}
+
+impl Double {
+    fn new(writes: &[(usize, u64)], honest: bool) -> Self {
+        let vm = SimVm::new(Default::default());
+        let log = vm.dirty_log();
+        let slot = |(id, pages)| {
+            let id = SlotId::new(0, id);
+            log.add_slot(id, pages).unwrap();
+            vm.create_slot(id, pages);
+            let memory = Arc::new(GuestMemory::new(pages).unwrap());
+            let region = Region { gpa: 0, pages };
+            GuestSlot { id, region, memory }
+        };
+        Self {
+            slots: [(4, 100), (7, 300)].map(slot).into(),
+            writes: writes.into(),
+            log,
+            honest,
+        }
+    }
+}
+
+impl Machine for Double {
+    fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    fn slots(&self) -> &[GuestSlot] {
+        &self.slots
+    }
+
+    fn stores(&self) -> u64 {
+        0
+    }
+
+    fn check(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        for &(slot, page) in &self.writes {
+            let slot = &self.slots[slot];
+            slot.memory.write_u64(page * PAGE_SIZE + 4088, 1 << 63);
+            if self.honest {
+                self.log.mark_dirty(slot.id, page, 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) {}
+}
+
+fn run(machine: &mut dyn Machine, limits: &Limits) -> Outcome {
+    let interrupted = AtomicBool::new(false);
+    migrate(machine, Fixed::default(), limits, &interrupted, &mut ()).unwrap()
+}
+
+#[test]
+fn a_page_that_the_log_missed_is_found() {
+    let writes = [(1, 299), (0, 99), (1, 0)];
+    let outcome = run(&mut Double::new(&writes, false), &LIMITS);
+    assert_eq!(outcome.mismatched_pages, 3);
+    assert_eq!(outcome.first_mismatch, Some((SlotId::new(0, 4), 99)));
+    assert_eq!(outcome.pages_sent(), 400);
+
+    let outcome = run(&mut Double::new(&writes, true), &LIMITS);
+    assert_eq!(
+        (outcome.mismatched_pages, outcome.first_mismatch),
+        (0, None)
+    );
+    assert_eq!(outcome.pages_sent(), 403);
+}
+
+#[test]
+fn a_quiet_guest_takes_three_rounds() {
+    let outcome = run(&mut Double::new(&[], true), &LIMITS);
+    let pages: Vec<u64> = outcome.rounds.iter().map(|round| round.pages).collect();
+    assert_eq!(pages, [400, 0, 0]);
+    let running: Vec<bool> = outcome.rounds.iter().map(|round| round.running).collect();
+    assert_eq!(running, [true, true, false]);
+    assert!(outcome.converged);
+    assert_eq!(outcome.rounds[0].dirty_rate(), None);
+    assert_eq!(outcome.rounds[1].mib_per_second(), None);
+}
+
+fn busy() -> SimMachine {
+    let setup = Setup {
+        vcpus: 2,
+        ring_entries: RingEntries::new(256).unwrap(),
+        pages: 2000,
+        workload: Workload::HotAndCold,
+        seed: 5,
+        write_rate: 0,
+    };
+    SimMachine::start(&setup).unwrap()
+}
+
+#[test]
+fn a_guest_that_outruns_the_link_ends_at_the_round_limit() {
+    let limits = Limits {
+        bandwidth_mib: 100,
+        max_rounds: 4,
+        small: Duration::from_micros(10),
+    };
+    let outcome = run(&mut busy(), &limits);
+    assert!(!outcome.converged);
+    assert_eq!(outcome.rounds.len(), 5);
+    assert_eq!(outcome.mismatched_pages, 0);
+    assert!(outcome.stats.full_exits() > 0);
+    assert!(outcome.downtime < outcome.total);
+    // 2,000 pages are 7.8 MiB, of which up to 2 are sent on credit.
+    let rate = outcome.rounds[0].mib_per_second().unwrap();
+    assert!(rate < 140.0, "{rate} MiB/s");
+}
+
+#[test]
+fn one_round_is_enough_for_the_impatient() {
+    for max_rounds in [0, 1] {
+        let limits = Limits {
+            max_rounds,
+            ..LIMITS
+        };
+        let outcome = run(&mut busy(), &limits);
+        assert_eq!(outcome.rounds.len(), 2);
+        assert_eq!(outcome.mismatched_pages, 0);
+    }
+}
+
+#[test]
+fn an_interruption_ends_even_a_slow_link() {
+    /// Interrupts when the first pages are on their way.
+    struct Interrupter<'a>(&'a AtomicBool);
+    impl Observer for Interrupter<'_> {
+        fn sent(&mut self, _pages: u64) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let interrupted = AtomicBool::new(false);
+    let limits = Limits {
+        bandwidth_mib: 1,
+        ..LIMITS
+    };
+    let mut machine = busy();
+    let start = Instant::now();
+    let mut observer = Interrupter(&interrupted);
+    let result = migrate(
+        &mut machine,
+        Fixed::default(),
+        &limits,
+        &interrupted,
+        &mut observer,
+    );
+    assert!(matches!(result, Err(MigrationError::Interrupted)));
+    assert!(start.elapsed() < Duration::from_secs(5));
+    // The reaper is gone: another one may come.
+    Reaper::spawn(machine.log(), Fixed::default()).unwrap();
+}
+
+#[test]
+fn a_reset_that_fails_ends_the_migration() {
+    use kvm_dirty_ring::sim::ResetFault;
+    let machine = Double::new(&[], true);
+    let vm = SimVm::new(Default::default());
+    let id = SlotId::new(0, 1);
+    let log = vm.dirty_log();
+    log.add_slot(id, 1).unwrap();
+    vm.create_slot(id, 1);
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    vcpu.write(id, 0).unwrap();
+    vm.inject([ResetFault::Error(libc::EIO)]);
+    let mut machine = Double {
+        log,
+        slots: Vec::new(),
+        ..machine
+    };
+    let interrupted = AtomicBool::new(false);
+    let result = migrate(
+        &mut machine,
+        Fixed::default(),
+        &LIMITS,
+        &interrupted,
+        &mut (),
+    );
+    assert!(matches!(result, Err(MigrationError::Sync(_))), "{result:?}");
+}

@@ -1,0 +1,64 @@
+//! The suite on real KVM: `cargo test -p kvm-integration --test kvm`.
+//!
+//! Where KVM can't be had every test is ignored and one line on stderr says why, or, with
+//! `KVM_REQUIRED=1` in the environment, every test fails. Tests run one after the other unless
+//! `--test-threads` says otherwise: most of them race a guest against the log, and would rather not
+//! race each other for the CPUs too.
+
+use std::process::ExitCode;
+
+#[cfg(target_arch = "x86_64")]
+mod kvm {
+    #[macro_use]
+    mod harness;
+
+    mod absent;
+    mod complete;
+    mod full;
+    mod guest;
+    mod machine;
+    mod order;
+    mod overrun;
+    mod process;
+    mod raw;
+    mod refusals;
+    mod rings;
+    mod signals;
+    mod slots;
+    mod storm;
+    mod suspicion;
+
+    pub fn run() -> std::process::ExitCode {
+        harness::run(
+            [
+                guest::tests(),
+                refusals::tests(),
+                absent::tests(),
+                full::tests(),
+                rings::tests(),
+                order::tests(),
+                complete::tests(),
+                slots::tests(),
+                signals::tests(),
+                suspicion::tests(),
+                overrun::tests(),
+                process::tests(),
+            ]
+            .concat(),
+        )
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn main() -> ExitCode {
+    kvm::run()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn main() -> ExitCode {
+    let required = std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1");
+    eprintln!(
+        "KVM suite SKIPPED: its guest is x86-64 code; set KVM_REQUIRED=1 to make this a failure"
+    );
+    ExitCode::from(u8::from(required))
+}

@@ -1,0 +1,258 @@
+//! A guest, its dirty log, and the copy that the log keeps up to date.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_dirty_ring::{DirtyLog, DirtyPages, RingEntries, SlotId, Stats, VcpuRing};
+use kvm_integration::{
+    Action, Exit, GuestMemory, Load, Mode, PAGE_SIZE, Region, TinyVcpu, TinyVm, VcpuThread,
+    Workload, kvm_available,
+};
+use libtest_mimic::Failed;
+
+/// An error with all of its causes.
+pub fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// Sleeps, through signals too: `sleep` begins anew after each, and would never end in a storm.
+pub fn nap(time: Duration) {
+    // Its deadline is a point in time. Nobody unparks threads here.
+    thread::park_timeout(time);
+}
+
+/// Waits for something that is sure to come.
+pub fn wait(what: &str, mut until: impl FnMut() -> bool) -> Result<(), Failed> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !until() {
+        if Instant::now() > deadline {
+            return Err(format!("a minute went by without {what}").into());
+        }
+        nap(Duration::from_micros(50));
+    }
+    Ok(())
+}
+
+/// A virtual machine whose log copies it.
+pub struct Machine {
+    pub vm: TinyVm,
+    pub log: DirtyLog,
+    slots: Vec<Slot>,
+    dirty: DirtyPages,
+}
+
+/// A logged slot.
+struct Slot {
+    id: u32,
+    region: Region,
+    memory: Arc<GuestMemory>,
+    /// What a migration would have sent.
+    copy: GuestMemory,
+}
+
+/// Where slot `id` of a machine is.
+pub fn gpa(id: u32) -> u64 {
+    u64::from(id) << 32
+}
+
+pub fn slot_id(id: u32) -> SlotId {
+    SlotId::from_raw(id)
+}
+
+impl Machine {
+    /// A machine with rings of `entries` entries and logged slots 1, 2, … of so many pages each.
+    pub fn new(entries: u32, slots: &[u64]) -> Result<Self, Failed> {
+        let vm = TinyVm::new(&kvm_available()?)?;
+        let log = DirtyLog::enable(vm.vm_fd(), RingEntries::new(entries)?)?;
+        Self::with(vm, log, slots)
+    }
+
+    /// The same with a machine and a log that are there already.
+    pub fn with(vm: TinyVm, log: DirtyLog, slots: &[u64]) -> Result<Self, Failed> {
+        let mut machine = Self {
+            vm,
+            log,
+            slots: Vec::new(),
+            dirty: DirtyPages::new(),
+        };
+        for (id, &pages) in (1..).zip(slots) {
+            machine.add_slot(id, pages)?;
+        }
+        Ok(machine)
+    }
+
+    pub fn add_slot(&mut self, id: u32, pages: u64) -> Result<(), Failed> {
+        let memory = Arc::new(GuestMemory::new(pages)?);
+        self.log.add_slot(slot_id(id), pages)?;
+        self.vm.add_slot(id, gpa(id), Arc::clone(&memory), true)?;
+        self.slots.push(Slot {
+            id,
+            region: Region {
+                gpa: gpa(id),
+                pages,
+            },
+            memory,
+            copy: GuestMemory::new(pages)?,
+        });
+        Ok(())
+    }
+
+    /// Deletes a slot in KVM. What the log thinks of it is the caller's business.
+    pub fn delete_slot(&mut self, id: u32) -> Result<(), Failed> {
+        self.vm.remove_slot(id)?;
+        self.slots.retain(|slot| slot.id != id);
+        Ok(())
+    }
+
+    fn slot(&self, id: u32) -> &Slot {
+        let slot = self.slots.iter().find(|slot| slot.id == id);
+        slot.expect("a slot of this machine")
+    }
+
+    pub fn memory(&self, id: u32) -> &Arc<GuestMemory> {
+        &self.slot(id).memory
+    }
+
+    pub fn pages(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.region.pages).sum()
+    }
+
+    /// What vCPU `index` of `vcpus` does so that together they store to every page of every slot
+    /// at each pass.
+    pub fn load(&self, workload: Workload, index: u32, vcpus: u32) -> Load {
+        let regions: Vec<Region> = self.slots.iter().map(|slot| slot.region).collect();
+        let length = workload.covering_length(self.pages(), vcpus, 0);
+        let list = workload.addresses(7, index, vcpus, &regions, length);
+        Load::new(Mode::Native, list)
+    }
+
+    pub fn attach(&self, index: u32, load: &Load) -> Result<(TinyVcpu, VcpuRing), Failed> {
+        let vcpu = self.vm.create_vcpu(index, load)?;
+        let ring = self.log.attach_vcpu(vcpu.fd())?;
+        Ok((vcpu, ring))
+    }
+
+    /// Starts vCPU `index`: it makes room in its ring when it must, and, if the load exits there,
+    /// pauses after each pass.
+    pub fn spawn(&self, index: u32, load: &Load) -> Result<VcpuThread, Failed> {
+        let (vcpu, ring) = self.attach(index, load)?;
+        serve(vcpu, ring)
+    }
+
+    /// Starts vCPUs 0 to `vcpus` on a workload that they share.
+    pub fn spawn_all(&self, workload: Workload, vcpus: u32) -> Result<Vec<VcpuThread>, Failed> {
+        (0..vcpus)
+            .map(|index| self.spawn(index, &self.load(workload, index, vcpus)))
+            .collect()
+    }
+
+    /// One round of a migration: syncs, then copies what is dirty. How many pages that were.
+    pub fn round(&mut self) -> Result<u64, Failed> {
+        self.log.sync(&mut self.dirty)?;
+        for run in self.dirty.runs() {
+            let slot = self.slots.iter().find(|slot| slot_id(slot.id) == run.slot);
+            let slot = slot.ok_or_else(|| format!("pages of {}, which is no more", run.slot))?;
+            slot.memory.copy_run(run.first_page, run.pages, &slot.copy);
+        }
+        Ok(self.dirty.page_count())
+    }
+
+    /// What the last round copied.
+    pub fn dirty(&self) -> &DirtyPages {
+        &self.dirty
+    }
+
+    /// The pages of slot `id` whose copy is not as they are. No vCPU may run.
+    pub fn missing(&self, id: u32) -> Vec<u64> {
+        let slot = self.slot(id);
+        slot.memory.differing(&slot.copy).collect()
+    }
+
+    /// Compares the copy byte for byte. No vCPU may run.
+    pub fn compare(&self) -> Result<(), Failed> {
+        for slot in &self.slots {
+            let lost = self.missing(slot.id);
+            if let Some(first) = lost.first() {
+                let (id, lost) = (slot.id, lost.len());
+                let stats = self.log.stats();
+                return Err(format!(
+                    "slot {id}: {lost} pages were lost, the first is page {first}; {stats:?}"
+                )
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The last round: with all vCPUs paused, one sync must be enough.
+    pub fn finish(&mut self, vcpus: &[VcpuThread]) -> Result<(), Failed> {
+        pause(vcpus)?;
+        self.round()?;
+        self.compare()
+    }
+}
+
+/// Starts a vCPU with its ring, as [`Machine::spawn`] does.
+pub fn serve(vcpu: TinyVcpu, mut ring: VcpuRing) -> Result<VcpuThread, Failed> {
+    let handler = move |exit| match exit {
+        Exit::RingFull => match ring.on_full() {
+            Ok(()) => Action::Continue,
+            Err(error) => Action::Fail(error.into()),
+        },
+        Exit::Chunk => Action::Continue,
+        Exit::PassDone => Action::Pause,
+    };
+    Ok(VcpuThread::spawn(vcpu, handler)?)
+}
+
+/// Page `page` of slot `id`, as a guest-physical address.
+pub fn page_of(id: u32, page: u64) -> u64 {
+    gpa(id) + page * PAGE_SIZE
+}
+
+/// Pauses all of them; fails if one has ended.
+pub fn pause(vcpus: &[VcpuThread]) -> Result<(), Failed> {
+    if kvm_integration::pause_all(vcpus) {
+        return Ok(());
+    }
+    Err("a vCPU has ended".into())
+}
+
+pub fn resume(vcpus: &[VcpuThread]) {
+    vcpus.iter().for_each(VcpuThread::resume);
+}
+
+/// Waits until each of them has stored to its whole list `passes` times more.
+pub fn run_passes(vcpus: &[VcpuThread], passes: u64) -> Result<(), Failed> {
+    let goals: Vec<u64> = vcpus.iter().map(|vcpu| vcpu.passes() + passes).collect();
+    let reached = |(vcpu, &goal): (&VcpuThread, &u64)| vcpu.passes() >= goal || vcpu.ended();
+    wait("a pass of each vCPU", || {
+        vcpus.iter().zip(&goals).all(reached)
+    })?;
+    if vcpus.iter().any(VcpuThread::ended) {
+        return Err("a vCPU has ended".into());
+    }
+    Ok(())
+}
+
+/// Ends them, and says what was wrong with them.
+pub fn stop(vcpus: impl IntoIterator<Item = VcpuThread>) -> Result<Vec<TinyVcpu>, Failed> {
+    let stopped = vcpus.into_iter().map(VcpuThread::stop);
+    let stopped: Result<_, _> = stopped.collect();
+    stopped.map_err(|error| chain(&error).into())
+}
+
+/// Fails unless the log has had no reason for any suspicion.
+pub fn assert_unsuspicious(stats: &Stats) {
+    let suspicions = [
+        stats.short_resets,
+        stats.failed_resets,
+        stats.unknown_slot_entries,
+        stats.out_of_range_entries,
+        stats.overruns,
+    ];
+    assert_eq!(suspicions, [0; 5], "{stats:?}");
+}

@@ -1,0 +1,247 @@
+//! What KVM or the crate refuses, each as an error of its own, and that the VM is none the worse
+//! for it.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, kvm_enable_cap};
+use kvm_dirty_ring::error::{AttachError, EnableError, RingSizeError};
+use kvm_dirty_ring::sim::{SimConfig, SimVm};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, HostSupport, RingEntries};
+use kvm_integration::{
+    Action, GuestMemory, Load, Mode, TinyVcpu, TinyVm, VcpuThread, Workload, kvm_available,
+};
+use libtest_mimic::Completion::Completed;
+use libtest_mimic::Failed;
+
+use super::harness::Outcome;
+use super::machine::{Machine, gpa, page_of, run_passes, slot_id, stop};
+
+tests![
+    ring_sizes,
+    no_vm,
+    twice,
+    after_a_vcpu,
+    manual_protection,
+    slots_of_the_vmm_are_left_alone,
+    no_vcpu,
+    vcpu_of_a_vm_without_rings,
+    vcpu_of_a_vm_with_other_rings,
+    ring_of_another_size,
+];
+
+fn entries() -> RingEntries {
+    RingEntries::new(1024).expect("every host has rings of 1,024 entries")
+}
+
+fn vm() -> Result<TinyVm, Failed> {
+    Ok(TinyVm::new(&kvm_available()?)?)
+}
+
+/// A vCPU with nothing much to do, of a VM with a slot for it.
+fn vcpu(vm: &TinyVm) -> Result<TinyVcpu, Failed> {
+    Ok(vm.create_vcpu(0, &Load::new(Mode::Native, vec![page_of(1, 0)]))?)
+}
+
+/// After a refusal the rings can still be enabled, and they work.
+fn still_works(vm: TinyVm) -> Result<(), Failed> {
+    let log = DirtyLog::enable(vm.vm_fd(), entries())?;
+    log.add_slot(slot_id(1), 16)?;
+    let memory = Arc::new(GuestMemory::new(16)?);
+    if vm.slot_memory(1).is_none() {
+        vm.add_slot(1, gpa(1), memory, true)?;
+    }
+    let vcpu = vcpu(&vm)?;
+    let _ring = log.attach_vcpu(vcpu.fd())?;
+    let vcpu = VcpuThread::spawn(vcpu, |exit| {
+        Action::Fail(format!("an exit was not asked for: {exit:?}").into())
+    })?;
+    run_passes(std::slice::from_ref(&vcpu), 2)?;
+    stop([vcpu])?;
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty)?;
+    let runs: Vec<_> = dirty
+        .runs()
+        .map(|run| (run.first_page, run.pages))
+        .collect();
+    assert_eq!(runs, [(0, 1)]);
+    Ok(())
+}
+
+fn ring_sizes() -> Outcome {
+    let max = HostSupport::query()?.max_entries;
+    assert!((1024..=65_536).contains(&max), "{max} entries at most");
+    for entries in [0, 3, 1000, 65_535] {
+        let expected = RingSizeError::NotPowerOfTwo { entries };
+        assert_eq!(RingEntries::new(entries), Err(expected));
+    }
+    let small = RingEntries::new(128);
+    assert!(
+        matches!(
+            small,
+            Err(RingSizeError::TooSmall {
+                entries: 128,
+                min: 256
+            })
+        ),
+        "{small:?}"
+    );
+    let large = RingEntries::new(131_072);
+    assert!(
+        matches!(
+            large,
+            Err(RingSizeError::TooLarge {
+                entries: 131_072,
+                max: 65_536
+            })
+        ),
+        "{large:?}"
+    );
+
+    let largest = DirtyLog::enable(vm()?.vm_fd(), RingEntries::new(max)?)?;
+    assert_eq!(largest.ring_entries(), max);
+    // A page is enough, but for the entries that Intel's page-modification logging reserves.
+    let vm = vm()?;
+    match DirtyLog::enable(vm.vm_fd(), RingEntries::new(256)?) {
+        Ok(log) => assert_eq!(log.ring_entries(), 256),
+        Err(EnableError::RingSize(RingSizeError::TooSmall { entries, min })) => {
+            assert_eq!((entries, min), (256, 1024));
+            still_works(vm)?;
+        }
+        Err(other) => return Err(other.into()),
+    }
+    Ok(Completed)
+}
+
+fn no_vm() -> Outcome {
+    let refused = |result: Result<DirtyLog, EnableError>| {
+        assert!(matches!(result, Err(EnableError::NotAVm)), "{result:?}");
+    };
+    refused(DirtyLog::enable(&File::open("/dev/null")?, entries()));
+    refused(DirtyLog::enable(&kvm_available()?, entries()));
+    refused(DirtyLog::enable(vcpu(&vm()?)?.fd(), entries()));
+    Ok(Completed)
+}
+
+fn twice() -> Outcome {
+    let mut machine = Machine::new(1024, &[64])?;
+    let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
+    assert!(
+        matches!(again, Err(EnableError::AlreadyEnabled)),
+        "{again:?}"
+    );
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
+    assert!(
+        matches!(again, Err(EnableError::AlreadyEnabled)),
+        "{again:?}"
+    );
+    run_passes(&vcpus, 2)?;
+    machine.finish(&vcpus)?;
+    assert_eq!(machine.dirty().page_count(), 64);
+    Ok(Completed)
+}
+
+fn after_a_vcpu() -> Outcome {
+    let vm = vm()?;
+    vm.add_slot(1, gpa(1), Arc::new(GuestMemory::new(16)?), true)?;
+    let vcpu = vcpu(&vm)?;
+    let late = DirtyLog::enable(vm.vm_fd(), entries());
+    assert!(matches!(late, Err(EnableError::VcpuExists)), "{late:?}");
+    // The VM is what it was: without rings, and its guest runs.
+    let vcpu = VcpuThread::spawn(vcpu, |_| Action::Continue)?;
+    run_passes(std::slice::from_ref(&vcpu), 2)?;
+    stop([vcpu])?;
+    let bitmap = vm.vm_fd().get_dirty_log(1, 16 * 4096)?;
+    assert_eq!(bitmap, [1]);
+    Ok(Completed)
+}
+
+fn manual_protection() -> Outcome {
+    let set = |vm: &TinyVm, flags| {
+        let mut protect = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            ..Default::default()
+        };
+        protect.args[0] = flags;
+        vm.vm_fd().enable_cap(&protect)
+    };
+    // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, without and with KVM_DIRTY_LOG_INITIALLY_SET.
+    let enabled = vm()?;
+    set(&enabled, 1)?;
+    still_works(enabled)?;
+
+    let initially_set = vm()?;
+    set(&initially_set, 3)?;
+    let refused = DirtyLog::enable(initially_set.vm_fd(), entries());
+    assert!(
+        matches!(refused, Err(EnableError::InitiallySet)),
+        "{refused:?}"
+    );
+    set(&initially_set, 0)?;
+    still_works(initially_set)?;
+    Ok(Completed)
+}
+
+/// Finding out about manual protection makes a slot for a moment: where there is room for it.
+fn slots_of_the_vmm_are_left_alone() -> Outcome {
+    let vm = vm()?;
+    let slots = vm.vm_fd().check_extension_raw(KVM_CAP_NR_MEMSLOTS.into());
+    let last = u32::try_from(slots)? - 1;
+    let pages = 16;
+    vm.add_slot(1, gpa(1), Arc::new(GuestMemory::new(pages)?), true)?;
+    vm.add_slot(last, gpa(2), Arc::new(GuestMemory::new(1)?), true)?;
+    still_works(vm)?;
+    Ok(Completed)
+}
+
+fn no_vcpu() -> Outcome {
+    let machine = Machine::new(1024, &[16])?;
+    let refused = machine.log.attach_vcpu(&File::open("/dev/null")?);
+    assert!(matches!(refused, Err(AttachError::Map(_))), "{refused:?}");
+    let refused = machine.log.attach_vcpu(machine.vm.vm_fd());
+    assert!(matches!(refused, Err(AttachError::Map(_))), "{refused:?}");
+
+    let simulated = SimVm::new(SimConfig::default()).dirty_log();
+    let vcpu = vcpu(&machine.vm)?;
+    let refused = simulated.attach_vcpu(vcpu.fd());
+    assert!(matches!(refused, Err(AttachError::NotKvm)), "{refused:?}");
+    // None of these is a vCPU of the log's.
+    assert_eq!(machine.log.stats().vcpus, []);
+    machine.log.attach_vcpu(vcpu.fd())?;
+    assert_eq!(machine.log.stats().vcpus.len(), 1);
+    Ok(Completed)
+}
+
+/// KVM maps what it will not back, and the first look at such a ring is a SIGBUS.
+fn vcpu_of_a_vm_without_rings() -> Outcome {
+    let machine = Machine::new(1024, &[16])?;
+    let refused = machine.log.attach_vcpu(vcpu(&vm()?)?.fd());
+    assert!(matches!(refused, Err(AttachError::Map(_))), "{refused:?}");
+    machine.log.reap()?;
+    Ok(Completed)
+}
+
+fn vcpu_of_a_vm_with_other_rings() -> Outcome {
+    let machine = Machine::new(4096, &[16])?;
+    let other = Machine::new(1024, &[16])?;
+    let refused = machine.log.attach_vcpu(vcpu(&other.vm)?.fd());
+    assert!(matches!(refused, Err(AttachError::Map(_))), "{refused:?}");
+    machine.log.reap()?;
+    Ok(Completed)
+}
+
+fn ring_of_another_size() -> Outcome {
+    let machine = Machine::new(1024, &[16])?;
+    let ring = SimVm::new(SimConfig::default()).add_vcpu().ring_memory();
+    let refused = machine.log.attach_ring(ring);
+    let expected = matches!(
+        refused,
+        Err(AttachError::Size {
+            found: 4096,
+            expected: 1024
+        })
+    );
+    assert!(expected, "{refused:?}");
+    Ok(Completed)
+}

@@ -1,0 +1,142 @@
+//! Slots that go, and others that come in their place.
+
+use std::time::Duration;
+
+use kvm_dirty_ring::Reaper;
+use kvm_dirty_ring::error::SlotError;
+use kvm_dirty_ring::pacing::Fixed;
+use kvm_integration::{Load, Mode, Workload};
+use libtest_mimic::Completion::Completed;
+use libtest_mimic::Failed;
+
+use super::harness::Outcome;
+use super::machine::{
+    Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop,
+};
+
+tests![
+    reused_id_gets_no_stale_entries,
+    reuse_beside_a_reaper,
+    id_is_taken_until_it_is_finished,
+    toggling_the_log_keeps_pending_entries,
+];
+
+/// Slot 1 stays, slot 2 comes and goes, in two sizes by turns, with a vCPU for each. The vCPU of
+/// slot 1 goes on meanwhile; that of slot 2 is paused, with entries of it in its ring.
+fn reuse(reaper: bool, rounds: u64) -> Result<(), Failed> {
+    const SIZES: [u64; 2] = [700, 300];
+    let mut machine = Machine::new(1024, &[1024])?;
+    let stayer = [machine.spawn(0, &machine.load(Workload::Random, 0, 1))?];
+    machine.add_slot(2, SIZES[0])?;
+    // To a vCPU that is made for the one, the end of the other is no memory at all.
+    let loads = SIZES.map(|pages| {
+        let list = (0..pages).map(|page| page_of(2, page)).collect();
+        Load::new(Mode::Native, list)
+    });
+    let reaper = match reaper {
+        true => Some(Reaper::spawn(
+            &machine.log,
+            Fixed::new(Duration::from_micros(200)),
+        )?),
+        false => None,
+    };
+    let leavers = [machine.spawn(1, &loads[0])?, machine.spawn(2, &loads[1])?];
+    pause(&leavers)?;
+    for round in 0..rounds {
+        let leaver = &leavers[(round % 2) as usize..][..1];
+        leaver[0].resume();
+        run_passes(leaver, 1)?;
+        machine.round()?;
+
+        let retired = machine.log.retire_slot(slot_id(2))?;
+        // What is written from here on is no longer anybody's business, and goes to the ring.
+        run_passes(leaver, 1)?;
+        pause(leaver)?;
+        machine.delete_slot(2)?;
+        machine.log.finish_slot(&retired)?;
+        machine.add_slot(2, SIZES[(round + 1) as usize % 2])?;
+
+        machine.round()?;
+        let runs = machine.dirty().runs();
+        let stale: Vec<_> = runs.filter(|run| run.slot == slot_id(2)).collect();
+        assert_eq!(stale, [], "of the slot before, in round {round}");
+        assert_unsuspicious(&machine.log.stats());
+    }
+    // And the last slot of that id is logged as the first one was.
+    let leaver = &leavers[(rounds % 2) as usize];
+    leaver.resume();
+    run_passes(std::slice::from_ref(leaver), 2)?;
+    pause(&leavers)?;
+    machine.finish(&stayer)?;
+    assert_unsuspicious(&machine.log.stats());
+    drop(reaper);
+    stop(stayer.into_iter().chain(leavers))?;
+    Ok(())
+}
+
+fn reused_id_gets_no_stale_entries() -> Outcome {
+    reuse(false, 20)?;
+    Ok(Completed)
+}
+
+fn reuse_beside_a_reaper() -> Outcome {
+    reuse(true, 20)?;
+    Ok(Completed)
+}
+
+fn id_is_taken_until_it_is_finished() -> Outcome {
+    let mut machine = Machine::new(1024, &[256, 256])?;
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    run_passes(&vcpus, 1)?;
+    pause(&vcpus)?;
+    let id = slot_id(2);
+    let taken = machine.log.add_slot(id, 16);
+    assert!(
+        matches!(taken, Err(SlotError::Exists { slot }) if slot == id),
+        "{taken:?}"
+    );
+    let retired = machine.log.retire_slot(id)?;
+    let taken = machine.log.add_slot(id, 16);
+    assert!(
+        matches!(taken, Err(SlotError::Retired { slot }) if slot == id),
+        "{taken:?}"
+    );
+    let again = machine.log.retire_slot(id);
+    assert!(
+        matches!(again, Err(SlotError::Retired { slot }) if slot == id),
+        "{again:?}"
+    );
+    // Retired, it is still reported: its pages may be copied for the last time.
+    machine.round()?;
+    assert!(machine.dirty().contains(id, 255));
+    machine.compare()?;
+    machine.delete_slot(2)?;
+    machine.log.finish_slot(&retired)?;
+    let again = machine.log.finish_slot(&retired);
+    assert!(
+        matches!(again, Err(SlotError::Unknown { slot }) if slot == id),
+        "{again:?}"
+    );
+    machine.add_slot(2, 16)?;
+    assert_eq!(machine.round()?, 0);
+    Ok(Completed)
+}
+
+/// Taking the log from a slot and giving it back protects its pages; entries that are in the rings
+/// stay there.
+fn toggling_the_log_keeps_pending_entries() -> Outcome {
+    let mut machine = Machine::new(1024, &[500])?;
+    let load = machine.load(Workload::Walk, 0, 1).pass_exits();
+    let vcpus = [machine.spawn(0, &load)?];
+    for _ in 0..10 {
+        assert!(vcpus[0].wait_paused());
+        machine.vm.set_logged(1, false)?;
+        machine.vm.set_logged(1, true)?;
+        assert_eq!(machine.round()?, 500, "entries got lost");
+        machine.compare()?;
+        // That every page is protected shows in the next round, by its being dirty again.
+        resume(&vcpus);
+    }
+    assert_unsuspicious(&machine.log.stats());
+    Ok(Completed)
+}

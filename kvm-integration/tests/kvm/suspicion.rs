@@ -1,0 +1,91 @@
+//! A reset that falls short all the same: which pages it has left unprotected nobody knows, so they
+//! stay suspect until their slot is protected anew.
+
+use std::time::{Duration, Instant};
+
+use kvm_dirty_ring::Reaper;
+use kvm_dirty_ring::pacing::Fixed;
+use kvm_integration::Workload;
+use libtest_mimic::Completion::Completed;
+
+use super::harness::{Outcome, skip};
+use super::machine::{Machine, nap, pause, resume, run_passes, slot_id, stop};
+use super::storm::Storm;
+
+tests![
+    short_resets_lose_nothing,
+    the_c_librarys_signals_shorten_no_reset
+];
+
+fn short_resets_lose_nothing() -> Outcome {
+    let mut machine = Machine::new(4096, &[6000])?;
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_millis(20)))?;
+    let storm = Storm::of_stops();
+    let deadline = Instant::now() + Duration::from_secs(3);
+    while machine.log.stats().short_resets < 5 && Instant::now() < deadline {
+        nap(Duration::from_millis(20));
+        machine.finish(&vcpus)?;
+        resume(&vcpus);
+    }
+    drop(storm);
+    let stats = machine.log.stats();
+    if stats.short_resets == 0 {
+        return skip("no reset fell short, even with signals that nobody can block");
+    }
+    // Nothing but the short resets is wrong, and they are not forgotten.
+    let others = [
+        stats.failed_resets,
+        stats.overruns,
+        stats.unknown_slot_entries,
+    ];
+    assert_eq!(others, [0; 3], "{stats:?}");
+    for _ in 0..5 {
+        run_passes(&vcpus, 1)?;
+        machine.finish(&vcpus)?;
+        assert!(
+            machine.round()? > 0,
+            "suspicion has ended by itself: {stats:?}"
+        );
+        resume(&vcpus);
+    }
+
+    // Protecting every page of the slot anew ends it, after these pages came once more.
+    pause(&vcpus)?;
+    machine.vm.set_logged(1, false)?;
+    machine.vm.set_logged(1, true)?;
+    machine.log.rearmed(slot_id(1))?;
+    assert!(machine.round()? > 0);
+    assert_eq!(machine.round()?, 0);
+    // And from here on the ring alone will do.
+    resume(&vcpus);
+    for _ in 0..5 {
+        run_passes(&vcpus, 1)?;
+        machine.finish(&vcpus)?;
+        assert_eq!(machine.round()?, 0);
+        resume(&vcpus);
+    }
+    reaper.stop()?;
+    stop(vcpus)?;
+    Ok(Completed)
+}
+
+fn the_c_librarys_signals_shorten_no_reset() -> Outcome {
+    let mut machine = Machine::new(4096, &[6000])?;
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_millis(20)))?;
+    let storm = Storm::of_set_user();
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < deadline {
+        nap(Duration::from_millis(20));
+        machine.finish(&vcpus)?;
+        resume(&vcpus);
+    }
+    drop(storm);
+    let stats = machine.log.stats();
+    assert!(stats.resets > 0, "{stats:?}");
+    assert_eq!(stats.short_resets, 0, "{stats:?}");
+    reaper.stop()?;
+    stop(vcpus)?;
+    Ok(Completed)
+}

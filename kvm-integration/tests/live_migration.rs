@@ -1,0 +1,345 @@
+//! The program `live-migration`, run as a user runs it.
+//!
+//! Tests on KVM are ignored where it can't be had, and one line on stderr says why; with
+//! `KVM_REQUIRED=1` in the environment they fail instead.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_integration::kvm_available;
+use libtest_mimic::{Arguments, Trial};
+use serde_json::Value;
+
+/// No run here takes longer than a few seconds, or than a minute on a machine with much else to do.
+const LONGEST: Duration = Duration::from_secs(120);
+
+/// Small enough to be quick, with rings that fill up.
+const SMALL: &str = "--memory-mib 16 --ring-entries 256 --bandwidth-mib 64";
+
+/// What a run left behind.
+struct Ran {
+    status: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn spawn(args: &str) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_live-migration"))
+        .args(args.split_whitespace())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program was built with this test")
+}
+
+/// Reads all of a pipe on a thread, so that the child never waits for us.
+fn drain(pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut text = String::new();
+        let mut pipe = pipe;
+        pipe.read_to_string(&mut text).expect("its output is UTF-8");
+        text
+    })
+}
+
+fn wait(child: &mut Child, what: &str) -> Option<i32> {
+    let deadline = Instant::now() + LONGEST;
+    loop {
+        if let Some(status) = child.try_wait().expect("a child can be waited for") {
+            return status.code();
+        }
+        if Instant::now() > deadline {
+            child.kill().expect("a child can be killed");
+            panic!("`live-migration {what}` has run for {LONGEST:?}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn run(args: &str) -> Ran {
+    let mut child = spawn(args);
+    let stdout = drain(child.stdout.take().unwrap());
+    let stderr = drain(child.stderr.take().unwrap());
+    let status = wait(&mut child, args);
+    Ran {
+        status,
+        stdout: stdout.join().unwrap(),
+        stderr: stderr.join().unwrap(),
+    }
+}
+
+/// Runs with `--json`; all must go well, and the object be all there is on stdout.
+fn json(args: &str) -> Value {
+    let ran = run(&format!("{args} --json"));
+    assert_eq!(ran.status, Some(0), "{args}: {}{}", ran.stderr, ran.stdout);
+    assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
+    let object: Value = serde_json::from_str(&ran.stdout).expect("the line is JSON");
+    assert_eq!(object["mismatched_pages"], 0, "{args}: {object}");
+    assert!(number(&object, "rounds") >= 3.0, "{args}: {object}");
+    object
+}
+
+fn number(object: &Value, key: &str) -> f64 {
+    let number = object[key].as_f64();
+    number.unwrap_or_else(|| panic!("`{key}` is missing, or no number: {object}"))
+}
+
+fn promised_keys_hold_what_they_promise() {
+    let object = json(&format!("{SMALL} --backend sim --vcpus 3"));
+    let integer = |key| {
+        object[key]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{key}: {object}"))
+    };
+    assert_eq!(object["backend"], "sim");
+    assert_eq!(integer("vcpus"), 3);
+    assert_eq!(integer("ring_entries"), 256);
+    assert_eq!(integer("pages_total"), 4096);
+    assert!(integer("pages_sent") >= 4096);
+    assert!(integer("ring_full_exits") > 0, "{object}");
+    assert!(integer("resets") > 0);
+    assert!(integer("entries_harvested") >= 192 * integer("ring_full_exits"));
+    assert!(number(&object, "downtime_ms") > 0.0);
+    assert!(number(&object, "total_ms") > number(&object, "downtime_ms"));
+    let rounds = object["per_round"].as_array().unwrap();
+    assert_eq!(rounds.len() as u64, integer("rounds"));
+    let sent: u64 = rounds
+        .iter()
+        .filter_map(|round| round["pages"].as_u64())
+        .sum();
+    assert_eq!(sent, integer("pages_sent"));
+}
+
+fn people_get_a_table() {
+    let ran = run(&format!("{SMALL} --backend sim --workload walk"));
+    assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+    for wanted in [
+        "backend: sim, as asked for",
+        "2 vCPUs, 16 MiB in two slots, rings of 256; walk (30,000 stores/s), link 64 MiB/s",
+        "dirtied pages/s",
+        "\n stopped ",
+        "\nring-full exits ",
+        "\npage stores ",
+        "\ndowntime ",
+        "\nmismatched pages   0 of 4,096\n",
+    ] {
+        assert!(
+            ran.stdout.contains(wanted),
+            "no `{wanted}` in {}",
+            ran.stdout
+        );
+    }
+    assert_eq!(ran.stderr, "", "a progress bar is for terminals");
+}
+
+fn every_workload_arrives() {
+    for workload in ["walk", "random", "hot-and-cold"] {
+        for rate in [0, 3, 100_000] {
+            let args = format!("--workload {workload} --write-rate {rate} --max-rounds 4");
+            json(&format!("{SMALL} --backend sim {args}"));
+        }
+    }
+}
+
+fn the_smallest_and_the_most_parallel_guests_arrive() {
+    json("--backend sim --memory-mib 1 --vcpus 1 --ring-entries 65536");
+    json("--backend sim --memory-mib 1 --vcpus 32 --ring-entries 256 --workload random");
+    json("--backend sim --memory-mib 3 --bandwidth-mib 0");
+}
+
+fn a_guest_that_outruns_the_link_is_stopped() {
+    let rest = "--write-rate 0 --workload random --max-rounds 2";
+    let object = json(&format!("{SMALL} --backend sim {rest}"));
+    assert_eq!(object["converged"], false);
+    assert_eq!(object["rounds"], 3);
+}
+
+fn nonsense_is_refused_with_what_is_allowed() {
+    for (args, allowed) in [
+        ("--vcpus 0", "1..=32"),
+        ("--vcpus 33", "1..=32"),
+        ("--vcpus 1000", "1..=32"),
+        ("--memory-mib 0", "1..=262144"),
+        ("--memory-mib 262145", "1..=262144"),
+        (
+            "--memory-mib 123456789012345678901234567890",
+            "number too large",
+        ),
+        ("--ring-entries 1000", "must be a power of two"),
+        ("--ring-entries 1", "at least 256"),
+        ("--ring-entries 1048576", "at most 65536"),
+        ("--workload stroll", "choose walk, random or hot-and-cold"),
+        ("--backend qemu", "auto, kvm, sim"),
+        ("--write-rate=-1", "--write-rate <PAGES>"),
+        ("--max-rounds 0", "1..=1000"),
+        ("--frobnicate", "--help"),
+    ] {
+        let ran = run(args);
+        assert_eq!(ran.status, Some(2), "{args}: {}", ran.stdout);
+        assert!(ran.stderr.contains(allowed), "{args}: {}", ran.stderr);
+        assert_eq!(ran.stdout, "", "{args}");
+    }
+}
+
+fn help_names_every_option() {
+    let ran = run("--help");
+    assert_eq!(ran.status, Some(0));
+    for option in [
+        "--vcpus",
+        "--memory-mib",
+        "--ring-entries",
+        "--workload",
+        "--write-rate",
+        "--bandwidth-mib",
+        "--max-rounds",
+        "--seed",
+        "--backend",
+        "--json",
+    ] {
+        assert!(ran.stdout.contains(option), "{option}: {}", ran.stdout);
+    }
+}
+
+fn auto_says_what_and_why() {
+    let ran = run(&format!("{SMALL} --json"));
+    assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+    let line = ran.stderr.lines().next().expect("a line about the backend");
+    let object: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let backend = if kvm_available().is_ok() && cfg!(target_arch = "x86_64") {
+        "kvm"
+    } else {
+        "sim"
+    };
+    assert_eq!(object["backend"], backend);
+    let start = format!("backend: {backend}, because ");
+    assert!(
+        line.starts_with(&start) && line.len() > start.len(),
+        "{line}"
+    );
+}
+
+/// Sends a signal in the middle of a round that would take a minute.
+fn interrupt(args: &str, signal: libc::c_int) {
+    let args = format!("{args} --memory-mib 60 --bandwidth-mib 1");
+    let mut child = spawn(&args);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let stderr = drain(child.stderr.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert!(line.starts_with("backend: "), "{line}");
+    thread::sleep(Duration::from_millis(300));
+    let start = Instant::now();
+    // SAFETY: the child has not been waited for, so that its id is still its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
+    assert_eq!(wait(&mut child, &args), Some(130));
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(stderr.join().unwrap(), "interrupted\n");
+}
+
+fn one_signal_ends_it() {
+    interrupt("--backend sim", libc::SIGINT);
+    interrupt("--backend sim", libc::SIGTERM);
+    // Its vCPUs sleep for most of an hour.
+    interrupt("--backend sim --vcpus 32 --write-rate 1", libc::SIGINT);
+}
+
+fn kvm_default_run() {
+    let object = json("");
+    assert_eq!(object["backend"], "kvm");
+    assert_eq!(object["pages_total"], 131_072);
+    number(&object, "ring_full_exits");
+}
+
+fn kvm_eight_vcpus_on_small_rings() {
+    let object = json("--backend kvm --vcpus 8 --ring-entries 1024 --workload random");
+    assert_eq!(
+        (&object["vcpus"], &object["ring_entries"]),
+        (&8.into(), &1024.into())
+    );
+    assert!(number(&object, "ring_full_exits") > 0.0, "{object}");
+}
+
+fn kvm_twenty_seeds() {
+    for seed in 0..20 {
+        json(&format!(
+            "--backend kvm --memory-mib 64 --ring-entries 1024 --seed {seed}"
+        ));
+    }
+}
+
+fn kvm_as_fast_as_it_goes() {
+    for workload in ["walk", "random", "hot-and-cold"] {
+        let args = "--memory-mib 64 --ring-entries 1024 --write-rate 0 --bandwidth-mib 0";
+        json(&format!("--backend kvm {args} --workload {workload}"));
+    }
+}
+
+fn kvm_one_signal_ends_it() {
+    interrupt("--backend kvm", libc::SIGINT);
+    interrupt("--backend kvm --write-rate 0", libc::SIGTERM);
+    interrupt("--backend kvm --vcpus 32 --write-rate 1", libc::SIGINT);
+}
+
+type Test = (&'static str, fn());
+
+macro_rules! tests {
+    ($($test:ident),* $(,)?) => { [$((stringify!($test), $test as fn())),*] };
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // They time what they do, and would rather not race each other for the CPUs.
+    arguments.test_threads.get_or_insert(1);
+    let everywhere = tests![
+        promised_keys_hold_what_they_promise,
+        people_get_a_table,
+        every_workload_arrives,
+        the_smallest_and_the_most_parallel_guests_arrive,
+        a_guest_that_outruns_the_link_is_stopped,
+        nonsense_is_refused_with_what_is_allowed,
+        help_names_every_option,
+        auto_says_what_and_why,
+        one_signal_ends_it,
+    ];
+    let on_kvm = tests![
+        kvm_default_run,
+        kvm_eight_vcpus_on_small_rings,
+        kvm_twenty_seeds,
+        kvm_as_fast_as_it_goes,
+        kvm_one_signal_ends_it,
+    ];
+    let missing = missing();
+    let required = std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1");
+    if let Some(why) = missing.as_ref().filter(|_| !arguments.list) {
+        let fate = if required { "FAILED" } else { "SKIPPED" };
+        eprintln!("live-migration on KVM {fate}: {why}; KVM_REQUIRED=1 makes this a failure");
+    }
+    let trial = |(name, test): Test| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    };
+    let kvm_trial = |(name, test): Test| match missing.clone() {
+        None => trial((name, test)),
+        Some(why) => Trial::test(name, move || Err(why.into())).with_ignored_flag(!required),
+    };
+    let trials = everywhere.into_iter().map(trial);
+    let trials = trials.chain(on_kvm.into_iter().map(kvm_trial)).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Why the guest can't run on KVM here, if it can't.
+fn missing() -> Option<String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Some("the guest is x86-64 code".into());
+    }
+    kvm_available().err().map(|error| error.to_string())
+}

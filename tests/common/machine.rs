@@ -1,0 +1,365 @@
+//! A machine under a script, and what the oracles know of it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem;
+use std::sync::{Arc, Mutex};
+
+use kvm_dirty_ring::error::SlotError;
+use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, RetiredSlot, SlotId, Stats, VcpuRing};
+
+use super::script::{Op, Setup, Write};
+use super::shape::{PageSet, pages_of};
+
+const SLOTS: [SlotId; 3] = [SlotId::new(0, 0), SlotId::new(0, 3), SlotId::new(1, 0)];
+const MOST_VCPUS: usize = 4;
+
+/// What writes can reach; shared with the hook that writes inside resets.
+struct Memory {
+    vm: SimVm,
+    log: DirtyLog,
+    vcpus: Mutex<Vec<SimVcpu>>,
+    sizes: Mutex<BTreeMap<SlotId, u64>>,
+    in_reset: Mutex<VecDeque<(ResetPhase, Vec<Write>)>>,
+}
+
+impl Memory {
+    /// The pages that `write` names, if its slot exists.
+    fn pages(&self, write: &Write) -> Option<(SlotId, Vec<u64>)> {
+        let slot = SLOTS[write.slot];
+        let size = *self.sizes.lock().unwrap().get(&slot)?;
+        let first = (u64::from(write.at) * size) >> 16;
+        let pages = (first..first + write.pages).map(|page| page % size);
+        Some((slot, pages.collect()))
+    }
+
+    fn device_write(&self, slot: SlotId, page: u64) {
+        assert!(self.vm.device_write(slot, page));
+        self.log.mark_dirty(slot, page, 1).unwrap();
+    }
+
+    /// Writes inside a reset: a vCPU whose ring is full stays out of the guest.
+    fn write_in_reset(&self, write: &Write) {
+        let Some((slot, pages)) = self.pages(write) else {
+            return;
+        };
+        for page in pages {
+            match write.vcpu {
+                None => self.device_write(slot, page),
+                Some(vcpu) => {
+                    let vcpus = self.vcpus.lock().unwrap();
+                    let _ = vcpus[vcpu % vcpus.len()].write(slot, page);
+                }
+            }
+        }
+    }
+
+    fn reset_reaches(&self, phase: ResetPhase) {
+        let mut writes = self.in_reset.lock().unwrap();
+        while writes.front().is_some_and(|(when, _)| *when == phase) {
+            let (_, now) = writes.pop_front().unwrap();
+            now.iter().for_each(|write| self.write_in_reset(write));
+        }
+    }
+}
+
+enum Life {
+    Absent,
+    Live,
+    Retired(RetiredSlot),
+    /// Deleted in the kernel, its removal from the log not finished.
+    Deleted(RetiredSlot),
+}
+
+/// A machine with its log.
+pub struct Machine {
+    memory: Arc<Memory>,
+    rings: Vec<VcpuRing>,
+    lives: Vec<Life>,
+    /// Slots that the log tracks.
+    tracked: BTreeMap<SlotId, u64>,
+    dirty: DirtyPages,
+    /// Faults ever injected: so many calls may fail, no more.
+    injected: usize,
+    /// Pages ever to be logged as nonsense.
+    garbled: usize,
+    /// Whether a vCPU was ever made to overrun its ring.
+    overran: bool,
+    /// Whether a vCPU that overran its ring can't get back into the guest: it is far ahead of where
+    /// the log can find it, or ran over entries that awaited their reset. It writes no more.
+    pub stuck: bool,
+    /// The exact oracle: pages written since the last sync, by guest or device.
+    pub written: PageSet,
+    /// The migration oracle: each page's version when it was last copied.
+    copy: BTreeMap<SlotId, Vec<u64>>,
+}
+
+impl Machine {
+    /// Two live slots, a third that a script may add.
+    pub fn new(setup: &Setup) -> Self {
+        let mut config = SimConfig::default();
+        config.ring_entries = setup.ring_entries;
+        config.reserved = setup.reserved;
+        config.pml = setup.pml;
+        config.first_index = setup.first_index;
+        let vm = SimVm::new(config);
+        let memory = Arc::new(Memory {
+            log: vm.dirty_log(),
+            vm,
+            vcpus: Mutex::default(),
+            sizes: Mutex::default(),
+            in_reset: Mutex::default(),
+        });
+        let hook = Arc::clone(&memory);
+        memory.vm.on_reset(move |phase| hook.reset_reaches(phase));
+        let mut machine = Self {
+            memory,
+            rings: Vec::new(),
+            lives: SLOTS.map(|_| Life::Absent).into(),
+            tracked: BTreeMap::new(),
+            dirty: DirtyPages::new(),
+            injected: 0,
+            garbled: 0,
+            overran: false,
+            stuck: false,
+            written: PageSet::new(),
+            copy: BTreeMap::new(),
+        };
+        machine.step_slot(0, 100);
+        machine.step_slot(1, 64);
+        for _ in 0..setup.vcpus {
+            machine.add_vcpu();
+        }
+        machine
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.memory.log.stats()
+    }
+
+    /// Does one thing, except `Op::Sync` and `Op::Checkpoint`, whose results are the caller's to
+    /// judge.
+    pub fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Write(write) => self.write(write),
+            Op::Reap => self.may_fail(|log| log.reap().is_ok()),
+            Op::Sync | Op::Checkpoint => unreachable!("the caller's"),
+            Op::Exit(vcpu) => self.vcpu(*vcpu).exit(),
+            Op::SlotStep { slot, pages } => self.step_slot(*slot, *pages),
+            Op::AddVcpu => self.add_vcpu(),
+            Op::InReset(phase, writes) => {
+                let mut in_reset = self.memory.in_reset.lock().unwrap();
+                in_reset.push_back((*phase, writes.clone()));
+            }
+            Op::Inject(faults) => self.inject(faults),
+            Op::Garble { vcpu, unknown_slot } => {
+                let slot = if *unknown_slot { 77 } else { SLOTS[0].raw() };
+                self.vcpu(*vcpu).garble_next(slot, 1 << 40);
+                self.garbled += 1;
+            }
+            Op::Overrun(write) => {
+                self.overran = true;
+                let vcpu = self.vcpu(write.vcpu.unwrap());
+                vcpu.ignore_soft_limit(true);
+                self.write(write);
+                vcpu.ignore_soft_limit(false);
+            }
+            Op::Rearm => self.rearm(),
+        }
+    }
+
+    fn vcpu(&self, vcpu: usize) -> SimVcpu {
+        let vcpus = self.memory.vcpus.lock().unwrap();
+        vcpus[vcpu % vcpus.len()].clone()
+    }
+
+    fn may_fail(&self, call: impl FnOnce(&DirtyLog) -> bool) {
+        let done = call(&self.memory.log);
+        assert!(done || self.injected > 0, "failed for no reason");
+    }
+
+    fn inject(&mut self, faults: &[ResetFault]) {
+        self.injected += faults.len();
+        self.memory.vm.inject(faults.iter().copied());
+    }
+
+    fn add_vcpu(&mut self) {
+        if self.rings.len() < MOST_VCPUS {
+            let vcpu = self.memory.vm.add_vcpu();
+            let ring = self.memory.log.attach_ring(vcpu.ring_memory());
+            self.rings.push(ring.unwrap());
+            self.memory.vcpus.lock().unwrap().push(vcpu);
+        }
+    }
+
+    fn write(&mut self, write: &Write) {
+        let Some((slot, pages)) = self.memory.pages(write) else {
+            return;
+        };
+        for page in pages {
+            match write.vcpu {
+                None => self.memory.device_write(slot, page),
+                Some(vcpu) if !self.guest_write(vcpu % self.rings.len(), slot, page) => return,
+                Some(_) => {}
+            }
+            self.written.entry(slot).or_default().insert(page);
+        }
+    }
+
+    /// As a VMM does: on a full ring, make room and enter the guest again. False if the vCPU is
+    /// stuck.
+    fn guest_write(&mut self, index: usize, slot: SlotId, page: u64) -> bool {
+        let vcpu = self.vcpu(index);
+        // Each fault, and each burst of writes inside a reset, can keep it out once more; an
+        // overrun ring takes a few exits to join again.
+        let patience = 8 + self.injected + self.memory.in_reset.lock().unwrap().len();
+        for _ in 0..patience {
+            match vcpu.write(slot, page) {
+                Ok(()) => return true,
+                Err(WriteError::RingFull) => {
+                    let done = self.rings[index].on_full().is_ok();
+                    assert!(done || self.injected > 0, "failed for no reason");
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert!(self.overran, "vCPU {index} is kept out of the guest");
+        self.stuck = true;
+        false
+    }
+
+    fn step_slot(&mut self, index: usize, pages: u64) {
+        let Memory { vm, log, sizes, .. } = &*self.memory;
+        let slot = SLOTS[index];
+        let injected = self.injected > 0;
+        let failed = |error| match error {
+            SlotError::Reset(_) if injected => {}
+            error => panic!("{error}"),
+        };
+        let life = mem::replace(&mut self.lives[index], Life::Absent);
+        self.lives[index] = match life {
+            Life::Absent => {
+                log.add_slot(slot, pages).unwrap();
+                vm.create_slot(slot, pages);
+                sizes.lock().unwrap().insert(slot, pages);
+                self.tracked.insert(slot, pages);
+                self.copy.insert(slot, vec![0; pages as usize]);
+                Life::Live
+            }
+            Life::Live => match log.retire_slot(slot) {
+                Ok(retired) => Life::Retired(retired),
+                Err(error) => {
+                    failed(error);
+                    Life::Live
+                }
+            },
+            Life::Retired(retired) => {
+                let again = log.add_slot(slot, pages);
+                assert!(matches!(again, Err(SlotError::Retired { .. })));
+                sizes.lock().unwrap().remove(&slot);
+                vm.delete_slot(slot);
+                // Deleting a slot makes every vCPU leave the guest.
+                let vcpus = self.memory.vcpus.lock().unwrap();
+                vcpus.iter().for_each(SimVcpu::exit);
+                self.copy.remove(&slot);
+                Life::Deleted(retired)
+            }
+            Life::Deleted(retired) => match log.finish_slot(&retired) {
+                Ok(()) => {
+                    self.tracked.remove(&slot);
+                    self.written.remove(&slot);
+                    Life::Absent
+                }
+                Err(error) => {
+                    failed(error);
+                    Life::Deleted(retired)
+                }
+            },
+        };
+    }
+
+    /// Protects every slot anew, as an operator's tool would after faults.
+    pub fn rearm(&self) {
+        for &slot in self.tracked.keys() {
+            self.memory.vm.rearm_slot(slot);
+            self.memory.log.rearmed(slot).unwrap();
+        }
+    }
+
+    /// A sync, and a copy of what it reports. The pages, or `None` if it failed.
+    pub fn sync(&mut self) -> Option<PageSet> {
+        if let Err(error) = self.memory.log.sync(&mut self.dirty) {
+            assert!(self.injected > 0, "{error} for no reason");
+            return None;
+        }
+        let reported = pages_of(&self.dirty, &self.tracked);
+        for (slot, pages) in &reported {
+            if let Some(copy) = self.copy.get_mut(slot) {
+                for &page in pages {
+                    copy[page as usize] = self.memory.vm.version(*slot, page).unwrap();
+                }
+            }
+        }
+        Some(reported)
+    }
+
+    /// The pages written since the last time this was asked.
+    pub fn take_written(&mut self) -> PageSet {
+        let mut written = mem::take(&mut self.written);
+        written.retain(|slot, _| self.tracked.contains_key(slot));
+        written
+    }
+
+    /// Stops everybody who writes, syncs, and compares the copy with the truth.
+    pub fn checkpoint(&mut self) {
+        let writes = mem::take(&mut *self.memory.in_reset.lock().unwrap());
+        for index in 0..self.rings.len() {
+            self.vcpu(index).exit();
+        }
+        let tries = self.injected + 1;
+        let synced = (0..tries).any(|_| self.sync().is_some());
+        assert!(synced, "more failures than faults");
+        *self.memory.in_reset.lock().unwrap() = writes;
+        for (&slot, copy) in &self.copy {
+            let stale: BTreeSet<usize> = (0..copy.len())
+                .filter(|&page| self.memory.vm.version(slot, page as u64) != Some(copy[page]))
+                .collect();
+            assert!(stale.is_empty(), "slot {slot}: lost writes to {stale:?}");
+        }
+    }
+
+    /// Uses up what faults and writes inside resets are still to come.
+    pub fn calm_down(&mut self) {
+        self.memory.in_reset.lock().unwrap().clear();
+        while self.memory.sizes.lock().unwrap().is_empty() {
+            self.step_slot(0, 1);
+        }
+        let slot = *self.memory.sizes.lock().unwrap().keys().next().unwrap();
+        for _ in 0..mem::take(&mut self.garbled) {
+            for index in 0..self.rings.len() {
+                // So that the write is logged.
+                self.rearm();
+                self.guest_write(index, slot, 0);
+            }
+        }
+        for index in 0..self.rings.len() {
+            self.vcpu(index).exit();
+        }
+        // A ring of its own, so that the rings under test are left as they are.
+        let spare = self.memory.vm.add_vcpu();
+        let ring = self.memory.log.attach_ring(spare.ring_memory());
+        let mut ring = ring.unwrap();
+        for _ in 0..self.injected {
+            // Each is at least one reset.
+            let _ = ring.on_full();
+        }
+        self.injected = 0;
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // The hook keeps the machine alive, and the machine the hook.
+        self.memory.vm.on_reset(|_| ());
+    }
+}

@@ -1,0 +1,194 @@
+//! Random scripts: what the guest, its devices, the VMM and a faulty kernel do, in which order.
+
+use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// The machine at its start.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub ring_entries: u32,
+    pub reserved: u32,
+    pub pml: usize,
+    pub first_index: u32,
+    pub vcpus: usize,
+}
+
+/// Consecutive pages, written one by one. Numbers are reduced to what exists when it comes to it.
+#[derive(Debug, Clone)]
+pub struct Write {
+    /// `None` is a device.
+    pub vcpu: Option<usize>,
+    pub slot: usize,
+    /// The first page, as a fraction of the slot in 1/65536.
+    pub at: u16,
+    pub pages: u64,
+}
+
+#[derive(Debug, Clone)]
+pub enum Op {
+    Write(Write),
+    Reap,
+    Sync,
+    /// A vCPU leaves the guest for a moment.
+    Exit(usize),
+    /// A sync with vCPUs stopped: from here on the copy equals the truth.
+    Checkpoint,
+    /// One step in a slot's life: add and create, retire, delete, finish, and so on.
+    SlotStep {
+        slot: usize,
+        pages: u64,
+    },
+    AddVcpu,
+    /// Writes that happen inside the next reset.
+    InReset(ResetPhase, Vec<Write>),
+    Inject(Vec<ResetFault>),
+    /// The next page that the vCPU logs is logged as nonsense.
+    Garble {
+        vcpu: usize,
+        unknown_slot: bool,
+    },
+    /// Writes by a vCPU that does not stop at the soft limit.
+    Overrun(Write),
+    /// Every slot is protected anew.
+    Rearm,
+}
+
+pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
+    let ring = (3u32..=6).prop_flat_map(|bits| (Just(1 << bits), 2..=(1u32 << bits) / 2));
+    let first_index = prop_oneof![Just(0), (0u32..100).prop_map(|n| u32::MAX - n)];
+    // The reserve is there to hold what the buffer holds: a larger buffer would overrun the ring.
+    let buffer = any::<prop::sample::Index>();
+    (ring, first_index, 1usize..=3, buffer).prop_map(
+        move |((ring_entries, reserved), first_index, vcpus, buffer)| Setup {
+            ring_entries,
+            reserved,
+            pml: if pml {
+                buffer.index(reserved as usize + 1)
+            } else {
+                0
+            },
+            first_index,
+            vcpus,
+        },
+    )
+}
+
+/// Sizes about the borders of words, and one beyond the 32,768 pages of a touched-flag.
+fn slot_size() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        8 => 1u64..=40,
+        8 => 60u64..=70,
+        4 => 120u64..=200,
+        1 => 32_760u64..=32_900,
+    ]
+}
+
+fn guest_write() -> impl Strategy<Value = Write> {
+    (0usize..4, 0usize..3, any::<u16>(), 1u64..=12).prop_map(|(vcpu, slot, at, pages)| Write {
+        vcpu: Some(vcpu),
+        slot,
+        at,
+        pages,
+    })
+}
+
+fn any_write() -> impl Strategy<Value = Write> {
+    (guest_write(), any::<bool>()).prop_map(|(write, device)| Write {
+        vcpu: if device { None } else { write.vcpu },
+        ..write
+    })
+}
+
+fn calm_op() -> BoxedStrategy<Op> {
+    let slot_step = (0usize..3, slot_size());
+    prop_oneof![
+        12 => guest_write().prop_map(Op::Write),
+        3 => any_write().prop_map(|w| Op::Write(Write { vcpu: None, ..w })),
+        3 => Just(Op::Reap),
+        4 => Just(Op::Sync),
+        3 => slot_step.prop_map(|(slot, pages)| Op::SlotStep { slot, pages }),
+        1 => Just(Op::AddVcpu),
+    ]
+    .boxed()
+}
+
+fn busy_op() -> BoxedStrategy<Op> {
+    let phase = prop_oneof![Just(ResetPhase::Begin), Just(ResetPhase::Recycled)];
+    let in_reset = (phase, vec(any_write(), 1..4));
+    prop_oneof![
+        6 => calm_op(),
+        2 => in_reset.prop_map(|(phase, writes)| Op::InReset(phase, writes)),
+        1 => (0usize..4).prop_map(Op::Exit),
+        1 => Just(Op::Checkpoint),
+    ]
+    .boxed()
+}
+
+fn fault() -> impl Strategy<Value = ResetFault> {
+    const ERRORS: &[i32] = &[libc::EINTR, libc::ENOMEM, libc::EBADF];
+    prop_oneof![
+        3 => (0u32..=70).prop_map(|after| ResetFault::Short { after }),
+        // Mostly where the rings are not empty yet.
+        3 => (0u32..=5).prop_map(|after| ResetFault::Short { after }),
+        2 => prop::sample::select(ERRORS).prop_map(ResetFault::Error),
+    ]
+}
+
+fn garble_op() -> impl Strategy<Value = Op> {
+    (0usize..4, any::<bool>()).prop_map(|(vcpu, unknown_slot)| Op::Garble { vcpu, unknown_slot })
+}
+
+fn overrun_op() -> impl Strategy<Value = Op> {
+    (guest_write(), 1u64..=150).prop_map(|(write, pages)| Op::Overrun(Write { pages, ..write }))
+}
+
+fn faulty_op() -> BoxedStrategy<Op> {
+    prop_oneof![
+        16 => busy_op(),
+        3 => vec(fault(), 1..4).prop_map(Op::Inject),
+        1 => garble_op(),
+        1 => overrun_op(),
+        1 => Just(Op::Rearm),
+    ]
+    .boxed()
+}
+
+/// No faults; writes only between resets.
+pub fn calm_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(calm_op(), 1..120)
+}
+
+/// No faults; writes inside resets as well.
+pub fn busy_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(busy_op(), 1..120)
+}
+
+/// Everything at once.
+pub fn faulty_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(faulty_op(), 1..120)
+}
+
+fn bad_reset_op() -> BoxedStrategy<Op> {
+    prop_oneof![
+        5 => busy_op(),
+        1 => vec(fault(), 1..4).prop_map(Op::Inject),
+    ]
+    .boxed()
+}
+
+/// Failing and short resets, but each ring and entry as it should be.
+pub fn bad_resets_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(bad_reset_op(), 1..120)
+}
+
+/// Faults that leave nothing behind once the slots are protected anew: rings are not overrun while
+/// entries await a reset that fails.
+pub fn repairable_script() -> impl Strategy<Value = Vec<Op>> {
+    let resets_and_garbage = prop_oneof![10 => bad_reset_op(), 1 => garble_op()];
+    let overruns_and_garbage = prop_oneof![10 => calm_op(), 1 => garble_op(), 1 => overrun_op()];
+    prop_oneof![
+        vec(resets_and_garbage, 1..120),
+        vec(overruns_and_garbage, 1..120),
+    ]
+}

@@ -1,0 +1,232 @@
+//! What goes wrong, one scenario each: what is reported, what is counted, and that no page is lost.
+
+#[path = "common/scenario.rs"]
+mod scenario;
+
+use std::io;
+
+use kvm_dirty_ring::error::{AttachError, SlotError, SyncError};
+use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVm, WriteError};
+use kvm_dirty_ring::{DirtyLog, Kernel, Run};
+use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, ROM, run};
+
+#[test]
+fn pages_of_a_short_reset_are_reported_until_rearmed() {
+    for after in 0..10 {
+        let mut machine = Machine::new();
+        machine.write([100]);
+        assert_eq!(machine.sync(), [run(RAM, 100, 1)]);
+        machine.vm.inject([ResetFault::Short { after }]);
+        machine.write(0..10);
+        assert_eq!(machine.sync(), [run(RAM, 0, 10)]);
+        let stats = machine.log.stats();
+        assert_eq!((stats.short_resets, stats.resets), (1, 3));
+        // Unlogged, for some of these pages are not armed.
+        machine.write(0..10);
+        assert_eq!(machine.sync(), [run(RAM, 0, 10)]);
+        assert_eq!(machine.sync(), [run(RAM, 0, 10)]);
+        machine.rearm();
+        assert_eq!(machine.sync(), [run(RAM, 0, 10)]);
+        assert_eq!(machine.sync(), []);
+        assert_eq!(machine.log.stats().short_resets, 1);
+    }
+}
+
+#[test]
+fn a_reset_that_only_recycles_what_another_left_is_short() {
+    let mut machine = Machine::new();
+    let short = |after| ResetFault::Short { after };
+    // Three entries stay behind: the reset and its repetition both stop.
+    machine.vm.inject([short(1), short(0)]);
+    machine.write([10, 20, 30, 40]);
+    machine.sync();
+    // The three and page 50 are recycled, four for the two that were marked; page 50 is not armed.
+    machine.vm.inject([short(4)]);
+    machine.write([50, 60]);
+    machine.sync();
+    assert_eq!(machine.log.stats().short_resets, 2);
+    machine.write([50]);
+    let reported = machine.sync();
+    assert!(reported.contains(&run(RAM, 50, 1)), "{reported:?}");
+}
+
+#[test]
+fn a_failed_reset_loses_nothing() {
+    for number in [libc::EINTR, libc::ENOMEM, libc::EBADF] {
+        let mut machine = Machine::new();
+        machine.write([1]);
+        assert_eq!(machine.sync(), [run(RAM, 1, 1)]);
+
+        machine.vm.inject([ResetFault::Error(number); 2]);
+        machine.write(5..8);
+        let error = machine.log.reap().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(number));
+        let Err(SyncError::Reset(error)) = machine.log.sync(&mut machine.dirty) else {
+            panic!("a sync whose reset fails");
+        };
+        assert_eq!(error.raw_os_error(), Some(number));
+        let before: Vec<Run> = machine.dirty.runs().collect();
+        assert_eq!(before, [run(RAM, 1, 1)], "left as it was");
+
+        assert_eq!(machine.sync(), [run(RAM, 5, 3)]);
+        let stats = machine.log.stats();
+        assert_eq!((stats.failed_resets, stats.short_resets), (2, 0));
+        machine.write([6]);
+        assert_eq!(machine.sync(), [run(RAM, 6, 1)]);
+    }
+}
+
+#[test]
+fn a_full_exit_whose_reset_fails_can_be_repeated() {
+    let mut machine = Machine::new();
+    machine.write(0..60);
+    assert_eq!(machine.vcpu.write(RAM, 60), Err(WriteError::RingFull));
+    machine.vm.inject([ResetFault::Error(libc::EINTR)]);
+    machine.ring.on_full().unwrap_err();
+    assert_eq!(machine.vcpu.write(RAM, 60), Err(WriteError::RingFull));
+    machine.ring.on_full().unwrap();
+    machine.write([60]);
+    assert_eq!(machine.sync(), [run(RAM, 0, 61)]);
+    let stats = machine.log.stats();
+    assert_eq!((stats.full_exits(), stats.failed_resets), (2, 1));
+    assert_eq!((stats.entries, stats.vcpus[0].entries), (61, 61));
+}
+
+#[test]
+fn a_removal_whose_reset_fails_can_be_repeated() {
+    let mut machine = Machine::new();
+    let error = ResetFault::Error(libc::ENOMEM);
+    machine.write([7]);
+    machine.vm.inject([error]);
+    let failed = machine.log.retire_slot(RAM);
+    assert!(matches!(failed, Err(SlotError::Reset(_))));
+    let retired = machine.log.retire_slot(RAM).unwrap();
+    // Still tracked.
+    assert_eq!(machine.sync(), [run(RAM, 7, 1)]);
+    machine.write([8]);
+    machine.vm.delete_slot(RAM);
+    machine.vm.inject([error]);
+    let failed = machine.log.finish_slot(&retired);
+    assert!(matches!(failed, Err(SlotError::Reset(_))));
+    machine.log.finish_slot(&retired).unwrap();
+    assert_eq!(machine.sync(), []);
+    assert_eq!(machine.dirty.words(RAM), None);
+}
+
+#[test]
+fn an_entry_of_an_unknown_slot_makes_all_suspect() {
+    for raw in [1, 0x10000, 0x20000, u32::MAX] {
+        let mut machine = Machine::new();
+        machine.vcpu.garble_next(raw, 0);
+        machine.write([5]);
+        machine.assert_all_suspect();
+        let stats = machine.log.stats();
+        assert_eq!(stats.unknown_slot_entries, 1);
+        assert_eq!(stats.out_of_range_entries, 0);
+    }
+}
+
+#[test]
+fn an_entry_past_its_slots_end_makes_all_suspect() {
+    for page in [ALL_ROM.pages, ALL_ROM.pages + 64, 1 << 32, u64::MAX] {
+        let mut machine = Machine::new();
+        machine.vcpu.garble_next(ROM.raw(), page);
+        machine.write([5]);
+        machine.assert_all_suspect();
+        let stats = machine.log.stats();
+        assert_eq!(stats.out_of_range_entries, 1);
+        assert_eq!(stats.unknown_slot_entries, 0);
+    }
+}
+
+/// A kernel that keeps fewer entries in reserve than it says.
+struct Modest(SimVm);
+
+impl Kernel for Modest {
+    fn reset(&self) -> io::Result<u32> {
+        self.0.reset()
+    }
+
+    fn reserved_entries(&self) -> u32 {
+        576
+    }
+}
+
+#[test]
+fn a_full_exit_shows_the_soft_limit() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = DirtyLog::with_kernel(Box::new(Modest(vm.clone())), 4096);
+    log.add_slot(RAM, 10_000).unwrap();
+    vm.create_slot(RAM, 10_000);
+    let vcpu = vm.add_vcpu();
+    let mut ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let soft_limit = || log.stats().vcpus[0].soft_limit;
+    assert_eq!(soft_limit(), 4096 - 576);
+    // Too few for a full ring: another pass was there first.
+    vcpu.write(RAM, 9_000).unwrap();
+    ring.on_full().unwrap();
+    assert_eq!(soft_limit(), 4096 - 576);
+    let full = (0..10_000).position(|page| vcpu.write(RAM, page).is_err());
+    assert_eq!(full, Some(4032));
+    ring.on_full().unwrap();
+    assert_eq!(soft_limit(), 4032);
+}
+
+/// Entries that still await their reset count towards the limit, and are not in the harvest.
+#[test]
+fn a_full_exit_beside_a_failed_reset_shows_no_soft_limit() {
+    let mut machine = Machine::new();
+    machine.write(0..40);
+    machine.vm.inject([ResetFault::Error(libc::EINTR)]);
+    machine.log.reap().unwrap_err();
+    machine.write(40..60);
+    assert_eq!(machine.vcpu.write(RAM, 60), Err(WriteError::RingFull));
+    machine.ring.on_full().unwrap();
+    machine.write([60]);
+    assert_eq!(machine.log.stats().vcpus[0].soft_limit, 60);
+}
+
+#[test]
+fn each_slot_is_rearmed_alone() {
+    let mut machine = Machine::new();
+    machine.vcpu.garble_next(77, 0);
+    machine.write([5]);
+    machine.sync();
+    machine.vm.rearm_slot(RAM);
+    machine.log.rearmed(RAM).unwrap();
+    assert_eq!(machine.sync(), [ALL_RAM, ALL_ROM]);
+    assert_eq!(machine.sync(), [ALL_ROM]);
+}
+
+#[test]
+fn writes_inside_a_reset_are_reported() {
+    for phase in [ResetPhase::Begin, ResetPhase::Recycled] {
+        let mut machine = Machine::new();
+        machine.write([1, 2]);
+        let (vcpu, mut once) = (machine.vcpu.clone(), true);
+        machine.vm.on_reset(move |now| {
+            if now == phase && core::mem::take(&mut once) {
+                // Silent, and logged.
+                vcpu.write(RAM, 1).unwrap();
+                vcpu.write(RAM, 100).unwrap();
+            }
+        });
+        assert_eq!(machine.sync(), [run(RAM, 1, 2)]);
+        assert_eq!(machine.sync(), [run(RAM, 100, 1)]);
+        assert_eq!(machine.vm.version(RAM, 1), Some(2));
+    }
+}
+
+#[test]
+fn a_ring_of_another_size_is_refused() {
+    let machine = Machine::new();
+    let other = SimVm::new(SimConfig::default()).add_vcpu();
+    let refused = machine.log.attach_ring(other.ring_memory());
+    let Err(AttachError::Size { found, expected }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!((found, expected), (4096, 64));
+    assert_eq!(machine.log.stats().vcpus.len(), 1);
+    let not_kvm = machine.log.attach_vcpu(&io::stdin());
+    assert!(matches!(not_kvm, Err(AttachError::NotKvm)));
+}

@@ -1,0 +1,129 @@
+//! Rings that the kernel fills past their end: noticed, everything suspect, and joined again.
+
+#[path = "common/scenario.rs"]
+mod scenario;
+
+use std::ops::Range;
+
+use kvm_dirty_ring::sim::{ResetFault, WriteError};
+use scenario::{ALL_RAM, Machine, RAM, run};
+
+#[test]
+fn an_overrun_makes_all_suspect() {
+    // A ring filled to the last entry may have been overrun; one entry less can't.
+    for (pages, overruns) in [(63, 0), (64, 1), (65, 1), (120, 1)] {
+        let mut machine = Machine::new();
+        machine.vcpu.ignore_soft_limit(true);
+        machine.write(0..pages);
+        machine.vcpu.ignore_soft_limit(false);
+        let reported = machine.sync();
+        let stats = machine.log.stats();
+        assert_eq!(stats.overruns, overruns, "{pages} pages");
+        assert_eq!(stats.short_resets, 0);
+        if overruns == 0 {
+            assert_eq!(reported, [run(RAM, 0, pages)]);
+        } else {
+            machine.assert_all_suspect();
+        }
+    }
+}
+
+#[test]
+fn a_vcpu_that_overran_its_ring_runs_again() {
+    let mut machine = Machine::new();
+    machine.vcpu.ignore_soft_limit(true);
+    machine.write(0..100);
+    machine.vcpu.ignore_soft_limit(false);
+    // 64 of the 100 entries are still there; 36 free ones are left between both sides' indices.
+    machine.ring.on_full().unwrap();
+    assert_eq!(machine.vcpu.used(), 36);
+    machine.write(100..124);
+    assert_eq!(machine.vcpu.write(RAM, 124), Err(WriteError::RingFull));
+    machine.ring.on_full().unwrap();
+    assert_eq!(machine.vcpu.used(), 0);
+    machine.write(124..184);
+    assert_eq!(machine.log.stats().overruns, 1);
+    machine.assert_all_suspect();
+}
+
+/// Whether the vCPU writes on for more than two rings, with a few full exits for each page.
+fn runs_again(machine: &mut Machine) -> bool {
+    (150..300).all(|page| {
+        (0..10).any(|_| {
+            let written = machine.vcpu.write(RAM, page).is_ok();
+            machine.ring.on_full().unwrap();
+            written
+        })
+    })
+}
+
+/// Each sync reports all of these pages, which may be written without being logged.
+fn assert_stays_reported(machine: &mut Machine, pages: Range<u64>) {
+    for _ in 0..3 {
+        machine.sync();
+        let lost = pages
+            .clone()
+            .find(|&page| !machine.dirty.contains(RAM, page));
+        assert_eq!(lost, None);
+    }
+}
+
+/// Known limit: with nothing dirty ahead of the head, nothing shows where the kernel is. The vCPU
+/// stays out of the guest; nothing is lost, and everything is reported.
+#[test]
+fn a_vcpu_a_ring_and_a_soft_limit_ahead_stays_out() {
+    let mut machine = Machine::new();
+    machine.vcpu.ignore_soft_limit(true);
+    machine.write(0..64 + 60);
+    machine.vcpu.ignore_soft_limit(false);
+    assert!(!runs_again(&mut machine));
+    assert_stays_reported(&mut machine, 0..124);
+}
+
+/// Known limit: the kernel's reset index stays behind, at an entry that is free. As above.
+#[test]
+fn a_vcpu_that_ran_over_harvested_entries_stays_out() {
+    let mut machine = Machine::new();
+    machine.write(0..10);
+    machine.vm.inject([ResetFault::Error(libc::EINTR)]);
+    machine.log.reap().unwrap_err();
+    machine.vcpu.ignore_soft_limit(true);
+    machine.write(10..70);
+    machine.vcpu.ignore_soft_limit(false);
+    assert!(!runs_again(&mut machine));
+    assert_stays_reported(&mut machine, 0..70);
+}
+
+#[test]
+fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
+    let mut machine = Machine::new();
+    machine.vcpu.ignore_soft_limit(true);
+    machine.write(0..100);
+    machine.vcpu.ignore_soft_limit(false);
+    machine.sync();
+    machine.rearm();
+    machine.sync();
+    machine.write([150]);
+    assert_eq!(machine.sync(), [run(RAM, 150, 1)]);
+    assert_eq!(machine.vcpu.used(), 0);
+}
+
+/// Nothing to harvest, yet the ring is full: an overrun that no pass has seen. Here the log came
+/// late to a ring that another has emptied before.
+#[test]
+fn a_full_exit_crosses_a_gap_that_no_pass_has_seen() {
+    let mut machine = Machine::new();
+    machine.write(0..3);
+    machine.sync();
+    let late = machine.vm.dirty_log();
+    late.add_slot(RAM, ALL_RAM.pages).unwrap();
+    let mut ring = late.attach_ring(machine.vcpu.ring_memory()).unwrap();
+    machine.write(100..160);
+    assert_eq!(machine.vcpu.write(RAM, 160), Err(WriteError::RingFull));
+    ring.on_full().unwrap();
+    assert_eq!(machine.vcpu.used(), 0);
+    machine.write([160]);
+    late.sync(&mut machine.dirty).unwrap();
+    assert!(machine.dirty.runs().eq([ALL_RAM]));
+    assert_eq!(late.stats().overruns, 1);
+}

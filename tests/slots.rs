@@ -1,0 +1,174 @@
+//! What calls about slots refuse, and that a refused call changes nothing.
+
+use std::env;
+use std::process::Command;
+
+use kvm_dirty_ring::error::{SlotError, SyncError};
+use kvm_dirty_ring::sim::{SimConfig, SimVm};
+use kvm_dirty_ring::{DirtyPages, SlotId};
+
+const RAM: SlotId = SlotId::new(0, 5);
+const MOST_PAGES: u64 = (1 << 31) - 1;
+
+#[test]
+fn a_slots_size_is_checked() {
+    let log = SimVm::new(SimConfig::default()).dirty_log();
+    for pages in [0, MOST_PAGES + 1, 1 << 40, u64::MAX] {
+        let refused = log.add_slot(RAM, pages);
+        let Err(SlotError::Pages { slot, pages: found }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!((slot, found), (RAM, pages));
+    }
+    log.add_slot(RAM, 1).unwrap();
+}
+
+#[test]
+fn ids_are_taken_until_a_removal_is_finished() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    let unknown = |result| matches!(result, Err(SlotError::Unknown { slot: RAM }));
+    assert!(unknown(log.retire_slot(RAM).map(drop)));
+    log.add_slot(RAM, 10).unwrap();
+    let exists = log.add_slot(RAM, 20);
+    assert!(matches!(exists, Err(SlotError::Exists { slot: RAM })));
+
+    let old = log.retire_slot(RAM).unwrap();
+    assert_eq!(old.id(), RAM);
+    let is_retired = |result| matches!(result, Err(SlotError::Retired { slot: RAM }));
+    assert!(is_retired(log.retire_slot(RAM).map(drop)));
+    assert!(is_retired(log.add_slot(RAM, 10)));
+    log.mark_dirty(RAM, 9, 1).unwrap();
+
+    log.finish_slot(&old).unwrap();
+    assert!(unknown(log.finish_slot(&old)));
+    assert!(unknown(log.mark_dirty(RAM, 0, 1)));
+    assert!(unknown(log.rearmed(RAM)));
+
+    // The id's next slot is another one, and begins clean.
+    log.add_slot(RAM, 20).unwrap();
+    assert!(unknown(log.finish_slot(&old)));
+    log.mark_dirty(RAM, 19, 1).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(dirty.words(RAM), Some(&[1 << 19][..]));
+}
+
+#[test]
+fn the_same_id_in_another_address_space_is_another_slot() {
+    let log = SimVm::new(SimConfig::default()).dirty_log();
+    let smm = SlotId::new(1, RAM.id());
+    log.add_slot(smm, 100).unwrap();
+    log.add_slot(RAM, 100).unwrap();
+    log.mark_dirty(smm, 3, 1).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    assert!(dirty.contains(smm, 3));
+    assert!(!dirty.contains(RAM, 3));
+    assert_eq!(dirty.page_count(), 1);
+}
+
+#[test]
+fn marks_outside_their_slot_mark_nothing() {
+    let log = SimVm::new(SimConfig::default()).dirty_log();
+    log.add_slot(RAM, 100).unwrap();
+    let outside = [
+        (100, 1),
+        (99, 2),
+        (0, 101),
+        (101, 0),
+        (1, u64::MAX),
+        (u64::MAX, 1),
+    ];
+    for (first_page, pages) in outside {
+        let refused = log.mark_dirty(RAM, first_page, pages);
+        let Err(SlotError::OutOfRange {
+            slot,
+            first_page: first,
+            pages: count,
+            slot_pages,
+        }) = refused
+        else {
+            panic!("{first_page} + {pages}: {refused:?}");
+        };
+        assert_eq!(
+            (slot, first, count, slot_pages),
+            (RAM, first_page, pages, 100)
+        );
+    }
+    log.mark_dirty(RAM, 100, 0).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    assert!(dirty.is_empty());
+
+    log.mark_dirty(RAM, 0, 100).unwrap();
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(dirty.page_count(), 100);
+}
+
+/// Set for the process in which memory is short.
+const SHORT_OF_MEMORY: &str = "KVM_DIRTY_RING_TEST_SHORT_OF_MEMORY";
+
+/// The limit is one on the whole process, so the test runs in one of its own.
+#[test]
+fn without_memory_calls_fail_and_lose_nothing() {
+    if env::var_os(SHORT_OF_MEMORY).is_some() {
+        return short_of_memory();
+    }
+    let test = "without_memory_calls_fail_and_lose_nothing";
+    let child = Command::new(env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(SHORT_OF_MEMORY, "1")
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{child:?}");
+}
+
+fn short_of_memory() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    // Each bitmap has 128 MiB: more than the 64 MiB that the allocator reserves for a thread.
+    let pages = 1 << 30;
+    log.add_slot(RAM, pages).unwrap();
+    log.mark_dirty(RAM, pages - 1, 1).unwrap();
+
+    let limit = limit_memory(16 << 20);
+    let other = SlotId::new(0, 6);
+    let refused = log.add_slot(other, pages);
+    let Err(SlotError::NoMemory { slot, pages: asked }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!((slot, asked), (other, pages));
+    let mut dirty = DirtyPages::new();
+    assert!(matches!(log.sync(&mut dirty), Err(SyncError::NoMemory)));
+    assert!(matches!(log.rearmed(RAM), Err(SlotError::NoMemory { .. })));
+
+    set_limit(limit);
+    log.sync(&mut dirty).unwrap();
+    assert!(dirty.contains(RAM, pages - 1));
+    log.add_slot(other, 10).unwrap();
+}
+
+/// Allows the process `more` bytes than it has now. The limit before.
+fn limit_memory(more: u64) -> libc::rlimit {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+    let mut before = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the struct is valid for the call.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut before) }, 0);
+    // SAFETY: sysconf reads a number.
+    let page_size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+    set_limit(libc::rlimit {
+        rlim_cur: pages * page_size + more,
+        ..before
+    });
+    before
+}
+
+fn set_limit(limit: libc::rlimit) {
+    // SAFETY: the struct is valid for the call.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+}
