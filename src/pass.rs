@@ -7,7 +7,7 @@ use crate::kernel::Kernel;
 use crate::memslots::Table;
 use crate::reset::ResetGate;
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
-use crate::targets::{Misses, Targets};
+use crate::targets::{Setter, Targets};
 use crate::vcpu::Vcpu;
 
 /// Everything a pass needs.
@@ -174,9 +174,11 @@ impl<'a> Pass<'a, Harvested> {
             false => 0,
         };
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
-        let mut misses = Misses::default();
-        let entries = ring.harvest_blocks(|entries| lookup.take(entries, &mut misses));
+        let mut setter = Setter::new(lookup);
+        let entries = ring.harvest_blocks(|entries| setter.take(entries));
         drop(ring);
+        setter.set();
+        let misses = setter.misses;
 
         self.note_marked(entries + gap);
         vcpu.counts.taken.add(entries.into());

@@ -26,6 +26,8 @@ pub(crate) struct ResetGate {
 #[derive(Default)]
 struct State {
     in_flight: bool,
+    /// Passes that wait for it to end: to wake nobody costs a system call, too.
+    waiting: usize,
     started: u64,
     finished: u64,
     /// The last one that did not fail.
@@ -82,7 +84,9 @@ impl ResetGate {
                 }
             }
             if state.in_flight {
+                state.waiting += 1;
                 state = wait(&self.turned, state);
+                state.waiting -= 1;
                 continue;
             }
             state.in_flight = true;
@@ -143,7 +147,10 @@ impl Drop for Turn<'_> {
                 state.error = Some(ResetError { source });
             }
         }
+        let waiting = state.waiting > 0;
         drop(state);
-        self.gate.turned.notify_all();
+        if waiting {
+            self.gate.turned.notify_all();
+        }
     }
 }

@@ -81,6 +81,7 @@ impl Targets {
 }
 
 /// A table of targets in the hands of a pass.
+#[derive(Clone, Copy)]
 pub(crate) struct Lookup<'a> {
     targets: &'a [Target],
     id_bits: u32,
@@ -102,45 +103,87 @@ struct Hit<'a> {
     mask: u64,
 }
 
-impl Lookup<'_> {
-    /// Sets the bits of a block of dirty entries, at most [`BLOCK`], and marks them for reset.
-    ///
-    /// In two steps, the bits all looked up before the first is set: while one waits for its
-    /// memory, the others' is on its way.
+/// The bits that a pass is about to set.
+///
+/// The bits of a block of entries are all looked up, and their memory asked for, before the first
+/// of them is set; and they are set only when the next block's are looked up. So while one waits
+/// for its memory, the others' is on its way.
+pub(crate) struct Setter<'a> {
+    lookup: Lookup<'a>,
+    /// Two blocks in turn: one looked up, one to be set.
+    hits: [[MaybeUninit<Hit<'a>>; BLOCK as usize]; 2],
+    /// Which of them was looked up last, and how many it has.
+    last: usize,
+    len: usize,
+    pub(crate) misses: Misses,
+}
+
+impl<'a> Setter<'a> {
+    pub(crate) fn new(lookup: Lookup<'a>) -> Self {
+        Self {
+            lookup,
+            hits: [[MaybeUninit::uninit(); BLOCK as usize]; 2],
+            last: 0,
+            len: 0,
+            misses: Misses::default(),
+        }
+    }
+
+    /// Looks up the bits of a block of dirty entries, at most [`BLOCK`], marks the entries for
+    /// reset, and sets the bits of the block before.
     #[inline(always)]
-    pub(crate) fn take(&self, entries: &[Entry], misses: &mut Misses) {
+    pub(crate) fn take(&mut self, entries: &[Entry]) {
         let Some(first) = entries.first() else {
             return;
         };
-        let mut hits = [MaybeUninit::<Hit<'_>>::uninit(); BLOCK as usize];
+        let next = 1 - self.last;
+        let (lookup, hits, misses) = (self.lookup, &mut self.hits[next], &mut self.misses);
         let (slot, _) = first.payload();
         // Most blocks are of one slot, which then is looked up once. For the others no branch
         // depends on the slot: a cache of the last one would cost more by its misses than it saves.
         if entries.iter().all(|entry| entry.payload().0 == slot) {
-            let target = *self.target(slot);
-            for (entry, hit) in entries.iter().zip(&mut hits) {
-                hit.write(self.hit(&target, entry.payload().1, misses));
+            let target = *lookup.target(slot);
+            for (entry, hit) in entries.iter().zip(hits) {
+                hit.write(lookup.hit(&target, entry.payload().1, misses));
                 // Only now: from here on the kernel may overwrite the payload.
                 entry.mark_reset();
             }
         } else {
-            for (entry, hit) in entries.iter().zip(&mut hits) {
+            for (entry, hit) in entries.iter().zip(hits) {
                 let (slot, page) = entry.payload();
-                hit.write(self.hit(self.target(slot), page, misses));
+                hit.write(lookup.hit(lookup.target(slot), page, misses));
                 // As above.
                 entry.mark_reset();
             }
         }
-        for hit in &hits[..entries.len()] {
-            // SAFETY: one of the loops above has written a hit for each entry.
-            let hit = unsafe { hit.assume_init() };
-            hit.word.store(hit.word.load() | hit.mask);
-        }
+        self.set();
+        (self.last, self.len) = (next, entries.len());
     }
 
+    /// Sets the bits that were looked up last, and forgets them.
+    #[inline(always)]
+    pub(crate) fn set(&mut self) {
+        let mut word = self.lookup.nowhere;
+        let mut mask = 0;
+        for hit in &self.hits[self.last][..core::mem::take(&mut self.len)] {
+            // SAFETY: `take` has written the first `len` of the block it looked up last.
+            let hit = unsafe { hit.assume_init() };
+            // Neighbours in one word are stored together: each store would wait for the one before.
+            if !core::ptr::eq(word, hit.word) {
+                word.store(word.load() | mask);
+                word = hit.word;
+                mask = 0;
+            }
+            mask |= hit.mask;
+        }
+        word.store(word.load() | mask);
+    }
+}
+
+impl<'a> Lookup<'a> {
     /// Where the bits of the slot are that KVM calls `slot`.
     #[inline(always)]
-    fn target(&self, slot: u32) -> &Target {
+    fn target(self, slot: u32) -> &'a Target {
         let none = self.targets.len() - 1;
         let id_mask = (1 << self.id_bits) - 1;
         let place = ((slot >> 16) << self.id_bits | slot & id_mask) as usize;
@@ -156,7 +199,7 @@ impl Lookup<'_> {
 
     /// The bit of page `page`, asked for, and its block flagged as touched.
     #[inline(always)]
-    fn hit(&self, target: &Target, page: u64, misses: &mut Misses) -> Hit<'_> {
+    fn hit(self, target: &Target, page: u64, misses: &mut Misses) -> Hit<'a> {
         if page >= target.pages {
             return self.miss(target, misses);
         }
@@ -178,7 +221,7 @@ impl Lookup<'_> {
     }
 
     #[cold]
-    fn miss(&self, target: &Target, misses: &mut Misses) -> Hit<'_> {
+    fn miss(self, target: &Target, misses: &mut Misses) -> Hit<'a> {
         if target.pages == 0 {
             misses.unknown_slot += 1;
         } else {

@@ -10,8 +10,14 @@ pub(crate) const MAX_SHARDS: usize = 4;
 /// published, so whoever comes to hold a shard next finds only published pages in it, or the note
 /// of what is still to be done.
 pub(crate) struct ShardPool {
-    shards: Mutex<Box<[Token]>>,
+    tokens: Mutex<Tokens>,
     returned: Condvar,
+}
+
+struct Tokens {
+    shards: Box<[Token]>,
+    /// Threads that wait for a shard: to wake nobody costs a system call, too.
+    waiting: usize,
 }
 
 struct Token {
@@ -36,37 +42,41 @@ impl ShardPool {
             held: false,
             unreset: None,
         };
+        let tokens = Tokens {
+            shards: (0..shards).map(|_| token()).collect(),
+            waiting: 0,
+        };
         Self {
-            shards: Mutex::new((0..shards).map(|_| token()).collect()),
+            tokens: Mutex::new(tokens),
             returned: Condvar::new(),
         }
     }
 
     pub(crate) fn len(&self) -> usize {
-        lock(&self.shards).len()
+        lock(&self.tokens).shards.len()
     }
 
     /// Waits for any shard, the lowest that is free: the fewer are in use, the less is merged.
     pub(crate) fn acquire_any(&self) -> ShardGuard<'_> {
-        let mut tokens = lock(&self.shards);
-        loop {
-            if let Some(index) = tokens.iter().position(|token| !token.held) {
-                return self.hand_out(&mut tokens[index], index);
-            }
-            tokens = wait(&self.returned, tokens);
-        }
+        self.acquire_that(|shards| shards.iter().position(|token| !token.held))
     }
 
     /// Waits for the shard `index`: for whichever pass holds it to end.
     pub(crate) fn acquire(&self, index: usize) -> ShardGuard<'_> {
-        let mut tokens = lock(&self.shards);
-        while tokens[index].held {
-            tokens = wait(&self.returned, tokens);
-        }
-        self.hand_out(&mut tokens[index], index)
+        self.acquire_that(|shards| (!shards[index].held).then_some(index))
     }
 
-    fn hand_out(&self, token: &mut Token, index: usize) -> ShardGuard<'_> {
+    fn acquire_that(&self, free: impl Fn(&[Token]) -> Option<usize>) -> ShardGuard<'_> {
+        let mut tokens = lock(&self.tokens);
+        let index = loop {
+            if let Some(index) = free(&tokens.shards) {
+                break index;
+            }
+            tokens.waiting += 1;
+            tokens = wait(&self.returned, tokens);
+            tokens.waiting -= 1;
+        };
+        let token = &mut tokens.shards[index];
         token.held = true;
         ShardGuard {
             pool: self,
@@ -93,13 +103,16 @@ impl ShardGuard<'_> {
 impl Drop for ShardGuard<'_> {
     fn drop(&mut self) {
         // The lock orders the holder's plain accesses to the shard before the next holder's.
-        let mut tokens = lock(&self.pool.shards);
-        tokens[self.index] = Token {
+        let mut tokens = lock(&self.pool.tokens);
+        tokens.shards[self.index] = Token {
             held: false,
             unreset: self.unreset,
         };
+        let waiting = tokens.waiting > 0;
         drop(tokens);
-        // All: those that wait for one shard and those that wait for any share the condition.
-        self.pool.returned.notify_all();
+        if waiting {
+            // All: those that wait for one shard and those that wait for any share the condition.
+            self.pool.returned.notify_all();
+        }
     }
 }

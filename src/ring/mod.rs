@@ -72,6 +72,9 @@ impl RingView {
             // The acquire load of the last one's flags orders the payloads of all.
             let whole = block[0].is_dirty() && block[block.len() - 1].is_dirty();
             let dirty = if whole {
+                if taken == 0 {
+                    prefetch_lines(block);
+                }
                 self.prefetch_block(self.head.wrapping_add(block.len() as u32));
                 block
             } else {
@@ -94,9 +97,7 @@ impl RingView {
     fn prefetch_block(&self, index: u32) {
         let block = self.memory.block_from(index);
         if block[block.len() - 1].is_dirty() {
-            for entry in block.iter().step_by(LINE) {
-                prefetch::for_write(entry);
-            }
+            prefetch_lines(block);
         }
     }
 
@@ -148,6 +149,13 @@ impl RingView {
         }
         self.was_overrun = true;
         gap
+    }
+}
+
+#[inline(always)]
+fn prefetch_lines(entries: &[Entry]) {
+    for entry in entries.iter().step_by(LINE) {
+        prefetch::for_write(entry);
     }
 }
 
