@@ -5,7 +5,7 @@ use crate::dirty_pages::DirtyPages;
 use crate::error::ResetError;
 use crate::kernel::Kernel;
 use crate::memslots::Table;
-use crate::reset::ResetGate;
+use crate::reset::{Harvest, ResetGate};
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
 use crate::targets::{Setter, Targets};
 use crate::vcpu::Vcpu;
@@ -164,6 +164,7 @@ impl<'a> Pass<'a, Harvested> {
 
     /// Harvests one ring into the shard.
     pub(crate) fn harvest(&mut self, vcpu: &Vcpu) -> Taken {
+        let mut marking = self.harvester.gate.harvest();
         let mut ring = lock(&vcpu.ring);
         let overrun = ring.is_overrun();
         let alone = ring.all_recycled() && !overrun;
@@ -179,8 +180,9 @@ impl<'a> Pass<'a, Harvested> {
         drop(ring);
         setter.set();
         let misses = setter.misses;
+        self.note_marked(&mut marking, gap + entries);
+        drop(marking);
 
-        self.note_marked(entries + gap);
         vcpu.counts.taken.add(entries.into());
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());
@@ -199,8 +201,9 @@ impl<'a> Pass<'a, Harvested> {
     ///
     /// [`RingView::rejoin`]: crate::ring::RingView::rejoin
     pub(crate) fn rejoin(&mut self, vcpu: &Vcpu) -> bool {
+        let mut marking = self.harvester.gate.harvest();
         let gap = lock(&vcpu.ring).rejoin();
-        self.note_marked(gap);
+        self.note_marked(&mut marking, gap);
         if gap > 0 {
             self.note_overrun();
         }
@@ -221,11 +224,11 @@ impl<'a> Pass<'a, Harvested> {
         }
     }
 
-    fn note_marked(&mut self, entries: u32) {
+    fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {
+        marking.marked = entries;
         if entries > 0 {
             let faults = self.stage.faults;
-            let new = Unreset { marked: 0, faults };
-            self.shard.unreset.get_or_insert(new).marked += u64::from(entries);
+            self.shard.unreset.get_or_insert(Unreset { faults });
         }
     }
 
@@ -240,17 +243,13 @@ impl<'a> Pass<'a, Harvested> {
 
     /// As [`reset`](Self::reset), and also waits for the reset of whatever other passes had marked
     /// when this was called.
-    pub(crate) fn reset_all(mut self) -> Result<Pass<'a, Reset>, ResetError> {
-        let faults = self.stage.faults;
-        let none = Unreset { marked: 0, faults };
-        let unreset = self.shard.unreset.unwrap_or(none);
-        // The gate is told of the marks once, whatever comes of the reset.
-        if let Some(left) = &mut self.shard.unreset {
-            left.marked = 0;
-        }
-        let gate = &self.harvester.gate;
-        let faults = gate.reset(self.harvester.kernel(), unreset.marked)?;
-        if faults != unreset.faults {
+    pub(crate) fn reset_all(self) -> Result<Pass<'a, Reset>, ResetError> {
+        let before = match self.shard.unreset {
+            Some(unreset) => unreset.faults,
+            None => self.stage.faults,
+        };
+        let faults = self.harvester.gate.reset(self.harvester.kernel())?;
+        if faults != before {
             for slot in self.layout.slots.slots() {
                 slot.suspect(&self.shard);
             }

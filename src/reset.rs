@@ -4,13 +4,14 @@ use std::io;
 
 use crate::error::ResetError;
 use crate::kernel::Kernel;
-use crate::sync::{Arc, Condvar, Counter, Mutex, lock, wait};
+use crate::sync::{Arc, Condvar, Counter, Mutex, MutexGuard, lock, wait};
 
-/// Serialises reset ioctls and combines them.
+/// Serialises reset ioctls, combines them, and keeps harvests out of them.
 ///
-/// An ioctl re-protects the pages of the entries that were marked before it *started*. A pass that
-/// arrives while one is in flight therefore waits for the next, and every other pass that arrives
-/// meanwhile shares that one.
+/// An ioctl re-protects the pages of the entries that were marked before it *started*. While one is
+/// in flight no entry is marked. So the one in flight serves every pass that arrives meanwhile, and
+/// how many entries it has to recycle is known exactly: with entries being marked under it, a count
+/// that fell short could look whole.
 #[derive(Default)]
 pub(crate) struct ResetGate {
     state: Mutex<State>,
@@ -25,18 +26,19 @@ pub(crate) struct ResetGate {
 /// Resets are numbered from 1 in the order in which they start.
 #[derive(Default)]
 struct State {
+    /// Rings being harvested.
+    harvests: usize,
+    /// A reset runs, or waits for the last harvest to end.
     in_flight: bool,
-    /// Passes that wait for it to end: to wake nobody costs a system call, too.
+    /// Threads that wait for any of this to change: to wake nobody costs a system call, too.
     waiting: usize,
     started: u64,
     finished: u64,
     /// The last one that did not fail.
     succeeded: u64,
     error: Option<ResetError>,
-    /// Entries marked by the passes that have arrived here.
+    /// Entries marked, and entries recycled, since the beginning.
     marked: u64,
-    /// Entries recycled. It can be ahead of `marked`: entries may be recycled while the pass that
-    /// marks them is still on its way here.
     recycled: u64,
 }
 
@@ -62,18 +64,29 @@ impl ResetGate {
         }
     }
 
-    /// Returns once a reset that started after this call has completed, and says how many faulty
-    /// ones there have been. The caller has marked `marked` entries that the gate was not told of.
+    /// Lets the caller mark entries, once no reset is in flight and until the result is dropped.
+    pub(crate) fn harvest(&self) -> Harvest<'_> {
+        let mut state = lock(&self.state);
+        while state.in_flight {
+            state = self.wait(state);
+        }
+        state.harvests += 1;
+        Harvest {
+            gate: self,
+            marked: 0,
+        }
+    }
+
+    /// Returns once a reset has completed that started after the caller's last harvest, and says
+    /// how many faulty ones there have been.
     ///
     /// A faulty (short) reset leaves up to a batch of recycled entries unprotected, whichever pass
-    /// had marked them, be it still on its way here. So each pass that was under way while the
-    /// number of faults changed must treat its pages as unprotected.
-    pub(crate) fn reset(&self, kernel: &dyn Kernel, marked: u64) -> Result<u64, ResetError> {
+    /// had marked them. So each pass that was under way while the number of faults changed must
+    /// treat its pages as unprotected.
+    pub(crate) fn reset(&self, kernel: &dyn Kernel) -> Result<u64, ResetError> {
         let mut state = lock(&self.state);
-        state.marked += marked;
-        // Not the one in flight, if there is one: it may have passed our entries before they were
-        // marked.
-        let ticket = state.started + 1;
+        // The one in flight, if there is one, started when our harvests had ended.
+        let ticket = state.started + u64::from(!state.in_flight);
         loop {
             if state.succeeded >= ticket {
                 return Ok(self.faults.get());
@@ -84,13 +97,14 @@ impl ResetGate {
                 }
             }
             if state.in_flight {
-                state.waiting += 1;
-                state = wait(&self.turned, state);
-                state.waiting -= 1;
+                state = self.wait(state);
                 continue;
             }
             state.in_flight = true;
             state.started += 1;
+            while state.harvests > 0 {
+                state = self.wait(state);
+            }
             let outstanding = state.marked.saturating_sub(state.recycled);
             drop(state);
             let mut turn = Turn {
@@ -100,6 +114,22 @@ impl ResetGate {
             turn.outcome = self.recycle(kernel, outstanding);
             drop(turn);
             state = lock(&self.state);
+        }
+    }
+
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        state = wait(&self.turned, state);
+        state.waiting -= 1;
+        state
+    }
+
+    /// Gives the state back, and wakes those that wait for a change.
+    fn wake(&self, state: MutexGuard<'_, State>) {
+        let waiting = state.waiting > 0;
+        drop(state);
+        if waiting {
+            self.turned.notify_all();
         }
     }
 
@@ -120,6 +150,22 @@ impl ResetGate {
             }
         }
         Ok(recycled)
+    }
+}
+
+/// The right to mark entries.
+pub(crate) struct Harvest<'a> {
+    gate: &'a ResetGate,
+    /// How many were.
+    pub(crate) marked: u32,
+}
+
+impl Drop for Harvest<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.gate.state);
+        state.marked += u64::from(self.marked);
+        state.harvests -= 1;
+        self.gate.wake(state);
     }
 }
 
@@ -147,10 +193,6 @@ impl Drop for Turn<'_> {
                 state.error = Some(ResetError { source });
             }
         }
-        let waiting = state.waiting > 0;
-        drop(state);
-        if waiting {
-            self.gate.turned.notify_all();
-        }
+        self.gate.wake(state);
     }
 }

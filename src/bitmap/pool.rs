@@ -29,8 +29,6 @@ struct Token {
 /// entries are marked, but no reset that could re-protect them has completed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Unreset {
-    /// Entries marked for reset that the reset gate was not told of yet.
-    pub(crate) marked: u64,
     /// Faulty resets there had been when the first of the entries was marked.
     pub(crate) faults: u64,
 }
