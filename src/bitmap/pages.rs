@@ -4,10 +4,19 @@ use core::ops::Range;
 
 use super::runs::BitRuns;
 use super::words::{BLOCK_WORDS, masks, ones, words_for};
+use crate::prefetch;
 use crate::sync::zeroed;
 
 /// Up to so many non-zero words of 64 are cleared one by one, more all at once.
 const FEW: u32 = 8;
+
+fn any(words: &[u64]) -> bool {
+    words.iter().fold(0, |all, bits| all | bits) != 0
+}
+
+/// Words in a cache line. A block has 64 lines.
+const LINE: usize = 8;
+const _: () = assert!(BLOCK_WORDS == 64 * LINE);
 
 /// A bit a page, owned: what a sync collects and its caller reads.
 ///
@@ -44,26 +53,29 @@ impl PageBits {
 
     /// Moves the bits of `source`, the words of block `block`, here, and leaves none there.
     pub(crate) fn take_block(&mut self, block: usize, source: &mut [u64]) {
-        /// Words of a cache line, which are looked at together.
-        const LINE: usize = 8;
-        let mut take = |word: usize, source: &mut u64| {
-            if *source != 0 {
-                self.merge(word, core::mem::take(source));
-            }
-        };
         let start = block * BLOCK_WORDS;
-        let mut lines = source.chunks_exact_mut(LINE);
-        let mut word = start;
-        for line in &mut lines {
-            if line.iter().fold(0, |all, bits| all | bits) != 0 {
-                for (i, source) in line.iter_mut().enumerate() {
-                    take(word + i, source);
+        // First which cache lines have bits, of all lines without a branch, and the memory for
+        // them; then the words. Whether a line has any is not to be foreseen.
+        let mut lines = 0u64;
+        let whole = source.chunks_exact(LINE);
+        let rest = whole.remainder();
+        for (i, line) in whole.enumerate() {
+            lines |= u64::from(any(line)) << i;
+        }
+        if any(rest) {
+            lines |= 1 << (source.len() / LINE);
+        }
+        for line in ones(lines) {
+            prefetch::for_write(&self.words[start + line * LINE]);
+        }
+        for line in ones(lines) {
+            let first = line * LINE;
+            let end = source.len().min(first + LINE);
+            for (i, bits) in source[first..end].iter_mut().enumerate() {
+                if *bits != 0 {
+                    self.merge(start + first + i, core::mem::take(bits));
                 }
             }
-            word += LINE;
-        }
-        for (i, source) in lines.into_remainder().iter_mut().enumerate() {
-            take(word + i, source);
         }
     }
 
