@@ -62,7 +62,7 @@ fn passes<const N: usize>(preemptions: usize) {
             let (kernel, gate) = (Arc::clone(&kernel), Arc::clone(&gate));
             move || {
                 kernel.mark(me, &gate);
-                let faults = gate.reset(&*kernel).unwrap();
+                let faults = gate.reset(&*kernel, &|| false).unwrap();
                 assert_eq!(faults, 0, "a reset that did all it had to was called short");
                 assert!(
                     kernel.protected[me].load(Ordering::Relaxed),
@@ -100,7 +100,7 @@ fn gate_failure() {
             let (kernel, gate) = (Arc::clone(&kernel), Arc::clone(&gate));
             move || {
                 kernel.mark(me, &gate);
-                let served = gate.reset(&*kernel).is_ok();
+                let served = gate.reset(&*kernel, &|| false).is_ok();
                 if served {
                     let protected = kernel.protected[me].load(Ordering::Relaxed);
                     assert!(protected, "the failure was swallowed");
@@ -113,7 +113,7 @@ fn gate_failure() {
         other.join().unwrap();
         assert_eq!(gate.stats().failed, 1);
         // The entries of those it failed are recycled by the next that is not told of them again.
-        gate.reset(&*kernel).unwrap();
+        gate.reset(&*kernel, &|| false).unwrap();
         for protected in &kernel.protected {
             assert!(protected.load(Ordering::Relaxed));
         }

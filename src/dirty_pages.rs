@@ -109,7 +109,8 @@ impl DirtyPages {
         }
         let mut new = Vec::new();
         for slot in table.slots() {
-            if !self.slots.iter().any(|have| Arc::ptr_eq(&have.slot, slot)) {
+            let have = self.slot(slot.id());
+            if !have.is_some_and(|have| Arc::ptr_eq(&have.slot, slot)) {
                 let Some(bits) = PageBits::new(slot.pages()) else {
                     return false;
                 };

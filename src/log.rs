@@ -88,7 +88,8 @@ impl DirtyLog {
     /// Starts to harvest a ring that is not mapped from a KVM vCPU.
     ///
     /// # Errors
-    /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries).
+    /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries);
+    /// [`AttachError::Twice`] if it is attached already.
     pub fn attach_ring(&self, memory: RingMemory) -> Result<VcpuRing, AttachError> {
         let (found, expected) = (memory.entries(), self.inner.ring_entries);
         if found != expected {
@@ -97,9 +98,14 @@ impl DirtyLog {
         let harvester = &self.inner.harvester;
         let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
         harvester.change_layout(|layout| {
+            // A second consumer would take the first one's entries for an overrun.
+            if layout.vcpus.iter().any(|other| other.name == vcpu.name) {
+                return Err(AttachError::Twice);
+            }
             layout.vcpus.push(Arc::clone(&vcpu));
             Ok(VcpuRing {
                 inner: Arc::clone(&self.inner),
+                taken: 0,
                 vcpu,
             })
         })
@@ -334,6 +340,8 @@ impl fmt::Debug for RetiredSlot {
 /// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives.
 pub struct VcpuRing {
     inner: Arc<Inner>,
+    /// Entries taken from the ring, by whomever, when the last full exit was over.
+    taken: u64,
     vcpu: Arc<Vcpu>,
 }
 
@@ -364,12 +372,15 @@ impl VcpuRing {
         self.inner.harvester.begin().harvest(&self.vcpu).entries
     }
 
-    fn make_room(&self) -> Result<(), ResetError> {
+    fn make_room(&mut self) -> Result<(), ResetError> {
         let mut pass = self.inner.harvester.begin();
+        // Since the last full exit, nobody else has taken entries that the vCPU's exit still saw.
+        let alone = self.vcpu.counts.taken.get() == self.taken;
         let taken = pass.harvest(&self.vcpu);
+        self.taken = self.vcpu.counts.taken.get();
         // By now this ring is empty; the others are the reaper's business.
         self.inner.alarm.ring();
-        if taken.alone {
+        if alone && taken.alone {
             let entries = self.inner.ring_entries;
             self.vcpu.learn_soft_limit(taken.entries, entries);
         }

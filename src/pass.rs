@@ -105,6 +105,15 @@ impl Harvester {
         }
     }
 
+    /// The reset gate, with what it needs to know.
+    fn reset(&self) -> Result<u64, ResetError> {
+        let all_recycled = || {
+            let layout = self.layout();
+            layout.vcpus.iter().all(|v| lock(&v.ring).all_recycled())
+        };
+        self.gate.reset(self.kernel(), &all_recycled)
+    }
+
     /// Begins a pass on any shard.
     pub(crate) fn begin(&self) -> Pass<'_, Harvested> {
         self.begin_on(self.pool.acquire_any())
@@ -166,8 +175,9 @@ impl<'a> Pass<'a, Harvested> {
     pub(crate) fn harvest(&mut self, vcpu: &Vcpu) -> Taken {
         let mut marking = self.harvester.gate.harvest();
         let mut ring = lock(&vcpu.ring);
-        let overrun = ring.is_overrun();
-        let alone = ring.all_recycled() && !overrun;
+        // Before anything moves the head.
+        let overrun_before = ring.is_overrun();
+        let alone = ring.all_recycled();
         // That overrun is noted already; the gap it left shows once the vCPU has run on. What lies
         // beyond must not wait for a full exit.
         let gap = match ring.was_overrun() {
@@ -176,7 +186,8 @@ impl<'a> Pass<'a, Harvested> {
         };
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut setter = Setter::new(lookup);
-        let entries = ring.harvest_blocks(|entries| setter.take(entries));
+        let (entries, overrun_now) = ring.harvest_blocks(|entries| setter.take(entries));
+        let overrun = overrun_before || overrun_now || gap + entries >= ring.entries();
         drop(ring);
         setter.set();
         let misses = setter.misses;
@@ -194,7 +205,10 @@ impl<'a> Pass<'a, Harvested> {
         if overrun {
             self.note_overrun();
         }
-        Taken { entries, alone }
+        Taken {
+            entries,
+            alone: alone && !overrun,
+        }
     }
 
     /// Joins a ring again that the kernel overran, see [`RingView::rejoin`]. Whether it had been.
@@ -248,7 +262,7 @@ impl<'a> Pass<'a, Harvested> {
             Some(unreset) => unreset.faults,
             None => self.stage.faults,
         };
-        let faults = self.harvester.gate.reset(self.harvester.kernel())?;
+        let faults = self.harvester.reset()?;
         if faults != before {
             for slot in self.layout.slots.slots() {
                 slot.suspect(&self.shard);

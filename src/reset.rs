@@ -83,7 +83,13 @@ impl ResetGate {
     /// A faulty (short) reset leaves up to a batch of recycled entries unprotected, whichever pass
     /// had marked them. So each pass that was under way while the number of faults changed must
     /// treat its pages as unprotected.
-    pub(crate) fn reset(&self, kernel: &dyn Kernel) -> Result<u64, ResetError> {
+    ///
+    /// `all_recycled` looks whether any ring has entries that wait for a reset.
+    pub(crate) fn reset(
+        &self,
+        kernel: &dyn Kernel,
+        all_recycled: &dyn Fn() -> bool,
+    ) -> Result<u64, ResetError> {
         let mut state = lock(&self.state);
         // The one in flight, if there is one, started when our harvests had ended.
         let ticket = state.started + u64::from(!state.in_flight);
@@ -111,7 +117,7 @@ impl ResetGate {
                 gate: self,
                 outcome: Err(io::Error::other("the reset panicked")),
             };
-            turn.outcome = self.recycle(kernel, outstanding);
+            turn.outcome = self.recycle(kernel, all_recycled, outstanding);
             drop(turn);
             state = lock(&self.state);
         }
@@ -134,7 +140,12 @@ impl ResetGate {
     }
 
     /// The ioctl; again while it falls short of `outstanding` and gets on. Entries recycled.
-    fn recycle(&self, kernel: &dyn Kernel, outstanding: u64) -> io::Result<u64> {
+    fn recycle(
+        &self,
+        kernel: &dyn Kernel,
+        all_recycled: &dyn Fn() -> bool,
+        outstanding: u64,
+    ) -> io::Result<u64> {
         self.resets.add(1);
         let mut recycled = u64::from(kernel.reset()?);
         if recycled >= outstanding {
@@ -148,6 +159,11 @@ impl ResetGate {
                 Ok(0) | Err(_) => break,
                 Ok(more) => recycled += u64::from(more),
             }
+        }
+        // An overrun, or somebody else's reset, has left nothing to recycle of what we count: it
+        // would make every later reset look short. No entry is marked meanwhile.
+        if all_recycled() {
+            recycled = recycled.max(outstanding);
         }
         Ok(recycled)
     }
@@ -183,8 +199,8 @@ impl Drop for Turn<'_> {
         match core::mem::replace(&mut self.outcome, Ok(0)) {
             Ok(recycled) => {
                 state.succeeded = state.finished;
-                // What even the repeated ioctl left stays outstanding. A later one may recycle it;
-                // written off, it would then stand in for as many entries that one has left.
+                // What is left stays outstanding. A later reset may recycle it; written off, it
+                // would then stand in for as many entries that one has left.
                 state.recycled += recycled;
             }
             Err(error) => {

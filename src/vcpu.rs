@@ -11,6 +11,8 @@ pub(crate) const MOST_RESERVED_ENTRIES: u32 = 64 + 512;
 
 /// One attached vCPU.
 pub(crate) struct Vcpu {
+    /// What tells its ring from the others.
+    pub(crate) name: String,
     /// The lock is the consumer's token. Nobody waits for anything while holding it.
     pub(crate) ring: Mutex<RingView>,
     pub(crate) counts: CachePadded<Counts>,
@@ -32,11 +34,13 @@ pub(crate) struct Counts {
 impl Vcpu {
     /// A ring that stops its vCPU `reserved` entries before its end, or so we suppose.
     pub(crate) fn new(memory: RingMemory, reserved: u32) -> Self {
+        let name = memory.name().to_owned();
         let ring = RingView::new(memory);
         let counts = Counts::default();
         let prior = ring.entries().saturating_sub(reserved).max(1);
         counts.soft_limit.set(prior.into());
         Self {
+            name,
             ring: Mutex::new(ring),
             counts: CachePadded::new(counts),
         }

@@ -229,3 +229,13 @@ fn a_ring_of_another_size_is_refused() {
     let not_kvm = machine.log.attach_vcpu(&io::stdin());
     assert!(matches!(not_kvm, Err(AttachError::NotKvm)));
 }
+
+#[test]
+fn a_ring_is_attached_once() {
+    let machine = Machine::new();
+    let twice = machine.log.attach_ring(machine.vcpu.ring_memory());
+    assert!(matches!(twice, Err(AttachError::Twice)), "{twice:?}");
+    // Another vCPU's is welcome.
+    let other = machine.vm.add_vcpu();
+    machine.log.attach_ring(other.ring_memory()).unwrap();
+}

@@ -1,6 +1,6 @@
 //! Who may write which shard.
 
-use crate::sync::{Condvar, Mutex, lock, wait};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 /// Shards of a log: so many threads harvest at once, more wait for one of them. Each costs a bit a
 /// page, where pages are dirty.
@@ -22,6 +22,8 @@ struct Tokens {
 
 struct Token {
     held: bool,
+    /// Threads that wait for this shard and no other. They come first, or they might never.
+    wanted: usize,
     unreset: Option<Unreset>,
 }
 
@@ -38,6 +40,7 @@ impl ShardPool {
         assert!(shards <= MAX_SHARDS);
         let token = || Token {
             held: false,
+            wanted: 0,
             unreset: None,
         };
         let tokens = Tokens {
@@ -56,24 +59,35 @@ impl ShardPool {
 
     /// Waits for any shard, the lowest that is free: the fewer are in use, the less is merged.
     pub(crate) fn acquire_any(&self) -> ShardGuard<'_> {
-        self.acquire_that(|shards| shards.iter().position(|token| !token.held))
+        let mut tokens = lock(&self.tokens);
+        loop {
+            let free = |token: &Token| !token.held && token.wanted == 0;
+            if let Some(index) = tokens.shards.iter().position(free) {
+                return self.hand_out(&mut tokens, index);
+            }
+            tokens = self.wait(tokens);
+        }
     }
 
     /// Waits for the shard `index`: for whichever pass holds it to end.
     pub(crate) fn acquire(&self, index: usize) -> ShardGuard<'_> {
-        self.acquire_that(|shards| (!shards[index].held).then_some(index))
+        let mut tokens = lock(&self.tokens);
+        tokens.shards[index].wanted += 1;
+        while tokens.shards[index].held {
+            tokens = self.wait(tokens);
+        }
+        tokens.shards[index].wanted -= 1;
+        self.hand_out(&mut tokens, index)
     }
 
-    fn acquire_that(&self, free: impl Fn(&[Token]) -> Option<usize>) -> ShardGuard<'_> {
-        let mut tokens = lock(&self.tokens);
-        let index = loop {
-            if let Some(index) = free(&tokens.shards) {
-                break index;
-            }
-            tokens.waiting += 1;
-            tokens = wait(&self.returned, tokens);
-            tokens.waiting -= 1;
-        };
+    fn wait<'a>(&self, mut tokens: MutexGuard<'a, Tokens>) -> MutexGuard<'a, Tokens> {
+        tokens.waiting += 1;
+        tokens = wait(&self.returned, tokens);
+        tokens.waiting -= 1;
+        tokens
+    }
+
+    fn hand_out(&self, tokens: &mut Tokens, index: usize) -> ShardGuard<'_> {
         let token = &mut tokens.shards[index];
         token.held = true;
         ShardGuard {
@@ -102,10 +116,9 @@ impl Drop for ShardGuard<'_> {
     fn drop(&mut self) {
         // The lock orders the holder's plain accesses to the shard before the next holder's.
         let mut tokens = lock(&self.pool.tokens);
-        tokens.shards[self.index] = Token {
-            held: false,
-            unreset: self.unreset,
-        };
+        let token = &mut tokens.shards[self.index];
+        token.held = false;
+        token.unreset = self.unreset;
         let waiting = tokens.waiting > 0;
         drop(tokens);
         if waiting {

@@ -12,7 +12,7 @@ use kvm_bindings::{
 };
 use memmap2::MmapMut;
 
-use super::{SignalsBlocked, ioctl, ioctl_struct, ioctl_value, page_size};
+use super::{ioctl, ioctl_struct, ioctl_value, page_size};
 use crate::error::{EnableError, HostError, RingSizeError};
 
 /// Entries of the largest ring of any kernel: `KVM_DIRTY_RING_MAX_ENTRIES` in the kernel's
@@ -189,18 +189,27 @@ pub(super) fn has_pml() -> bool {
     parameter.is_ok_and(|value| value.starts_with('Y'))
 }
 
-/// Whether the VM behind `fd` has its rings already. Without them a reset is an error
-/// (`kvm_vm_ioctl_reset_dirty_pages`).
+/// Whether the VM behind `fd` has its rings already: then it has no bitmap to ask for, and
+/// `kvm_get_dirty_log` says so before it looks at which slot is meant. Not by a reset, which would
+/// take entries from whoever has the rings.
 fn is_enabled(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    let call = "KVM_RESET_DIRTY_RINGS";
-    let failed = |source| EnableError::Kvm { call, source };
-    let _blocked = SignalsBlocked::new().map_err(failed)?;
-    match ioctl_value(fd, ioctl::RESET_DIRTY_RINGS, 0) {
-        Ok(_) => Ok(true),
+    let mut log = kvm_dirty_log {
+        slot: u32::MAX,
+        ..Default::default()
+    };
+    // SAFETY: KVM_GET_DIRTY_LOG takes such a request; there is no such slot, so nothing is written.
+    let asked = unsafe { ioctl_struct(fd, ioctl::GET_DIRTY_LOG, &mut log) };
+    let call = "KVM_GET_DIRTY_LOG";
+    match asked {
+        Ok(_) => Ok(false),
         Err(error) => match error.raw_os_error() {
-            Some(libc::EINVAL) => Ok(false),
+            Some(libc::ENXIO) => Ok(true),
+            Some(libc::EINVAL | libc::ENOENT) => Ok(false),
             Some(libc::ENOTTY) => Err(EnableError::NotAVm),
-            _ => Err(failed(error)),
+            _ => Err(EnableError::Kvm {
+                call,
+                source: error,
+            }),
         },
     }
 }

@@ -1,6 +1,7 @@
 //! The mapping of a vCPU's ring: the only file that maps one.
 
 use core::ptr::NonNull;
+use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 
@@ -33,5 +34,12 @@ pub(crate) fn map_ring(vcpu_fd: &impl AsRawFd, entries: u32) -> io::Result<RingM
     // SAFETY: the mapping is that long, page-aligned, and lives as long as its owner, `map`.
     // `Entry` has the layout of `kvm_dirty_gfn`, any bytes are one, and this process accesses the
     // mapping through `Entry` alone.
-    Ok(unsafe { RingMemory::new(start, entries, Box::new(map)) })
+    let ring = unsafe { RingMemory::new(start, entries, Box::new(map)) };
+    // The link's target is the vCPU's number (`create_vcpu_fd` in virt/kvm/kvm_main.c). Without
+    // /proc, a vCPU that is attached twice goes unnoticed.
+    let link = fs::read_link(format!("/proc/self/fd/{}", vcpu_fd.as_raw_fd()));
+    Ok(match link {
+        Ok(vcpu) => ring.named(vcpu.to_string_lossy().into_owned()),
+        Err(_) => ring,
+    })
 }

@@ -15,6 +15,8 @@ pub struct RingMemory {
     start: NonNull<Entry>,
     entries: u32,
     first_index: u32,
+    /// What tells the ring from the VM's others.
+    name: String,
     /// Dropped last, with the memory.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -47,6 +49,7 @@ impl RingMemory {
             start,
             entries,
             first_index: 0,
+            name: format!("{start:p}"),
             _owner: owner,
         }
     }
@@ -62,6 +65,16 @@ impl RingMemory {
             first_index,
             ..ring
         }
+    }
+
+    /// Gives the ring a name that others of its VM don't have, in place of its address.
+    #[cfg(not(all(test, feature = "loom")))]
+    pub(crate) fn named(self, name: String) -> Self {
+        Self { name, ..self }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Size of the ring, in entries.

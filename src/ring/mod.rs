@@ -47,24 +47,28 @@ impl RingView {
 
     /// Takes every dirty entry in ring order, hands its payload (memslot with the address space in
     /// the upper 16 bits, page inside the memslot) to `take`, and marks it for the next reset.
-    /// Returns how many entries there were, at most a whole ring of them.
+    /// Returns how many entries there were; a whole ring of them, or up to a block more, if the
+    /// kernel has overrun the ring.
     ///
     /// Nothing about a payload is checked: it is what the ring holds.
     pub fn harvest(&mut self, mut take: impl FnMut(u32, u64)) -> u32 {
-        self.harvest_blocks(|entries| {
+        let (taken, _) = self.harvest_blocks(|entries| {
             for entry in entries {
                 let (slot, page) = entry.payload();
                 take(slot, page);
                 // Only now: from here on the kernel may overwrite the payload.
                 entry.mark_reset();
             }
-        })
+        });
+        taken
     }
 
     /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side: `take`
-    /// has to read the payload of each entry and then mark it for reset.
+    /// has to read the payload of each entry and then mark it for reset. Also returns whether the
+    /// kernel has overrun the ring, before or meanwhile; nothing may be reset meanwhile.
     #[inline(always)]
-    pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> u32 {
+    pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
+        let mut overrun = self.is_overrun();
         let mut taken = 0;
         while taken < self.entries() {
             let block = self.memory.block_from(self.head);
@@ -88,7 +92,11 @@ impl RingView {
                 break;
             }
         }
-        taken
+        // A kernel that keeps its reserve never lets us take a whole ring: it has overrun the ring
+        // while we were at it.
+        overrun |= taken >= self.entries();
+        self.was_overrun |= overrun;
+        (taken, overrun)
     }
 
     /// Asks for the lines of the block at `index` early, if it is complete: the vCPU loses no line
@@ -257,8 +265,15 @@ mod tests {
         let producer = Producer::new(2 * BLOCK, 0);
         let mut view = RingView::new(producer.memory());
         push(&producer, 0..2 * u64::from(BLOCK) - 1);
-        let taken = view.harvest(|_, _| producer.push(5, 0));
+        assert!(!view.is_overrun());
+        let (taken, overrun) = view.harvest_blocks(|entries| {
+            for entry in entries {
+                producer.push(5, 0);
+                entry.mark_reset();
+            }
+        });
         assert_eq!(taken, 2 * BLOCK);
+        assert!(overrun && view.was_overrun(), "not seen");
     }
 
     #[test]
