@@ -233,3 +233,37 @@ impl<'a> Lookup<'a> {
         }
     }
 }
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+    use crate::slot_id::SlotId;
+
+    /// The flat table against the tree that it is made of, for every number a slot can have.
+    #[test]
+    fn every_slot_number_finds_its_own() {
+        let sets: [&[(u16, u16)]; 6] = [
+            &[],
+            &[(0, 0)],
+            &[(1, 0)],
+            &[(0, 1), (0, 2), (1, 2)],
+            &[(0, 0), (0, 5), (1, 3), (0, 32_763)],
+            &[(0, 65_535), (1, 65_535), (1, 0)],
+        ];
+        for ids in sets {
+            let mut table = Table::default();
+            for (pages, &(space, id)) in (1..).zip(ids) {
+                table.add(SlotId::new(space, id), pages, 1).unwrap();
+            }
+            // SAFETY: the table lives to the end of the loop's body.
+            let targets = unsafe { Targets::new(&table, 0) };
+            let pool = crate::bitmap::pool::ShardPool::new(1);
+            let shard = pool.acquire(0);
+            let lookup = targets.lookup(&shard);
+            for raw in (0..0x4_0000).chain((0..=u32::MAX).step_by(0xfff1)) {
+                let expected = table.get(raw).map_or(0, |slot| slot.pages());
+                assert_eq!(lookup.target(raw).pages, expected, "slot {raw:#x}");
+            }
+        }
+    }
+}

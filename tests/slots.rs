@@ -172,3 +172,30 @@ fn set_limit(limit: libc::rlimit) {
     // SAFETY: the struct is valid for the call.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
 }
+
+/// Bytes of this process that are in memory.
+fn resident() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    // SAFETY: sysconf reads a number; this one always exists.
+    pages * unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64
+}
+
+/// A guest of 1 TiB has 32 MiB of bits in each of some seven bitmaps. In memory are those of them
+/// where pages are dirty. (Other tests of this file may run beside, and hardly take any.)
+#[test]
+fn what_is_clean_takes_no_memory() {
+    const MIB: u64 = 1 << 20;
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    let before = resident();
+    log.add_slot(RAM, 1 << 28).unwrap();
+    let mut dirty = DirtyPages::new();
+    for round in 0..100 {
+        log.mark_dirty(RAM, round * 2_600_000, 3).unwrap();
+        log.sync(&mut dirty).unwrap();
+        assert_eq!(dirty.page_count(), 3);
+    }
+    let taken = resident().saturating_sub(before);
+    assert!(taken < 16 * MIB, "{} MiB", taken / MIB);
+}

@@ -242,6 +242,28 @@ mod tests {
         }
     }
 
+    /// Blocks of 64: every place of the head in its block, every length, over the ring's end and the
+    /// index's wrap.
+    #[test]
+    fn harvests_begin_and_end_anywhere() {
+        for entries in [64, 128, 256] {
+            for first_index in (0..70).chain(u32::MAX - 70..=u32::MAX) {
+                let producer = Producer::new(entries, first_index);
+                let mut view = RingView::new(producer.memory());
+                let mut next = 0;
+                for count in [1, 2, 3, 5, 61, 62, 63, 64, 65, 127, 130, 200, 255] {
+                    let count = count.min(u64::from(entries) - 1);
+                    push(&producer, next..next + count);
+                    assert!(harvest(&mut view).into_iter().eq(next..next + count));
+                    assert!(harvest(&mut view).is_empty());
+                    assert!(recycle(&producer).into_iter().eq(next..next + count));
+                    next += count;
+                }
+                assert!(!view.was_overrun());
+            }
+        }
+    }
+
     #[test]
     fn a_whole_ring_is_one_harvest_and_an_overrun() {
         for first_index in [0, 3, u32::MAX - 3] {
