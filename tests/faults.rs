@@ -239,3 +239,20 @@ fn a_ring_is_attached_once() {
     let other = machine.vm.add_vcpu();
     machine.log.attach_ring(other.ring_memory()).unwrap();
 }
+
+/// Somebody else's ioctl recycles what the log has marked: one reset looks short, no later one.
+#[test]
+fn a_reset_by_somebody_else_is_forgiven() {
+    let mut machine = Machine::new();
+    machine.write(0..10);
+    assert_eq!(machine.ring.harvest_and_stop(), 10);
+    assert_eq!(machine.vm.reset().unwrap(), 10);
+    machine.sync();
+    assert_eq!(machine.log.stats().short_resets, 1);
+    machine.rearm();
+    machine.sync();
+    machine.write([5]);
+    assert_eq!(machine.sync(), [run(RAM, 5, 1)]);
+    assert_eq!(machine.sync(), []);
+    assert_eq!(machine.log.stats().short_resets, 1);
+}

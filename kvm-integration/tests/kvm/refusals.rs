@@ -9,18 +9,19 @@ use kvm_dirty_ring::error::{AttachError, EnableError, RingSizeError};
 use kvm_dirty_ring::sim::{SimConfig, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, HostSupport, RingEntries};
 use kvm_integration::{
-    Action, GuestMemory, Load, Mode, TinyVcpu, TinyVm, VcpuThread, Workload, kvm_available,
+    Action, Exit, GuestMemory, Load, Mode, TinyVcpu, TinyVm, VcpuThread, Workload, kvm_available,
 };
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
 use super::harness::Outcome;
-use super::machine::{Machine, gpa, page_of, run_passes, slot_id, stop};
+use super::machine::{Machine, assert_unsuspicious, gpa, page_of, run_passes, slot_id, stop};
 
 tests![
     ring_sizes,
     no_vm,
     twice,
+    twice_takes_no_entries,
     after_a_vcpu,
     manual_protection,
     slots_of_the_vmm_are_left_alone,
@@ -139,6 +140,29 @@ fn twice() -> Outcome {
     run_passes(&vcpus, 2)?;
     machine.finish(&vcpus)?;
     assert_eq!(machine.dirty().page_count(), 64);
+    Ok(Completed)
+}
+
+/// Finding out that the rings are on must not recycle what their log has marked.
+fn twice_takes_no_entries() -> Outcome {
+    let mut machine = Machine::new(1024, &[64])?;
+    let load = machine.load(Workload::Walk, 0, 1).pass_exits();
+    let (vcpu, mut ring) = machine.attach(0, &load)?;
+    let thread = VcpuThread::spawn(vcpu, |exit| match exit {
+        Exit::PassDone => Action::Pause,
+        _ => Action::Continue,
+    })?;
+    assert!(thread.wait_paused(), "the vCPU has ended");
+    assert_eq!(ring.harvest_and_stop(), 64);
+    let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
+    assert!(
+        matches!(again, Err(EnableError::AlreadyEnabled)),
+        "{again:?}"
+    );
+    machine.round()?;
+    assert_eq!(machine.dirty().page_count(), 64);
+    assert_unsuspicious(&machine.log.stats());
+    stop([thread])?;
     Ok(Completed)
 }
 
