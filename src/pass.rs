@@ -107,11 +107,12 @@ impl Harvester {
 
     /// The reset gate, with what it needs to know.
     fn reset(&self) -> Result<u64, ResetError> {
-        let all_recycled = || {
+        let nothing_left = || {
             let layout = self.layout();
-            layout.vcpus.iter().all(|v| lock(&v.ring).all_recycled())
+            let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
+            rings.all(|ring| ring.nothing_awaits_reset())
         };
-        self.gate.reset(self.kernel(), &all_recycled)
+        self.gate.reset(self.kernel(), &nothing_left)
     }
 
     /// Begins a pass on any shard.

@@ -84,11 +84,11 @@ impl ResetGate {
     /// had marked them. So each pass that was under way while the number of faults changed must
     /// treat its pages as unprotected.
     ///
-    /// `all_recycled` looks whether any ring has entries that wait for a reset.
+    /// `nothing_left` looks whether no entry of any ring waits for a reset.
     pub(crate) fn reset(
         &self,
         kernel: &dyn Kernel,
-        all_recycled: &dyn Fn() -> bool,
+        nothing_left: &dyn Fn() -> bool,
     ) -> Result<u64, ResetError> {
         let mut state = lock(&self.state);
         // The one in flight, if there is one, started when our harvests had ended.
@@ -117,7 +117,7 @@ impl ResetGate {
                 gate: self,
                 outcome: Err(io::Error::other("the reset panicked")),
             };
-            turn.outcome = self.recycle(kernel, all_recycled, outstanding);
+            turn.outcome = self.recycle(kernel, nothing_left, outstanding);
             drop(turn);
             state = lock(&self.state);
         }
@@ -143,7 +143,7 @@ impl ResetGate {
     fn recycle(
         &self,
         kernel: &dyn Kernel,
-        all_recycled: &dyn Fn() -> bool,
+        nothing_left: &dyn Fn() -> bool,
         outstanding: u64,
     ) -> io::Result<u64> {
         self.resets.add(1);
@@ -162,7 +162,7 @@ impl ResetGate {
         }
         // An overrun, or somebody else's reset, has left nothing to recycle of what we count: it
         // would make every later reset look short. No entry is marked meanwhile.
-        if all_recycled() {
+        if nothing_left() {
             recycled = recycled.max(outstanding);
         }
         Ok(recycled)

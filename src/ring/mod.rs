@@ -133,6 +133,12 @@ impl RingView {
         !self.memory.at(self.head.wrapping_sub(1)).awaits_reset()
     }
 
+    /// Whether no entry at all waits for a reset, wherever an overrun may have left the indices: then
+    /// no reset will ever recycle what was harvested so far. Looks at every entry.
+    pub(crate) fn nothing_awaits_reset(&self) -> bool {
+        (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
+    }
+
     /// Joins the consumer to the kernel again after the kernel overran the ring, and returns how
     /// many entries were passed over: zero where there was no gap.
     ///
