@@ -1,40 +1,91 @@
-//! How a vCPU with a full ring, or the owner, wakes the reaper.
+//! How the reaper sleeps, and who wakes it.
 
-use core::time::Duration;
+#[cfg(not(all(test, feature = "loom")))]
+use {crate::sync::PoisonError, core::time::Duration, std::time::Instant};
 
-use crate::sync::{Condvar, Mutex, PoisonError, lock};
+use crate::sync::{Condvar, Mutex, lock};
 
-/// Rung any number of times, heard once.
+/// How long the reaper is deaf to full exits after one has woken it: in a storm of them one
+/// look does for many.
+#[cfg(not(all(test, feature = "loom")))]
+pub(crate) const DEAF: Duration = Duration::from_micros(500);
+
+/// Rung by vCPUs that stop on a full ring, and by the reaper's owner.
 #[derive(Default)]
 pub(crate) struct Alarm {
-    rung: Mutex<bool>,
+    rung: Mutex<Rung>,
     bell: Condvar,
 }
 
+#[derive(Default)]
+struct Rung {
+    full: bool,
+    #[cfg(not(all(test, feature = "loom")))]
+    command: bool,
+    /// Somebody waits whom a full exit may wake: to wake nobody costs a system call, too.
+    listening: bool,
+}
+
+/// What ended a wait.
+#[cfg(not(all(test, feature = "loom")))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// The owner.
+    Command,
+    /// A vCPU with a full ring.
+    Full,
+    /// Nothing, in the time there was.
+    Nothing,
+}
+
 impl Alarm {
-    /// Wakes whoever waits, or the next who would.
-    pub(crate) fn ring(&self) {
+    /// A vCPU has stopped on a full ring.
+    pub(crate) fn full(&self) {
         let mut rung = lock(&self.rung);
-        // A storm of full exits wakes the reaper once.
-        if !core::mem::replace(&mut *rung, true) {
+        rung.full = true;
+        if core::mem::take(&mut rung.listening) {
             self.bell.notify_all();
         }
     }
 
-    /// Waits for the alarm, at most for `limit`.
-    #[cfg_attr(
-        all(test, feature = "loom"),
-        expect(dead_code, reason = "loom has no time")
-    )]
-    pub(crate) fn wait(&self, limit: Duration) {
+    /// The owner has something to say, which whoever waits will hear at once.
+    #[cfg(not(all(test, feature = "loom")))]
+    pub(crate) fn command(&self) {
+        lock(&self.rung).command = true;
+        self.bell.notify_all();
+    }
+
+    /// Waits for the alarm until `until`, if there is such a time; until `deaf` for a command only.
+    #[cfg(not(all(test, feature = "loom")))]
+    pub(crate) fn wait(&self, deaf: Instant, until: Option<Instant>) -> Heard {
         let mut rung = lock(&self.rung);
-        if !*rung {
-            // A spurious wake-up is an early look, no more.
-            (rung, _) = self
-                .bell
-                .wait_timeout(rung, limit)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        *rung = false;
+        let heard = loop {
+            let now = Instant::now();
+            if rung.command {
+                break Heard::Command;
+            }
+            if until.is_some_and(|until| now >= until) {
+                break Heard::Nothing;
+            }
+            rung.listening = now >= deaf;
+            if rung.full && rung.listening {
+                break Heard::Full;
+            }
+            let next = match (rung.listening, until) {
+                (true, until) => until,
+                (false, Some(until)) => Some(until.min(deaf)),
+                (false, None) => Some(deaf),
+            };
+            rung = match next {
+                Some(next) => {
+                    let woken = self.bell.wait_timeout(rung, next - now);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => crate::sync::wait(&self.bell, rung),
+            };
+        };
+        // Whoever looks now sees what all of them have to show.
+        *rung = Rung::default();
+        heard
     }
 }

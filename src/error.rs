@@ -1,7 +1,9 @@
 //! What can go wrong, one type for each family of calls.
 
+use core::time::Duration;
 use std::io;
 
+use crate::pacing::{LONGEST_LOOK, SHORTEST_LOOK};
 use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
 
@@ -234,10 +236,37 @@ pub enum ReaperError {
     /// A reset failed. The reaper goes on at its policy's pace.
     #[error(transparent)]
     Reset(#[from] ResetError),
-    /// The policy panicked. The reaper goes on with [`Fixed`](crate::pacing::Fixed), once a second.
-    #[error("the pacing policy panicked")]
-    PolicyPanicked,
+    /// The policy failed. The reaper goes on with [`Fixed`](crate::pacing::Fixed), once a second.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The thread could not be given the place or the priority that were asked for.
+    #[error("{call} failed for the reaper's thread")]
+    Scheduling {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// The reaper itself panicked, and has ended. Full exits and syncs still empty the rings.
     #[error("the reaper panicked")]
     Panicked,
+}
+
+/// Why a pacing policy was replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// It panicked.
+    #[error("the pacing policy panicked")]
+    Panicked,
+    /// It asked for times out of bounds, many times in a row.
+    #[error(
+        "the pacing policy keeps asking for looks out of bounds, {asked:?} apart in the end: {SHORTEST_LOOK:?} to {LONGEST_LOOK:?} \
+         are allowed"
+    )]
+    OutOfBounds {
+        /// What it asked for last.
+        asked: Duration,
+    },
 }

@@ -9,6 +9,7 @@ use crate::dirty_pages::DirtyPages;
 use crate::error::{AttachError, ResetError, SlotError, SyncError};
 use crate::kernel::Kernel;
 use crate::memslots::Slot;
+use crate::pacing::RingObservation;
 use crate::pass::Harvester;
 use crate::ring::RingMemory;
 use crate::slot_id::SlotId;
@@ -285,6 +286,26 @@ impl DirtyLog {
         Ok(())
     }
 
+    /// As [`reap`](Self::reap), for those rings whose place is true in `rings`, in the order in
+    /// which the vCPUs were attached. Rings beyond its end are left alone.
+    ///
+    /// # Errors
+    /// As [`reap`](Self::reap).
+    pub fn reap_rings(&self, rings: &[bool]) -> Result<u64, ResetError> {
+        let wanted = |place| rings.get(place) == Some(&true);
+        self.inner.harvester.reap_those(wanted)
+    }
+
+    /// Replaces what is in `rings` by what a [pacing](crate::pacing) policy is to be shown of each
+    /// ring, in the order in which the vCPUs were attached. It reads about a dozen flags a ring,
+    /// one if the ring is empty; no thread waits for it, and it waits for none. By the time it
+    /// returns, vCPUs may have logged more.
+    pub fn observe(&self, rings: &mut Vec<RingObservation>) {
+        rings.clear();
+        let layout = self.inner.harvester.layout();
+        rings.extend(layout.vcpus.iter().map(|vcpu| vcpu.observe()));
+    }
+
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
         Stats::read(&self.inner.harvester)
@@ -364,6 +385,19 @@ impl VcpuRing {
         result
     }
 
+    /// Whether at least `count` entries wait in the ring to be harvested: one load.
+    pub fn at_least(&self, count: u32) -> bool {
+        self.vcpu.at_least(count)
+    }
+
+    /// How many entries wait in the ring to be harvested: a load for each bit of the ring's size,
+    /// one if none does. Others may take them meanwhile. For all rings, and from any thread, see
+    /// [`DirtyLog::observe`].
+    pub fn occupancy(&self) -> u32 {
+        let (waiting, _) = self.vcpu.occupancy();
+        waiting
+    }
+
     /// Harvests this ring and ends the pass before its reset, as a panic in between would: its
     /// pages come with a later sync, after the reset that the sync makes up for. Returns how many
     /// entries there were.
@@ -375,11 +409,11 @@ impl VcpuRing {
     fn make_room(&mut self) -> Result<(), ResetError> {
         let mut pass = self.inner.harvester.begin();
         // Since the last full exit, nobody else has taken entries that the vCPU's exit still saw.
-        let alone = self.vcpu.counts.taken.get() == self.taken;
+        let alone = self.vcpu.taken() == self.taken;
         let taken = pass.harvest(&self.vcpu);
-        self.taken = self.vcpu.counts.taken.get();
+        self.taken = self.vcpu.taken();
         // By now this ring is empty; the others are the reaper's business.
-        self.inner.alarm.ring();
+        self.inner.alarm.full();
         if alone && taken.alone {
             let entries = self.inner.ring_entries;
             self.vcpu.learn_soft_limit(taken.entries, entries);

@@ -137,8 +137,13 @@ impl Harvester {
 
     /// A whole pass over every ring: harvest, reset, publish. Entries harvested.
     pub(crate) fn reap(&self) -> Result<u64, ResetError> {
+        self.reap_those(|_| true)
+    }
+
+    /// The same over those rings whose place `wanted` wants.
+    pub(crate) fn reap_those(&self, wanted: impl Fn(usize) -> bool) -> Result<u64, ResetError> {
         let mut pass = self.begin();
-        let taken = pass.harvest_all();
+        let taken = pass.harvest_those(wanted);
         pass.reset()?.publish();
         Ok(taken)
     }
@@ -167,8 +172,15 @@ pub(crate) struct Reset(());
 impl<'a> Pass<'a, Harvested> {
     /// Harvests every ring. Entries taken.
     pub(crate) fn harvest_all(&mut self) -> u64 {
+        self.harvest_those(|_| true)
+    }
+
+    /// Harvests the rings whose place `wanted` wants. Entries taken.
+    fn harvest_those(&mut self, wanted: impl Fn(usize) -> bool) -> u64 {
         let layout = Arc::clone(&self.layout);
-        let taken = layout.vcpus.iter().map(|vcpu| self.harvest(vcpu).entries);
+        let vcpus = layout.vcpus.iter().enumerate();
+        let vcpus = vcpus.filter(|&(place, _)| wanted(place));
+        let taken = vcpus.map(|(_, vcpu)| self.harvest(vcpu).entries);
         taken.map(u64::from).sum()
     }
 
@@ -189,13 +201,13 @@ impl<'a> Pass<'a, Harvested> {
         let mut setter = Setter::new(lookup);
         let (entries, overrun_now) = ring.harvest_blocks(|entries| setter.take(entries));
         let overrun = overrun_before || overrun_now || gap + entries >= ring.entries();
+        vcpu.note_taken(gap + entries);
         drop(ring);
         setter.set();
         let misses = setter.misses;
         self.note_marked(&mut marking, gap + entries);
         drop(marking);
 
-        vcpu.counts.taken.add(entries.into());
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());
         if misses.unknown_slot + misses.out_of_range > 0 {
@@ -217,7 +229,10 @@ impl<'a> Pass<'a, Harvested> {
     /// [`RingView::rejoin`]: crate::ring::RingView::rejoin
     pub(crate) fn rejoin(&mut self, vcpu: &Vcpu) -> bool {
         let mut marking = self.harvester.gate.harvest();
-        let gap = lock(&vcpu.ring).rejoin();
+        let mut ring = lock(&vcpu.ring);
+        let gap = ring.rejoin();
+        vcpu.note_taken(gap);
+        drop(ring);
         self.note_marked(&mut marking, gap);
         if gap > 0 {
             self.note_overrun();

@@ -34,7 +34,7 @@ pub struct Stats {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VcpuStats {
-    /// Entries harvested from its ring.
+    /// Entries harvested from its ring, or passed over after an overrun.
     pub entries: u64,
     /// Exits for a full ring.
     pub full_exits: u64,
@@ -72,7 +72,7 @@ impl VcpuStats {
     fn read(vcpu: &Vcpu) -> Self {
         let counts = &vcpu.counts;
         Self {
-            entries: counts.taken.get(),
+            entries: vcpu.taken(),
             full_exits: counts.full_exits.get(),
             stall_ns: counts.stall_ns.get(),
             soft_limit: counts.soft_limit.get(),

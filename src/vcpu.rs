@@ -2,8 +2,9 @@
 
 use crossbeam_utils::CachePadded;
 
-use crate::ring::{RingMemory, RingView};
-use crate::sync::{Counter, Mutex};
+use crate::pacing::RingObservation;
+use crate::ring::{Gauge, RingMemory, RingView};
+use crate::sync::{AtomicU64, Counter, Mutex, Ordering};
 
 /// Entries that a kernel with Intel's page-modification logging keeps in reserve: 64, and 512 for
 /// the hardware's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
@@ -15,14 +16,17 @@ pub(crate) struct Vcpu {
     pub(crate) name: String,
     /// The lock is the consumer's token. Nobody waits for anything while holding it.
     pub(crate) ring: Mutex<RingView>,
+    /// The same ring, for onlookers.
+    memory: RingMemory,
     pub(crate) counts: CachePadded<Counts>,
 }
 
 /// Each is written once for a pass or a full exit, never for an entry.
 #[derive(Default)]
 pub(crate) struct Counts {
-    /// Entries harvested.
-    pub(crate) taken: Counter,
+    /// Entries that the consumer has passed: harvested, or skipped after an overrun. Written by the
+    /// consumer alone; tells everybody else where the ring's head is.
+    taken: AtomicU64,
     /// Exits for a full ring.
     pub(crate) full_exits: Counter,
     /// Nanoseconds spent on them.
@@ -35,14 +39,72 @@ impl Vcpu {
     /// A ring that stops its vCPU `reserved` entries before its end, or so we suppose.
     pub(crate) fn new(memory: RingMemory, reserved: u32) -> Self {
         let name = memory.name().to_owned();
-        let ring = RingView::new(memory);
+        let ring = RingView::new(memory.share());
         let counts = Counts::default();
         let prior = ring.entries().saturating_sub(reserved).max(1);
         counts.soft_limit.set(prior.into());
         Self {
             name,
             ring: Mutex::new(ring),
+            memory,
             counts: CachePadded::new(counts),
+        }
+    }
+
+    /// Entries taken so far.
+    pub(crate) fn taken(&self) -> u64 {
+        // Acquire: pairs with the release store in `note_taken`, so that the entries taken are seen
+        // as taken.
+        self.counts.taken.load(Ordering::Acquire)
+    }
+
+    /// Notes that the holder of the consumer's token has taken `entries` more. Before it gives the
+    /// token, or the right to harvest, away: until then an onlooker takes them for waiting.
+    pub(crate) fn note_taken(&self, entries: u32) {
+        if entries > 0 {
+            // Only the token's holder writes it, so nothing is lost between the two.
+            let taken = self.taken() + u64::from(entries);
+            // Release: pairs with the acquire load in `taken`.
+            self.counts.taken.store(taken, Ordering::Release);
+        }
+    }
+
+    /// Whether at least `count` entries wait in the ring; any thread may ask at any time, and
+    /// nobody waits for it.
+    pub(crate) fn at_least(&self, count: u32) -> bool {
+        self.gauge(self.taken()).at_least(count)
+    }
+
+    /// Entries that wait in the ring, and entries taken from it so far: together they are what the
+    /// vCPU has logged. Any thread may ask at any time, and nobody waits for it.
+    pub(crate) fn occupancy(&self) -> (u32, u64) {
+        let mut taken = self.taken();
+        loop {
+            let waiting = self.gauge(taken).occupancy();
+            // What was taken meanwhile may have been recycled, and look like room.
+            let now = self.taken();
+            if now == taken {
+                return (waiting, taken);
+            }
+            taken = now;
+        }
+    }
+
+    fn gauge(&self, taken: u64) -> Gauge<'_> {
+        let first = self.memory.first_index();
+        Gauge::new(&self.memory, first.wrapping_add(taken as u32))
+    }
+
+    /// What a pacing policy is shown.
+    pub(crate) fn observe(&self) -> RingObservation {
+        let (waiting, taken) = self.occupancy();
+        RingObservation {
+            entries: self.memory.entries().into(),
+            soft_limit: self.counts.soft_limit.get(),
+            waiting: waiting.into(),
+            taken,
+            full_exits: self.counts.full_exits.get(),
+            logged: 0,
         }
     }
 

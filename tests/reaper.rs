@@ -4,8 +4,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::error::ReaperError;
-use kvm_dirty_ring::pacing::{Decision, Fixed, Observation, Pacing};
+use kvm_dirty_ring::error::{PolicyError, ReaperError};
+use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId, VcpuRing};
 
@@ -35,23 +35,22 @@ fn wait_until(mut done: impl FnMut() -> bool) {
 /// Says each time what it was shown of the first ring, and does as it was told at the start.
 struct Spy {
     seen: Sender<u64>,
-    decision: Decision,
+    reap: bool,
 }
 
 impl Spy {
     /// Looks again as late as it may.
     fn sleepy(reap: bool) -> (Self, Receiver<u64>) {
         let (seen, is_seen) = mpsc::channel();
-        let look_again = Duration::from_secs(10);
-        let decision = Decision { reap, look_again };
-        (Self { seen, decision }, is_seen)
+        (Self { seen, reap }, is_seen)
     }
 }
 
 impl Pacing for Spy {
-    fn decide(&mut self, seen: &Observation<'_>) -> Decision {
+    fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
         let _ = self.seen.send(seen.rings[0].full_exits);
-        self.decision
+        reap.fill(self.reap);
+        Duration::from_secs(10)
     }
 }
 
@@ -160,7 +159,7 @@ fn failing_resets_are_reported() {
 fn a_policy_that_panics_is_replaced() {
     struct Panics;
     impl Pacing for Panics {
-        fn decide(&mut self, _: &Observation<'_>) -> Decision {
+        fn decide(&mut self, _: &Observation<'_>, _: &mut [bool]) -> Duration {
             panic!("a policy's panic, which the test is about");
         }
     }
@@ -171,7 +170,10 @@ fn a_policy_that_panics_is_replaced() {
         error = error.take().or_else(|| reaper.take_error());
         error.is_some()
     });
-    assert!(matches!(error, Some(ReaperError::PolicyPanicked)));
+    assert!(matches!(
+        error,
+        Some(ReaperError::Policy(PolicyError::Panicked))
+    ));
     // Twice, for one pass may have been due to the panic.
     for page in 0..2 {
         vcpu.write(RAM, page).unwrap();

@@ -38,6 +38,7 @@
 //! ```
 
 pub mod host;
+pub mod lab;
 pub mod machine;
 pub mod memory;
 pub mod migration;

@@ -2,22 +2,19 @@
 
 use core::time::Duration;
 
-use super::{Decision, Observation, Pacing};
+use super::{LONGEST_LOOK, Observation, Pacing, SHORTEST_LOOK};
 
 /// Empties the rings at a constant period. QEMU does so each second.
 #[derive(Debug, Clone)]
 pub struct Fixed {
-    period: Duration,
-    since_reap: Duration,
+    clock: Period,
 }
 
 impl Fixed {
     /// A pass each `period`.
     pub const fn new(period: Duration) -> Self {
-        Self {
-            period,
-            since_reap: Duration::ZERO,
-        }
+        let clock = Period::new(period);
+        Self { clock }
     }
 }
 
@@ -29,40 +26,117 @@ impl Default for Fixed {
 }
 
 impl Pacing for Fixed {
-    fn decide(&mut self, seen: &Observation<'_>) -> Decision {
-        self.since_reap = self.since_reap.saturating_add(seen.elapsed);
-        let reap = self.since_reap >= self.period;
-        if reap {
-            self.since_reap = Duration::ZERO;
+    fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
+        if self.clock.passes(seen.elapsed) {
+            reap.fill(true);
         }
-        Decision {
-            reap,
-            look_again: self.period - self.since_reap,
+        self.clock.left()
+    }
+}
+
+/// A delay between passes that looks in between do not disturb.
+#[derive(Debug, Clone)]
+pub(super) struct Period {
+    pub(super) length: Duration,
+    gone: Duration,
+}
+
+impl Period {
+    pub(super) const fn new(length: Duration) -> Self {
+        let gone = Duration::ZERO;
+        Self { length, gone }
+    }
+
+    /// Lets `elapsed` pass. Whether the period is over; then another begins.
+    pub(super) fn passes(&mut self, elapsed: Duration) -> bool {
+        self.gone = self.gone.saturating_add(elapsed);
+        let over = self.gone >= self.length;
+        if over {
+            self.gone = Duration::ZERO;
         }
+        over
+    }
+
+    /// What is left of it, as far as a look may be away.
+    pub(super) fn left(&self) -> Duration {
+        let left = self.length.saturating_sub(self.gone);
+        left.clamp(SHORTEST_LOOK, LONGEST_LOOK)
     }
 }
 
 #[cfg(all(test, not(feature = "loom")))]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::pacing::RingObservation;
+
+    /// Drives a policy that empties all rings on a clock of its own, from pass to pass.
+    pub(in crate::pacing) struct AtEachPass<P> {
+        policy: P,
+        entries: u64,
+        full_exits: u64,
+        delay: Duration,
+    }
+
+    impl<P: Pacing> AtEachPass<P> {
+        /// For rings of `entries` entries.
+        pub(in crate::pacing) fn new(mut policy: P, entries: u64) -> Self {
+            let delay = policy.decide(&Observation::new(Duration::ZERO, &[]), &mut []);
+            let full_exits = 0;
+            Self {
+                policy,
+                entries,
+                full_exits,
+                delay,
+            }
+        }
+
+        /// The delay in ms after a pass that finds the rings like this.
+        pub(in crate::pacing) fn pass(&mut self, found: &[u64], stopped: bool) -> u64 {
+            self.full_exits += u64::from(stopped);
+            let ring = |&waiting| RingObservation {
+                entries: self.entries,
+                waiting,
+                full_exits: self.full_exits,
+                ..RingObservation::default()
+            };
+            let rings: Vec<_> = found.iter().map(ring).collect();
+            let mut reap = vec![false; found.len()];
+            let seen = Observation::new(self.delay, &rings);
+            self.delay = self.policy.decide(&seen, &mut reap);
+            assert!(reap.iter().all(|&reaps| reaps), "no pass when it was due");
+            self.delay.as_millis() as u64
+        }
+    }
 
     #[test]
     fn reaps_once_a_period_however_often_it_is_woken() {
         let mut policy = Fixed::new(Duration::from_millis(100));
-        let mut decide = |ms| policy.decide(&Observation::new(Duration::from_millis(ms), &[]));
-        let wait = |ms| Decision {
-            reap: false,
-            look_again: Duration::from_millis(ms),
+        let mut decide = |ms| {
+            let mut reap = [false; 2];
+            let seen = Observation::new(Duration::from_millis(ms), &[]);
+            let wait = policy.decide(&seen, &mut reap);
+            assert_eq!(reap[0], reap[1]);
+            (reap[0], wait.as_millis())
         };
-        assert_eq!(decide(0), wait(100));
-        assert_eq!(decide(30), wait(70));
-        assert_eq!(decide(69), wait(1));
-        let now = Decision {
-            reap: true,
-            look_again: Duration::from_millis(100),
-        };
-        assert_eq!(decide(1), now);
-        assert_eq!(decide(99), wait(1));
-        assert_eq!(decide(500), now);
+        assert_eq!(decide(0), (false, 100));
+        assert_eq!(decide(30), (false, 70));
+        assert_eq!(decide(69), (false, 1));
+        assert_eq!(decide(1), (true, 100));
+        assert_eq!(decide(99), (false, 1));
+        assert_eq!(decide(500), (true, 100));
+    }
+
+    #[test]
+    fn looks_within_bounds_whatever_the_period() {
+        for (period, bound) in [
+            (Duration::ZERO, SHORTEST_LOOK),
+            (Duration::MAX, LONGEST_LOOK),
+        ] {
+            let mut policy = Fixed::new(period);
+            for elapsed in [Duration::ZERO, Duration::MAX, Duration::MAX] {
+                let wait = policy.decide(&Observation::new(elapsed, &[]), &mut []);
+                assert_eq!(wait, bound);
+            }
+        }
     }
 }

@@ -1,55 +1,116 @@
 //! When to empty the rings.
 //!
 //! A policy is a pure function of what it is shown, with what it remembers: no clock, no thread, no
-//! allocation. The [`Reaper`](crate::Reaper) drives it; so can a simulation or a fuzzer.
+//! allocation. A [`Pacer`] holds it to its bounds and is driven by the [`Reaper`](crate::Reaper), by
+//! a VMM's own event loop, or by a simulation.
+//!
+//! | policy | rule |
+//! |---|---|
+//! | [`LookFirst`] | looks at the rings, and empties them only if one would be full before the next look |
+//! | [`Fixed`] | empties all rings at a constant period: QEMU does so each second |
+//! | [`RunLevels`] | six delays; a level up or down by how much a pass found |
+//! | [`HalveAndCreep`] | halves its delay where a pass found much, lengthens it by 20 ms where little |
 
 mod fixed;
+mod halve_and_creep;
+mod look_first;
+mod pacer;
+mod run_levels;
 
 use core::time::Duration;
 
 pub use fixed::Fixed;
+pub use halve_and_creep::HalveAndCreep;
+pub use look_first::{LookFirst, Tuning};
+pub use pacer::Pacer;
+pub use run_levels::RunLevels;
 
-/// Decides when the rings are emptied.
+/// The shortest time between two looks that a policy may ask for.
+pub const SHORTEST_LOOK: Duration = Duration::from_micros(100);
+/// The longest.
+pub const LONGEST_LOOK: Duration = Duration::from_secs(10);
+
+/// Decides when which rings are emptied.
 pub trait Pacing: Send {
-    /// Looks at the rings and says what to do, and when to look again at the latest. It is called
-    /// again early when a vCPU has stopped on a full ring.
-    fn decide(&mut self, seen: &Observation<'_>) -> Decision;
+    /// Looks at the rings, says which to empty now, and when to look again at the latest.
+    ///
+    /// `reap` has a place for each ring, all false: a policy sets those of the rings that it wants
+    /// emptied. One reset serves all of them. The time returned counts from the end of that, and
+    /// should be within [`SHORTEST_LOOK`] and [`LONGEST_LOOK`]: the [`Pacer`] moves it there. This
+    /// is called again early when a vCPU has stopped on a full ring.
+    fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration;
+}
+
+impl<P: Pacing + ?Sized> Pacing for Box<P> {
+    fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
+        (**self).decide(seen, reap)
+    }
 }
 
 /// What a policy is shown.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Observation<'a> {
-    /// Time since the observation before; zero at the first.
+    /// Time since the observation before; zero at a policy's first.
     pub elapsed: Duration,
+    /// How long after the time asked for this one comes: the wake-up's lateness. `None` if it was
+    /// not asked for but is due to a full exit.
+    pub lateness: Option<Duration>,
+    /// What emptying rings after the observation before was like; `None` if none was emptied.
+    pub last_pass: Option<PassCost>,
     /// Every ring, in the order in which the vCPUs were attached.
     pub rings: &'a [RingObservation],
 }
 
 impl<'a> Observation<'a> {
-    /// What is seen `elapsed` after the observation before.
+    /// What is seen `elapsed` after the observation before, in time, with no pass in between.
     pub fn new(elapsed: Duration, rings: &'a [RingObservation]) -> Self {
-        Self { elapsed, rings }
+        Self {
+            elapsed,
+            lateness: Some(Duration::ZERO),
+            last_pass: None,
+            rings,
+        }
+    }
+
+    /// Exits for a full ring so far, of all vCPUs.
+    pub fn full_exits(&self) -> u64 {
+        self.rings.iter().map(|ring| ring.full_exits).sum()
     }
 }
 
-/// What a policy is shown of one ring. Counts go up only.
+/// What a pass has cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PassCost {
+    /// From its decision to its end: harvest, reset and publication.
+    pub took: Duration,
+    /// Entries that it found.
+    pub entries: u64,
+}
+
+/// What a policy is shown of one ring.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RingObservation {
-    /// Entries at which the vCPU stops.
+    /// Size of the ring, in entries.
+    pub entries: u64,
+    /// Entries at which the vCPU stops: supposed, until a full exit has shown it.
     pub soft_limit: u64,
+    /// Entries that wait in the ring to be harvested.
+    pub waiting: u64,
     /// Entries harvested so far, by whomever.
     pub taken: u64,
     /// Exits for a full ring so far.
     pub full_exits: u64,
+    /// Entries that the vCPU has logged since the observation before: by how much the sum of
+    /// `taken` and `waiting` has grown. The [`Pacer`] fills it in.
+    pub logged: u64,
 }
 
-/// What to do now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Decision {
-    /// Whether to empty the rings now.
-    pub reap: bool,
-    /// When to look again. The reaper holds it within bounds of its own.
-    pub look_again: Duration,
+/// Entries that a pass over all rings would find now, as a share of one ring's size: what policies
+/// go by that take a VM for its rings' sum.
+fn found(seen: &Observation<'_>) -> f64 {
+    let waiting: u64 = seen.rings.iter().map(|ring| ring.waiting).sum();
+    let entries = seen.rings.iter().map(|ring| ring.entries).max();
+    waiting as f64 / entries.unwrap_or(0).max(1) as f64
 }

@@ -65,6 +65,14 @@ impl Entry {
         self.flags.store(RESET, Ordering::Release);
     }
 
+    /// Whether the kernel may fill the entry.
+    #[inline]
+    pub(crate) fn is_free(&self) -> bool {
+        // Relaxed: pairs with nothing, for nothing but the state itself is read. Whoever looks on
+        // beside the consumer must neither wait for it nor have it wait.
+        self.flags.load(Ordering::Relaxed) & (DIRTY | RESET) == 0
+    }
+
     /// Whether the entry is harvested and not yet recycled.
     #[inline]
     pub(crate) fn awaits_reset(&self) -> bool {

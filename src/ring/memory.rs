@@ -5,6 +5,7 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use super::Entry;
+use crate::sync::Arc;
 
 /// Entries that are harvested in one go: a block of 1 KiB, or the whole ring if it is smaller.
 pub(crate) const BLOCK: u32 = 64;
@@ -18,7 +19,7 @@ pub struct RingMemory {
     /// What tells the ring from the VM's others.
     name: String,
     /// Dropped last, with the memory.
-    _owner: Box<dyn Any + Send + Sync>,
+    owner: Arc<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the memory is shared with the kernel in the first place; every access goes through the
@@ -50,7 +51,7 @@ impl RingMemory {
             entries,
             first_index: 0,
             name: format!("{start:p}"),
-            _owner: owner,
+            owner: owner.into(),
         }
     }
 
@@ -64,6 +65,15 @@ impl RingMemory {
         Self {
             first_index,
             ..ring
+        }
+    }
+
+    /// Another handle to the same ring.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            owner: Arc::clone(&self.owner),
+            ..*self
         }
     }
 

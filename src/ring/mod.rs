@@ -6,11 +6,13 @@
 use crate::prefetch;
 
 mod entry;
+mod gauge;
 mod memory;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) mod producer;
 
 pub use entry::Entry;
+pub(crate) use gauge::Gauge;
 pub(crate) use memory::BLOCK;
 pub use memory::RingMemory;
 
@@ -43,6 +45,17 @@ impl RingView {
     /// Size of the ring, in entries.
     pub fn entries(&self) -> u32 {
         self.memory.entries()
+    }
+
+    /// Whether at least `count` entries wait to be harvested: one load.
+    pub fn at_least(&self, count: u32) -> bool {
+        Gauge::new(&self.memory, self.head).at_least(count)
+    }
+
+    /// How many entries wait to be harvested: a load for each bit of the ring's size, one if none
+    /// does. The vCPU may log more meanwhile.
+    pub fn occupancy(&self) -> u32 {
+        Gauge::new(&self.memory, self.head).occupancy()
     }
 
     /// Takes every dirty entry in ring order, hands its payload (memslot with the address space in

@@ -1,0 +1,83 @@
+//! What is compared: a policy, and who empties what at a full exit.
+
+use std::time::Duration;
+
+use kvm_dirty_ring::pacing::{Fixed, HalveAndCreep, LookFirst, Observation, Pacing, RunLevels};
+
+/// Who empties what when a vCPU stops on a full ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// The crate's: the vCPU empties its own ring, without a lock that others wait for, and wakes
+    /// the reaper.
+    OwnRing,
+    /// QEMU's: the vCPU takes the lock that the reaper takes, too, and empties every ring. Nobody
+    /// wakes the reaper.
+    AllRings,
+}
+
+/// One way to keep rings from filling up.
+#[derive(Debug, Clone, Copy)]
+pub struct Arm {
+    /// Its name, in tables and on the command line.
+    pub name: &'static str,
+    /// What a full exit does.
+    pub shape: Shape,
+    /// Whether the reaper is a `SCHED_FIFO` thread.
+    pub fifo: bool,
+    /// Makes the policy; `None` for no reaper at all.
+    pub policy: Option<fn() -> Box<dyn Pacing>>,
+}
+
+impl Arm {
+    /// Every arm.
+    pub const ALL: [Self; 10] = [
+        Self::new("look-first", || Box::new(LookFirst::default())),
+        Self {
+            fifo: true,
+            ..Self::new("look-first-fifo", || Box::new(LookFirst::default()))
+        },
+        Self::new("fixed", || Box::new(Fixed::default())),
+        Self::new("fixed-10ms", || {
+            Box::new(Fixed::new(Duration::from_millis(10)))
+        }),
+        Self::new("run-levels", || Box::new(RunLevels::as_meant())),
+        Self::new("run-levels-as-posted", || Box::new(RunLevels::as_posted())),
+        Self::new("halve-and-creep", || Box::new(HalveAndCreep::default())),
+        Self::new("poll", || Box::new(Poll)),
+        Self {
+            shape: Shape::AllRings,
+            ..Self::new("qemu", || Box::new(Fixed::default()))
+        },
+        Self {
+            policy: None,
+            ..Self::new("no-reaper", || Box::new(Fixed::default()))
+        },
+    ];
+
+    const fn new(name: &'static str, policy: fn() -> Box<dyn Pacing>) -> Self {
+        Self {
+            name,
+            shape: Shape::OwnRing,
+            fifo: false,
+            policy: Some(policy),
+        }
+    }
+
+    /// The arm of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|arm| arm.name == name)
+    }
+}
+
+/// Looks every 2 ms and empties what is half full: the simplest rule that looks.
+#[derive(Debug, Clone, Copy)]
+struct Poll;
+
+impl Pacing for Poll {
+    fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
+        for (ring, reap) in seen.rings.iter().zip(reap) {
+            *reap = ring.waiting * 2 >= ring.soft_limit;
+        }
+        Duration::from_millis(2)
+    }
+}

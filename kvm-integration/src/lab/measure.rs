@@ -1,0 +1,91 @@
+//! What is measured of an arm under a load.
+
+use std::time::Duration;
+
+/// What one arm did under one load, from the end of the warm-up on.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Measured {
+    /// How long it was watched.
+    pub time: Duration,
+    /// Exits for a full ring, of all vCPUs.
+    pub full_exits: u64,
+    /// Time that vCPUs spent on them, summed up.
+    pub stall: Duration,
+    /// Passes: the reaper's and those of full exits.
+    pub passes: u64,
+    /// The fewest passes that could have done: entries ÷ soft limit of the ring for which that is
+    /// most.
+    pub minimum: f64,
+    /// Entries harvested, of all rings.
+    pub entries: u64,
+    /// Page stores of the guest, logged or not.
+    pub stores: u64,
+    /// CPU time of the reaper's thread.
+    pub reaper_cpu: Duration,
+    /// How much of it went into passes.
+    pub pass_time: Duration,
+    /// The reaper's wake-ups.
+    pub wakeups: u64,
+    /// Its passes.
+    pub reaper_passes: u64,
+}
+
+/// The rings at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Sample {
+    /// Seconds since the arm's start.
+    pub at: f64,
+    /// Entries in the fullest ring, as a share of its soft limit.
+    pub fullest: f64,
+    /// Seconds for which the policy sleeps.
+    pub delay: f64,
+    /// Exits for a full ring since the arm's start.
+    pub full_exits: u64,
+}
+
+impl Measured {
+    fn per_second(&self, count: f64) -> f64 {
+        count / self.time.as_secs_f64().max(1e-9)
+    }
+
+    /// Exits for a full ring a second.
+    pub fn full_exits_per_second(&self) -> f64 {
+        self.per_second(self.full_exits as f64)
+    }
+
+    /// Milliseconds of stall a second, of all vCPUs together.
+    pub fn stall_ms_per_second(&self) -> f64 {
+        self.per_second(self.stall.as_secs_f64() * 1e3)
+    }
+
+    /// Passes ÷ the fewest that could have done; `None` where next to nothing was logged.
+    pub fn passes_by_minimum(&self) -> Option<f64> {
+        (self.minimum >= 1.0).then(|| self.passes as f64 / self.minimum)
+    }
+
+    /// Entries per pass.
+    pub fn entries_per_pass(&self) -> f64 {
+        self.entries as f64 / (self.passes as f64).max(1.0)
+    }
+
+    /// Page stores of the guest a second.
+    pub fn stores_per_second(&self) -> f64 {
+        self.per_second(self.stores as f64)
+    }
+
+    /// The reaper's CPU time, in percent of a core.
+    pub fn reaper_percent(&self) -> f64 {
+        self.per_second(self.reaper_cpu.as_secs_f64() * 100.0)
+    }
+
+    /// The part of it that is no harvesting or resetting: waking, looking, deciding.
+    pub fn overhead_percent(&self) -> f64 {
+        let overhead = self.reaper_cpu.saturating_sub(self.pass_time);
+        self.per_second(overhead.as_secs_f64() * 100.0)
+    }
+
+    /// The reaper's wake-ups a second.
+    pub fn wakeups_per_second(&self) -> f64 {
+        self.per_second(self.wakeups as f64)
+    }
+}

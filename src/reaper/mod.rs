@@ -1,0 +1,365 @@
+//! The thread that empties the rings at the pace of a policy.
+
+mod thread;
+
+use core::time::Duration;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
+use std::time::Instant;
+
+use crate::alarm::{DEAF, Heard};
+use crate::error::ReaperError;
+use crate::log::DirtyLog;
+use crate::pacing::{Pacer, Pacing};
+use crate::sync::{Arc, Condvar, Counter, Mutex, Ordering, lock, thread as threads, wait};
+
+pub use thread::Priority;
+
+/// A running reaper. It stops when this is dropped.
+///
+/// Its thread blocks every signal, and sleeps without timer slack. A vCPU that stops on a full ring
+/// wakes it; one that stops within half a millisecond of that does not once more.
+#[derive(Debug)]
+pub struct Reaper {
+    log: DirtyLog,
+    control: Arc<Control>,
+    thread: Option<threads::JoinHandle<()>>,
+    ended: bool,
+}
+
+/// How a [`Reaper`] is to run.
+#[derive(Debug, Clone, Default)]
+pub struct ReaperBuilder {
+    name: Option<String>,
+    cpus: Vec<usize>,
+    priority: Priority,
+}
+
+/// What a reaper has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReaperStats {
+    /// Looks at the rings.
+    pub looks: u64,
+    /// Of these, how many a full exit has caused.
+    pub woken: u64,
+    /// Passes made.
+    pub passes: u64,
+    /// Entries found by them.
+    pub entries: u64,
+    /// Time spent on them, in nanoseconds.
+    pub pass_ns: u64,
+    /// Time for which the policy sleeps just now, in nanoseconds.
+    pub delay_ns: u64,
+    /// Lateness of the last wake-up that no full exit caused, in nanoseconds.
+    pub lateness_ns: u64,
+    /// Whether passes take most of the reaper's time: it can't keep up, whatever its policy. Larger
+    /// rings help, or a limit on the guest's dirty rate.
+    pub saturated: bool,
+}
+
+#[derive(Debug, Default)]
+struct Control {
+    orders: Mutex<Orders>,
+    /// Rung when the thread obeys.
+    obeyed: Condvar,
+    error: Mutex<Option<ReaperError>>,
+    counts: Counts,
+}
+
+/// What the owner wants.
+#[derive(Default)]
+struct Orders {
+    stop: bool,
+    paused: bool,
+    policy: Option<Box<dyn Pacing>>,
+    /// The thread neither makes a pass nor will begin one before it has looked here again.
+    idle: bool,
+}
+
+impl core::fmt::Debug for Orders {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Orders")
+            .field("stop", &self.stop)
+            .field("paused", &self.paused)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    looks: Counter,
+    woken: Counter,
+    passes: Counter,
+    entries: Counter,
+    pass_ns: Counter,
+    delay_ns: Counter,
+    lateness_ns: Counter,
+    saturated: Counter,
+}
+
+impl Control {
+    fn report(&self, error: impl Into<ReaperError>) {
+        *lock(&self.error) = Some(error.into());
+    }
+
+    /// Gives an order.
+    fn order(&self, log: &DirtyLog, order: impl FnOnce(&mut Orders)) {
+        order(&mut lock(&self.orders));
+        log.inner().alarm.command();
+    }
+
+    /// Says that the thread has stopped making passes.
+    fn idle(&self) {
+        lock(&self.orders).idle = true;
+        self.obeyed.notify_all();
+    }
+}
+
+impl ReaperBuilder {
+    /// The thread's name, of which Linux keeps 15 bytes; `dirty-ring-reap` if none is given.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// The CPUs that the thread may run on; none given: those of the thread that starts it.
+    pub fn cpus(mut self, cpus: impl IntoIterator<Item = usize>) -> Self {
+        self.cpus = cpus.into_iter().collect();
+        self
+    }
+
+    /// How the thread is scheduled.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Starts a thread that empties the rings of `log` when `policy` says so. A log has one at a
+    /// time.
+    ///
+    /// # Errors
+    /// The log has one already, or the thread can't be started, or not as wanted: then it does not
+    /// run.
+    pub fn spawn(
+        self,
+        log: &DirtyLog,
+        policy: impl Pacing + 'static,
+    ) -> Result<Reaper, ReaperError> {
+        // Acquire: pairs with the release in `end`: the reaper before has done its last pass.
+        if log.inner().reaped.swap(true, Ordering::Acquire) {
+            return Err(ReaperError::Running);
+        }
+        let control = Arc::<Control>::default();
+        let mut reaper = Reaper {
+            log: log.clone(),
+            control: Arc::clone(&control),
+            thread: None,
+            ended: false,
+        };
+        let log = log.clone();
+        let (ready, is_ready) = mpsc::channel();
+        let name = self.name.unwrap_or_else(|| "dirty-ring-reap".into());
+        if name.contains('\0') {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "a NUL in the thread's name");
+            return Err(ReaperError::Spawn(Arc::new(error)));
+        }
+        let body = move || {
+            let prepared = thread::prepare(&self.cpus, self.priority);
+            let runs = prepared.is_ok();
+            // The owner waits for it.
+            let _ = ready.send(prepared);
+            if !runs {
+                return;
+            }
+            let work = || run(&log, Pacer::new(policy), &control);
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                control.report(ReaperError::Panicked);
+            }
+            // Nobody is to wait for it.
+            control.idle();
+        };
+        // Should this fail, dropping `reaper` gives the log free again.
+        let thread = threads::Builder::new().name(name).spawn(body);
+        reaper.thread = Some(thread.map_err(|error| ReaperError::Spawn(Arc::new(error)))?);
+        is_ready.recv().map_err(|_| ReaperError::Panicked)??;
+        Ok(reaper)
+    }
+}
+
+impl Reaper {
+    /// Starts a thread that empties the rings of `log` when `policy` says so. A log has one at a
+    /// time.
+    ///
+    /// # Errors
+    /// The log has one already, or the thread can't be started.
+    pub fn spawn(log: &DirtyLog, policy: impl Pacing + 'static) -> Result<Self, ReaperError> {
+        ReaperBuilder::default().spawn(log, policy)
+    }
+
+    /// For a reaper with a name, CPUs or a priority of its own.
+    pub fn builder() -> ReaperBuilder {
+        ReaperBuilder::default()
+    }
+
+    /// The last thing that went wrong since this was asked before, if anything did.
+    pub fn take_error(&self) -> Option<ReaperError> {
+        lock(&self.control.error).take()
+    }
+
+    /// Whether the thread runs: not if it has panicked.
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|t| !t.is_finished())
+    }
+
+    /// What it has done so far. Read one by one: a look under way may show in one count and not yet
+    /// in another.
+    pub fn stats(&self) -> ReaperStats {
+        let counts = &self.control.counts;
+        ReaperStats {
+            looks: counts.looks.get(),
+            woken: counts.woken.get(),
+            passes: counts.passes.get(),
+            entries: counts.entries.get(),
+            pass_ns: counts.pass_ns.get(),
+            delay_ns: counts.delay_ns.get(),
+            lateness_ns: counts.lateness_ns.get(),
+            saturated: counts.saturated.get() != 0,
+        }
+    }
+
+    /// Goes on with another policy, which looks at the rings soon after this returns.
+    pub fn set_policy(&self, policy: impl Pacing + 'static) {
+        let policy = Box::new(policy);
+        self.control
+            .order(&self.log, |orders| orders.policy = Some(policy));
+    }
+
+    /// Makes no more passes until [`resume`](Self::resume); one under way is awaited. Full exits and
+    /// syncs empty the rings as ever.
+    pub fn pause(&self) {
+        self.control.order(&self.log, |orders| orders.paused = true);
+        let mut orders = lock(&self.control.orders);
+        while orders.paused && !orders.idle {
+            orders = wait(&self.control.obeyed, orders);
+        }
+    }
+
+    /// Ends a pause. The policy looks at the rings at once.
+    pub fn resume(&self) {
+        self.control
+            .order(&self.log, |orders| orders.paused = false);
+    }
+
+    /// Stops the thread and waits for it. What is in the rings stays there for the next sync.
+    ///
+    /// # Errors
+    /// What went wrong last and was not asked for yet.
+    pub fn stop(mut self) -> Result<(), ReaperError> {
+        self.end();
+        self.take_error().map_or(Ok(()), Err)
+    }
+
+    fn end(&mut self) {
+        if core::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        self.control.order(&self.log, |orders| orders.stop = true);
+        if let Some(thread) = self.thread.take() {
+            // Its panics are caught inside.
+            let _ = thread.join();
+        }
+        // Release: pairs with the acquire in `spawn`.
+        self.log.inner().reaped.store(false, Ordering::Release);
+    }
+}
+
+impl Drop for Reaper {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The reaper's life.
+fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
+    let counts = &control.counts;
+    let alarm = &log.inner().alarm;
+    let start = Instant::now();
+    let mut rings = Vec::new();
+    let mut load = Load::default();
+    let mut deaf = start;
+    let mut heard = Heard::Nothing;
+    loop {
+        let mut orders = lock(&control.orders);
+        if orders.stop {
+            return;
+        }
+        if let Some(policy) = orders.policy.take() {
+            pacer.set_policy(policy);
+        }
+        orders.idle = orders.paused;
+        if orders.idle {
+            drop(orders);
+            control.obeyed.notify_all();
+            pacer.restart();
+            // Whatever it hears, only an order ends the pause.
+            alarm.wait(Instant::now(), None);
+            continue;
+        }
+        drop(orders);
+
+        let now = start.elapsed();
+        log.observe(&mut rings);
+        counts.looks.add(1);
+        match heard {
+            Heard::Nothing => {
+                let late = now.saturating_sub(pacer.due());
+                counts.lateness_ns.set(late.as_nanos() as u64);
+            }
+            Heard::Full => counts.woken.add(1),
+            Heard::Command => {}
+        }
+        if let Err(error) = pacer.look(now, heard != Heard::Nothing, &mut rings) {
+            control.report(error);
+        }
+        let mut took = Duration::ZERO;
+        if !pacer.reap().is_empty() {
+            let entries = log.reap_rings(pacer.reap()).unwrap_or_else(|error| {
+                control.report(error);
+                0
+            });
+            let end = start.elapsed();
+            pacer.passed(end, entries);
+            took = end - now;
+            counts.passes.add(1);
+            counts.entries.add(entries);
+            counts.pass_ns.add(took.as_nanos() as u64);
+        }
+        let due = pacer.due();
+        let delay = due.saturating_sub(start.elapsed());
+        counts.delay_ns.set(delay.as_nanos() as u64);
+        counts.saturated.set(load.is_heavy(took, delay).into());
+        heard = alarm.wait(deaf, Some(start + due));
+        if heard == Heard::Full {
+            deaf = Instant::now() + DEAF;
+        }
+    }
+}
+
+/// How much of its time the reaper spends on passes.
+#[derive(Default)]
+struct Load {
+    busy: f64,
+    idle: f64,
+}
+
+impl Load {
+    /// Takes in one turn. Whether most of the time of late goes into passes.
+    fn is_heavy(&mut self, busy: Duration, idle: Duration) -> bool {
+        const FADING: f64 = 0.9;
+        self.busy = self.busy * FADING + busy.as_secs_f64();
+        self.idle = self.idle * FADING + idle.as_secs_f64();
+        self.busy > 0.5 * (self.busy + self.idle)
+    }
+}

@@ -1,0 +1,82 @@
+//! What the reaper's thread asks of the operating system.
+
+use std::io;
+
+use crate::error::ReaperError;
+use crate::kvm::block_for_good;
+use crate::sync::Arc;
+
+/// How the operating system schedules the reaper's thread.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Priority {
+    /// As the thread that starts it.
+    #[default]
+    Inherited,
+    /// A nice value, from -20 (first) to 19. Below 0 it takes `CAP_SYS_NICE` or `RLIMIT_NICE`.
+    Nice(i8),
+    /// `SCHED_FIFO` with a priority from 1 to 99: before every thread that is not real-time. It
+    /// takes `CAP_SYS_NICE` or `RLIMIT_RTPRIO`. Where vCPUs keep every core busy, this is what
+    /// makes wake-ups timely.
+    Fifo(u8),
+}
+
+/// Prepares the calling thread: no signals, wake-ups in time, `cpus` and `priority` as asked for.
+pub(super) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), ReaperError> {
+    // Each reset blocks them anyway, and says so if it can't.
+    block_for_good().map_err(failed("pthread_sigmask"))?;
+    // SAFETY: PR_SET_TIMERSLACK takes one integer: nanoseconds, of which 0 would mean the default.
+    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong) };
+    check("prctl(PR_SET_TIMERSLACK)", result)?;
+    if !cpus.is_empty() {
+        pin(cpus)?;
+    }
+    match priority {
+        Priority::Inherited => Ok(()),
+        Priority::Nice(nice) => {
+            // SAFETY: takes integers only; on Linux, 0 names the calling thread.
+            let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice.into()) };
+            check("setpriority", result)
+        }
+        Priority::Fifo(priority) => {
+            let parameters = libc::sched_param {
+                sched_priority: priority.into(),
+            };
+            // SAFETY: 0 is the calling thread; the call reads the struct that it is given.
+            let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameters) };
+            check("sched_setscheduler(SCHED_FIFO)", result)
+        }
+    }
+}
+
+fn pin(cpus: &[usize]) -> Result<(), ReaperError> {
+    const CALL: &str = "sched_setaffinity";
+    // SAFETY: a set of bits, for which zero is a value.
+    let mut set: libc::cpu_set_t = unsafe { core::mem::zeroed() };
+    for &cpu in cpus {
+        if cpu >= libc::CPU_SETSIZE as usize {
+            let error = io::Error::from_raw_os_error(libc::EINVAL);
+            return Err(failed(CALL)(error));
+        }
+        // SAFETY: the set is ours, and has a bit for this CPU.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    // SAFETY: 0 is the calling thread; the call reads a set of the size that it is told.
+    check(CALL, unsafe {
+        libc::sched_setaffinity(0, size_of_val(&set), &set)
+    })
+}
+
+fn check(call: &'static str, result: libc::c_int) -> Result<(), ReaperError> {
+    match result {
+        -1 => Err(failed(call)(io::Error::last_os_error())),
+        _ => Ok(()),
+    }
+}
+
+fn failed(call: &'static str) -> impl FnOnce(io::Error) -> ReaperError {
+    move |error| ReaperError::Scheduling {
+        call,
+        source: Arc::new(error),
+    }
+}
