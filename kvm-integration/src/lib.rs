@@ -42,6 +42,7 @@ pub mod lab;
 pub mod machine;
 pub mod memory;
 pub mod migration;
+pub mod policy;
 pub mod rate;
 pub mod stamp;
 pub mod workload;
@@ -59,6 +60,7 @@ pub mod vm;
 
 pub use host::{Host, HostError, kvm_available};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE};
+pub use policy::Policy;
 pub use workload::{Region, UnknownWorkload, Workload};
 
 #[cfg(target_arch = "x86_64")]

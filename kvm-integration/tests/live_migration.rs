@@ -88,7 +88,8 @@ fn number(object: &Value, key: &str) -> f64 {
 }
 
 fn promised_keys_hold_what_they_promise() {
-    let object = json(&format!("{SMALL} --backend sim --vcpus 3"));
+    // A pass each second leaves the rings to fill up.
+    let object = json(&format!("{SMALL} --backend sim --vcpus 3 --pacing fixed"));
     let integer = |key| {
         object[key]
             .as_u64()
@@ -118,7 +119,7 @@ fn people_get_a_table() {
     assert_eq!(ran.status, Some(0), "{}", ran.stderr);
     for wanted in [
         "backend: sim, as asked for",
-        "2 vCPUs, 16 MiB in two slots, rings of 256; walk (30,000 stores/s), link 64 MiB/s",
+        "2 vCPUs, 16 MiB in two slots, rings of 256, look-first; walk (30,000 stores/s), link 64 MiB/s",
         "dirtied pages/s",
         "\n stopped ",
         "\nring-full exits ",
@@ -142,6 +143,25 @@ fn every_workload_arrives() {
             json(&format!("{SMALL} --backend sim {args}"));
         }
     }
+}
+
+const POLICIES: [&str; 5] = [
+    "look-first",
+    "fixed",
+    "run-levels",
+    "run-levels-as-posted",
+    "halve-and-creep",
+];
+
+fn every_policy_brings_it_there() {
+    for pacing in POLICIES {
+        let object = json(&format!("{SMALL} --backend sim --pacing {pacing}"));
+        assert_eq!(object["pacing"], pacing);
+    }
+    assert_eq!(
+        json(&format!("{SMALL} --backend sim"))["pacing"],
+        "look-first"
+    );
 }
 
 fn the_smallest_and_the_most_parallel_guests_arrive() {
@@ -173,6 +193,10 @@ fn nonsense_is_refused_with_what_is_allowed() {
         ("--ring-entries 1048576", "at most 65536"),
         ("--workload stroll", "choose walk, random or hot-and-cold"),
         ("--backend qemu", "auto, kvm, sim"),
+        (
+            "--pacing qemu",
+            "look-first, fixed, run-levels, run-levels-as-posted, halve-and-creep",
+        ),
         ("--write-rate=-1", "--write-rate <PAGES>"),
         ("--max-rounds 0", "1..=1000"),
         ("--frobnicate", "--help"),
@@ -197,6 +221,7 @@ fn help_names_every_option() {
         "--max-rounds",
         "--seed",
         "--backend",
+        "--pacing",
         "--json",
     ] {
         assert!(ran.stdout.contains(option), "{option}: {}", ran.stdout);
@@ -258,11 +283,13 @@ fn kvm_default_run() {
 }
 
 fn kvm_eight_vcpus_on_small_rings() {
-    let object = json("--backend kvm --vcpus 8 --ring-entries 1024 --workload random");
+    let args = "--backend kvm --vcpus 8 --ring-entries 1024 --workload random";
+    let object = json(args);
     assert_eq!(
         (&object["vcpus"], &object["ring_entries"]),
         (&8.into(), &1024.into())
     );
+    let object = json(&format!("{args} --pacing fixed"));
     assert!(number(&object, "ring_full_exits") > 0.0, "{object}");
 }
 
@@ -270,6 +297,14 @@ fn kvm_twenty_seeds() {
     for seed in 0..20 {
         json(&format!(
             "--backend kvm --memory-mib 64 --ring-entries 1024 --seed {seed}"
+        ));
+    }
+}
+
+fn kvm_every_policy() {
+    for pacing in POLICIES {
+        json(&format!(
+            "--backend kvm --memory-mib 64 --ring-entries 1024 --pacing {pacing}"
         ));
     }
 }
@@ -301,6 +336,7 @@ fn main() -> ExitCode {
         promised_keys_hold_what_they_promise,
         people_get_a_table,
         every_workload_arrives,
+        every_policy_brings_it_there,
         the_smallest_and_the_most_parallel_guests_arrive,
         a_guest_that_outruns_the_link_is_stopped,
         nonsense_is_refused_with_what_is_allowed,
@@ -312,6 +348,7 @@ fn main() -> ExitCode {
         kvm_default_run,
         kvm_eight_vcpus_on_small_rings,
         kvm_twenty_seeds,
+        kvm_every_policy,
         kvm_as_fast_as_it_goes,
         kvm_one_signal_ends_it,
     ];

@@ -17,7 +17,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::Parser;
-use kvm_dirty_ring::pacing::Fixed;
 use kvm_integration::migration::{Limits, MigrationError, Outcome, migrate};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -78,8 +77,7 @@ fn run(options: &Options) -> Result<Outcome, Box<dyn Error>> {
         max_rounds: options.max_rounds,
         small: SMALL,
     };
-    // The only policy there is: what QEMU does.
-    let policy = Fixed::default();
+    let policy = options.pacing.make();
     let mut bars = Bars::default();
     let outcome = migrate(&mut *machine, policy, &limits, &interrupted, &mut bars)?;
     drop(bars);

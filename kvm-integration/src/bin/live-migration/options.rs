@@ -5,9 +5,9 @@ use std::fs;
 use clap::{Parser, ValueEnum};
 use kvm_dirty_ring::RingEntries;
 use kvm_dirty_ring::error::RingSizeError;
-use kvm_integration::Workload;
 use kvm_integration::machine::{MAX_PAGES, Setup};
 use kvm_integration::stamp::MAX_VCPUS;
+use kvm_integration::{Policy, Workload};
 
 /// Pages of 4 KiB in a MiB.
 const PAGES_PER_MIB: u64 = 256;
@@ -57,6 +57,10 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 12,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,
+
+    /// When the reaper empties the rings
+    #[arg(long, value_enum, default_value_t = Policy::LookFirst)]
+    pub pacing: Policy,
 
     /// What the order of the guest's stores comes from
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -168,6 +172,7 @@ mod tests {
         let setup = options.setup();
         assert_eq!((setup.vcpus, setup.pages), (2, 131_072));
         assert_eq!(setup.ring_entries.get(), 4096);
+        assert_eq!(options.pacing, Policy::LookFirst);
     }
 
     #[test]
@@ -192,6 +197,7 @@ mod tests {
             "--max-rounds 0",
             "--seed x",
             "--backend qemu",
+            "--pacing qemu",
             "--pace 3",
             "now",
         ] {

@@ -18,6 +18,7 @@ pub struct Report {
     memory_mib: u64,
     ring_entries: u32,
     workload: &'static str,
+    pacing: &'static str,
     seed: u64,
     write_rate: u64,
     bandwidth_mib: u64,
@@ -62,6 +63,7 @@ impl Report {
             memory_mib: options.memory_mib,
             ring_entries: options.ring_entries.get(),
             workload: options.workload.name(),
+            pacing: options.pacing.name(),
             seed: options.seed,
             write_rate: options.write_rate,
             bandwidth_mib: options.bandwidth_mib,
@@ -109,10 +111,11 @@ impl Report {
         writeln!(out, "{}", self.host)?;
         writeln!(
             out,
-            "{} vCPUs, {} MiB in two slots, rings of {}; {} ({}), link {}, seed {}",
+            "{} vCPUs, {} MiB in two slots, rings of {}, {}; {} ({}), link {}, seed {}",
             self.vcpus,
             grouped(self.memory_mib),
             grouped(self.ring_entries.into()),
+            self.pacing,
             self.workload,
             limit(self.write_rate, "stores/s"),
             limit(self.bandwidth_mib, "MiB/s"),
