@@ -9,6 +9,7 @@ mod faults;
 mod gate;
 mod kernel;
 mod migration;
+mod occupancy;
 mod ring;
 mod slots;
 

@@ -68,9 +68,9 @@ impl Entry {
     /// Whether the kernel may fill the entry.
     #[inline]
     pub(crate) fn is_free(&self) -> bool {
-        // Relaxed: pairs with nothing, for nothing but the state itself is read. Whoever looks on
-        // beside the consumer must neither wait for it nor have it wait.
-        self.flags.load(Ordering::Relaxed) & (DIRTY | RESET) == 0
+        // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`: whoever
+        // sees an entry recycled also sees that the consumer's head is beyond it.
+        self.flags.load(Ordering::Acquire) & (DIRTY | RESET) == 0
     }
 
     /// Whether the entry is harvested and not yet recycled.

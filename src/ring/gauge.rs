@@ -1,6 +1,6 @@
 //! How full a ring is, for onlookers.
 
-use super::RingMemory;
+use super::{Entry, RingMemory};
 
 /// Looks at a ring beside its consumer: reads flags, and nothing else.
 ///
@@ -24,25 +24,28 @@ impl<'a> Gauge<'a> {
         count == 0 || count <= self.memory.entries() && self.is_dirty(count - 1)
     }
 
-    /// How many entries wait: one load if none does, else two and the logarithm of the ring's
-    /// size.
+    /// How many entries wait: one load if none does, else a load for each bit of the ring's size,
+    /// and two.
     pub(crate) fn occupancy(&self) -> u32 {
         let first = self.memory.at(self.head);
         if first.is_free() {
             return 0;
         }
         // Entries are pushed in order, so those that wait are the first so many.
-        match first.awaits_reset() {
-            false => self.first_not(|ahead| self.is_dirty(ahead)),
-            // A harvest is under way, and no entry is recycled during one.
-            true => {
-                self.first_not(|ahead| !self.memory.at(self.head.wrapping_add(ahead)).is_free())
-            }
+        let waiting = self.first_not(|ahead| self.is_dirty(ahead));
+        if first.is_dirty() {
+            return waiting;
         }
+        // They are harvested in order, too: a harvest has begun. No entry is recycled during one.
+        self.first_not(|ahead| !self.at(ahead).is_free())
+    }
+
+    fn at(&self, ahead: u32) -> &Entry {
+        self.memory.at(self.head.wrapping_add(ahead))
     }
 
     fn is_dirty(&self, ahead: u32) -> bool {
-        self.memory.at(self.head.wrapping_add(ahead)).is_dirty()
+        self.at(ahead).is_dirty()
     }
 
     /// The first entry of which `waits` is false, given that it is true of entry 0.
