@@ -89,3 +89,68 @@ impl Alarm {
         heard
     }
 }
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use std::sync::Arc;
+    use std::thread;
+
+    use super::*;
+
+    /// Never reached where all is well.
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    #[test]
+    fn what_rang_before_is_heard_once() {
+        let alarm = Alarm::default();
+        let now = Instant::now();
+        alarm.full();
+        alarm.full();
+        assert_eq!(alarm.wait(now, Some(now + LONG)), Heard::Full);
+        assert_eq!(alarm.wait(now, Some(soon())), Heard::Nothing);
+        alarm.full();
+        alarm.command();
+        assert_eq!(alarm.wait(now, None), Heard::Command);
+        assert_eq!(alarm.wait(now, Some(soon())), Heard::Nothing);
+    }
+
+    #[test]
+    fn a_sleeper_is_woken() {
+        for (ring, heard) in [
+            (Alarm::full as fn(&Alarm), Heard::Full),
+            (Alarm::command, Heard::Command),
+        ] {
+            let alarm = Arc::new(Alarm::default());
+            let sleeper = thread::spawn({
+                let alarm = Arc::clone(&alarm);
+                move || alarm.wait(Instant::now(), Some(Instant::now() + LONG))
+            });
+            while !lock(&alarm.rung).listening {
+                thread::yield_now();
+            }
+            ring(&alarm);
+            assert_eq!(sleeper.join().unwrap(), heard);
+        }
+    }
+
+    #[test]
+    fn full_exits_are_not_heard_while_deaf_and_not_forgotten() {
+        let alarm = Alarm::default();
+        alarm.full();
+        let deaf = soon();
+        assert_eq!(alarm.wait(deaf, Some(Instant::now() + LONG)), Heard::Full);
+        assert!(Instant::now() >= deaf, "it was heard");
+        alarm.full();
+        // Whoever looks when time is up sees what there was to hear.
+        let (until, deaf) = (soon(), Instant::now() + LONG);
+        assert_eq!(alarm.wait(deaf, Some(until)), Heard::Nothing);
+        assert_eq!(alarm.wait(Instant::now(), Some(soon())), Heard::Nothing);
+        // An order is heard at any time.
+        alarm.command();
+        assert_eq!(alarm.wait(Instant::now() + LONG, None), Heard::Command);
+    }
+}

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kvm_dirty_ring::error::{PolicyError, ReaperError};
 use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Priority, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
 /// How long a test waits for what must happen: never reached on a machine that gets on.
@@ -181,4 +181,169 @@ fn a_policy_that_panics_is_replaced() {
     }
     assert!(reaper.is_running());
     reaper.stop().unwrap();
+}
+
+#[test]
+fn a_policy_that_asks_for_the_impossible_is_replaced() {
+    struct Restless;
+    impl Pacing for Restless {
+        fn decide(&mut self, _: &Observation<'_>, _: &mut [bool]) -> Duration {
+            Duration::ZERO
+        }
+    }
+    let (_vm, log, _vcpu, _ring) = machine();
+    let reaper = Reaper::spawn(&log, Restless).unwrap();
+    let mut error = None;
+    wait_until(|| {
+        error = error.take().or_else(|| reaper.take_error());
+        error.is_some()
+    });
+    let asked = Duration::ZERO;
+    let expected = PolicyError::OutOfBounds { asked };
+    assert!(matches!(error, Some(ReaperError::Policy(policy)) if policy == expected));
+    reaper.stop().unwrap();
+}
+
+#[test]
+fn a_pause_is_a_pause() {
+    let (_vm, log, vcpu, mut ring) = machine();
+    let reaper = Reaper::spawn(&log, OFTEN).unwrap();
+    for page in 0..20 {
+        reaper.pause();
+        reaper.pause();
+        let before = reaper.stats();
+        vcpu.write(RAM, page).unwrap();
+        ring.on_full().unwrap();
+        vcpu.write(RAM, 100 + page).unwrap();
+        thread::sleep(Duration::from_millis(5));
+        assert_eq!(vcpu.used(), 1, "it reaps");
+        assert_eq!(reaper.stats().looks, before.looks, "it looks");
+        reaper.resume();
+        wait_until(|| vcpu.used() == 0);
+    }
+    // One that is paused can be stopped.
+    reaper.pause();
+    reaper.stop().unwrap();
+}
+
+#[test]
+fn policies_are_swapped_while_it_runs() {
+    let (_vm, log, vcpu, _ring) = machine();
+    let (spy, seen) = Spy::sleepy(false);
+    let reaper = Reaper::spawn(&log, spy).unwrap();
+    seen.recv_timeout(PATIENCE).unwrap();
+    vcpu.write(RAM, 0).unwrap();
+    // The one before would sleep for ten seconds.
+    reaper.set_policy(OFTEN);
+    wait_until(|| vcpu.used() == 0);
+    assert!(seen.recv().is_err(), "the old policy is still there");
+    // It is the last one that counts, and a pause does not lose it.
+    reaper.pause();
+    let (spy, seen) = Spy::sleepy(true);
+    reaper.set_policy(Fixed::new(Duration::from_secs(9)));
+    reaper.set_policy(spy);
+    vcpu.write(RAM, 1).unwrap();
+    reaper.resume();
+    seen.recv_timeout(PATIENCE).unwrap();
+    wait_until(|| vcpu.used() == 0);
+    reaper.stop().unwrap();
+}
+
+#[test]
+fn it_counts_what_it_does() {
+    let (_vm, log, vcpu, mut ring) = machine();
+    let (spy, seen) = Spy::sleepy(true);
+    let reaper = Reaper::spawn(&log, spy).unwrap();
+    seen.recv_timeout(PATIENCE).unwrap();
+    wait_until(|| reaper.stats().delay_ns > 0);
+    for page in 0..3 {
+        vcpu.write(RAM, page).unwrap();
+    }
+    let before = reaper.stats();
+    assert_eq!((before.woken, before.entries), (0, 0));
+    ring.on_full().unwrap();
+    seen.recv_timeout(PATIENCE).unwrap();
+    wait_until(|| reaper.stats().passes > before.passes);
+    let after = reaper.stats();
+    assert_eq!((after.looks, after.woken), (before.looks + 1, 1));
+    assert!(after.pass_ns > before.pass_ns);
+    assert!(!after.saturated);
+    reaper.stop().unwrap();
+}
+
+#[test]
+fn one_that_cannot_keep_up_says_so() {
+    let (vm, log, vcpu, _ring) = machine();
+    vm.on_reset(|phase| {
+        if matches!(phase, kvm_dirty_ring::sim::ResetPhase::Recycled) {
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let reaper = Reaper::spawn(&log, OFTEN).unwrap();
+    let mut page = 0;
+    wait_until(|| {
+        let _ = vcpu.write(RAM, page % 10_000);
+        page += 1;
+        reaper.stats().saturated
+    });
+    // And that it can again.
+    wait_until(|| !reaper.stats().saturated);
+    reaper.stop().unwrap();
+}
+
+/// Its thread, as the kernel knows it.
+fn task(name: &str) -> std::path::PathBuf {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let named = |path: &std::path::PathBuf| {
+        let comm = std::fs::read_to_string(path.join("comm"));
+        comm.is_ok_and(|comm| comm.trim_end() == name)
+    };
+    let mut paths = tasks.map(|task| task.unwrap().path());
+    paths.find(named).expect("a thread of that name")
+}
+
+#[test]
+fn operators_name_place_and_prioritise_it() {
+    let (_vm, log, _vcpu, _ring) = machine();
+    let builder = Reaper::builder().name("reaper-of-17").cpus([0]);
+    let reaper = builder.priority(Priority::Nice(7)).spawn(&log, OFTEN);
+    let reaper = reaper.unwrap();
+    let task = task("reaper-of-17");
+    let status = std::fs::read_to_string(task.join("status")).unwrap();
+    assert!(status.contains("\nCpus_allowed_list:\t0\n"), "{status}");
+    let stat = std::fs::read_to_string(task.join("stat")).unwrap();
+    // Fields from the state on, which is the third: nice is the nineteenth.
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    assert_eq!(fields.split(' ').nth(16), Some("7"), "{stat}");
+    let tid = task.file_name().unwrap().to_str().unwrap();
+    let slack = std::fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).unwrap();
+    assert_eq!(slack.trim_end(), "1");
+    // Everything but what can't be blocked, and what the C library keeps for itself.
+    let blocked = status.lines().find_map(|l| l.strip_prefix("SigBlk:\t"));
+    let blocked = u64::from_str_radix(blocked.unwrap(), 16).unwrap();
+    let usual = 1 << (libc::SIGTERM - 1) | 1 << (libc::SIGUSR1 - 1) | 1 << (libc::SIGALRM - 1);
+    assert_eq!(blocked & usual, usual, "{blocked:x}");
+    reaper.stop().unwrap();
+}
+
+#[test]
+fn a_place_or_priority_that_is_refused_is_an_error() {
+    let (_vm, log, _vcpu, _ring) = machine();
+    for (builder, wanted) in [
+        (Reaper::builder().cpus([1023]), "sched_setaffinity"),
+        (Reaper::builder().cpus([0, usize::MAX]), "sched_setaffinity"),
+        (
+            Reaper::builder().priority(Priority::Fifo(0)),
+            "sched_setscheduler(SCHED_FIFO)",
+        ),
+    ] {
+        match builder.spawn(&log, OFTEN) {
+            Err(ReaperError::Scheduling { call, .. }) => assert_eq!(call, wanted),
+            other => panic!("{other:?}"),
+        }
+    }
+    let unspeakable = Reaper::builder().name("re\0aper").spawn(&log, OFTEN);
+    assert!(matches!(unspeakable, Err(ReaperError::Spawn(_))));
+    // The log is free again each time.
+    Reaper::spawn(&log, OFTEN).unwrap().stop().unwrap();
 }

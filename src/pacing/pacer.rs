@@ -115,7 +115,7 @@ impl Pacer {
         });
         let wait = *asked.as_ref().unwrap_or(&Duration::from_secs(1));
         self.wait = wait.clamp(SHORTEST_LOOK, LONGEST_LOOK);
-        self.due = now + self.wait;
+        self.due = now.saturating_add(self.wait);
         asked.map(drop)
     }
 
@@ -132,7 +132,7 @@ impl Pacer {
     pub fn passed(&mut self, now: Duration, entries: u64) {
         let took = now.saturating_sub(self.last_look.unwrap_or(now));
         self.last_pass = Some(PassCost { took, entries });
-        self.due = now + self.wait;
+        self.due = now.saturating_add(self.wait);
     }
 
     /// When the next look is due.
@@ -183,5 +183,224 @@ impl fmt::Debug for Pacer {
         f.debug_struct("Pacer")
             .field("due", &self.due)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// Notes what it is shown, and does as it is told.
+    struct Spy {
+        seen: Arc<Mutex<Vec<Seen>>>,
+        wait: Duration,
+        reap: Vec<bool>,
+    }
+
+    #[derive(Debug, Clone, PartialEq, Default)]
+    struct Seen {
+        elapsed: Duration,
+        lateness: Option<Duration>,
+        last_pass: Option<PassCost>,
+        logged: Vec<u64>,
+    }
+
+    impl Pacing for Spy {
+        fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
+            self.seen.lock().unwrap().push(Seen {
+                elapsed: seen.elapsed,
+                lateness: seen.lateness,
+                last_pass: seen.last_pass,
+                logged: seen.rings.iter().map(|ring| ring.logged).collect(),
+            });
+            assert!(reap.iter().all(|reap| !reap), "left from the look before");
+            reap[..self.reap.len()].copy_from_slice(&self.reap);
+            self.wait
+        }
+    }
+
+    fn spy(wait: Duration, reap: &[bool]) -> (Pacer, impl Fn() -> Seen + use<>) {
+        let seen = Arc::<Mutex<Vec<Seen>>>::default();
+        let spy = Spy {
+            seen: Arc::clone(&seen),
+            wait,
+            reap: reap.into(),
+        };
+        let last = move || seen.lock().unwrap().last().unwrap().clone();
+        (Pacer::new(spy), last)
+    }
+
+    fn ring(taken: u64, waiting: u64) -> RingObservation {
+        RingObservation {
+            taken,
+            waiting,
+            ..RingObservation::default()
+        }
+    }
+
+    #[test]
+    fn a_policy_sees_what_has_changed() {
+        let (mut pacer, seen) = spy(10 * MS, &[false, true]);
+        assert_eq!(pacer.due(), Duration::ZERO);
+        // Of what was before its time it is shown nothing.
+        pacer
+            .look(100 * MS, false, &mut [ring(500, 40), ring(0, 7)])
+            .unwrap();
+        let nothing = Seen {
+            logged: vec![0, 0],
+            ..Seen::default()
+        };
+        assert_eq!(seen(), nothing);
+        assert_eq!(pacer.due(), 110 * MS);
+
+        // A pass: the delay counts from its end.
+        assert_eq!(pacer.reap(), [false, true]);
+        pacer.passed(103 * MS, 7);
+        assert_eq!(pacer.due(), 113 * MS);
+        pacer
+            .look(115 * MS, false, &mut [ring(540, 5), ring(7, 0)])
+            .unwrap();
+        let after = Seen {
+            elapsed: 15 * MS,
+            lateness: Some(2 * MS),
+            last_pass: Some(PassCost {
+                took: 3 * MS,
+                entries: 7,
+            }),
+            logged: vec![5, 0],
+        };
+        assert_eq!(seen(), after);
+
+        // A third ring is attached; and nobody has said that the last pass was made.
+        pacer
+            .look(118 * MS, true, &mut [ring(540, 6), ring(7, 1), ring(9, 9)])
+            .unwrap();
+        let woken = Seen {
+            elapsed: 3 * MS,
+            lateness: None,
+            last_pass: None,
+            logged: vec![1, 1, 0],
+        };
+        assert_eq!(seen(), woken);
+        assert_eq!(pacer.reap(), [false, true, false]);
+    }
+
+    #[test]
+    fn nothing_to_reap_is_an_empty_list() {
+        let (mut pacer, _) = spy(MS, &[]);
+        assert!(pacer.reap().is_empty());
+        pacer.look(MS, false, &mut [ring(0, 0); 3]).unwrap();
+        assert!(pacer.reap().is_empty());
+    }
+
+    #[test]
+    fn another_policy_starts_afresh_and_at_once() {
+        let (mut pacer, _) = spy(10 * MS, &[true]);
+        pacer.look(5 * MS, false, &mut [ring(1, 1)]).unwrap();
+        pacer.passed(6 * MS, 1);
+        let (other, seen) = spy(MS, &[]);
+        pacer.set_policy(other.policy);
+        assert_eq!(pacer.due(), Duration::ZERO);
+        pacer.look(8 * MS, false, &mut [ring(100, 1)]).unwrap();
+        let fresh = Seen {
+            logged: vec![0],
+            ..Seen::default()
+        };
+        assert_eq!(seen(), fresh);
+    }
+
+    #[test]
+    fn times_out_of_bounds_are_moved_into_them() {
+        for (asked, due) in [
+            (Duration::ZERO, SHORTEST_LOOK),
+            (Duration::MAX, LONGEST_LOOK),
+        ] {
+            let (mut pacer, _) = spy(asked, &[]);
+            pacer.look(MS, false, &mut []).unwrap();
+            assert_eq!(pacer.due(), MS + due);
+        }
+    }
+
+    #[test]
+    fn a_policy_that_stays_out_of_bounds_is_replaced() {
+        for asked in [
+            Duration::ZERO,
+            SHORTEST_LOOK - Duration::from_nanos(1),
+            Duration::MAX,
+        ] {
+            let (mut pacer, _) = spy(asked, &[]);
+            for _ in 1..PATIENCE {
+                pacer.look(MS, false, &mut [ring(0, 0)]).unwrap();
+                assert!(pacer.reap().is_empty());
+            }
+            let error = pacer.look(MS, false, &mut [ring(0, 0)]);
+            assert_eq!(error, Err(PolicyError::OutOfBounds { asked }));
+            // A pass at once, and then one each second.
+            assert_eq!(pacer.reap(), [true]);
+            pacer.passed(2 * MS, 0);
+            assert_eq!(pacer.due(), 1002 * MS);
+            pacer.look(900 * MS, true, &mut [ring(0, 0)]).unwrap();
+            assert!(pacer.reap().is_empty());
+            pacer.look(1002 * MS, false, &mut [ring(0, 0)]).unwrap();
+            assert_eq!(pacer.reap(), [true]);
+        }
+    }
+
+    #[test]
+    fn one_time_within_bounds_makes_up_for_many_outside() {
+        struct Mostly(u32);
+        impl Pacing for Mostly {
+            fn decide(&mut self, _: &Observation<'_>, _: &mut [bool]) -> Duration {
+                self.0 += 1;
+                if self.0 % PATIENCE == 0 {
+                    MS
+                } else {
+                    Duration::ZERO
+                }
+            }
+        }
+        let mut pacer = Pacer::new(Mostly(0));
+        for _ in 0..10 * PATIENCE {
+            pacer.look(MS, false, &mut []).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_policy_that_panics_is_replaced() {
+        struct Panics;
+        impl Pacing for Panics {
+            fn decide(&mut self, _: &Observation<'_>, _: &mut [bool]) -> Duration {
+                panic!("a policy's panic, which the test is about");
+            }
+        }
+        let mut pacer = Pacer::new(Panics);
+        let error = pacer.look(MS, false, &mut [ring(0, 0); 2]);
+        assert_eq!(error, Err(PolicyError::Panicked));
+        assert_eq!(pacer.reap(), [true; 2]);
+        assert_eq!(pacer.due(), 1001 * MS);
+    }
+
+    /// A clock that goes back, counts that shrink: nothing a caller does makes it panic.
+    #[test]
+    fn nonsense_is_survived() {
+        let (mut pacer, seen) = spy(MS, &[]);
+        pacer
+            .look(
+                Duration::from_secs(9),
+                false,
+                &mut [ring(u64::MAX, u64::MAX)],
+            )
+            .unwrap();
+        pacer.passed(MS, u64::MAX);
+        pacer.look(MS, false, &mut [ring(0, 0)]).unwrap();
+        assert_eq!(seen().elapsed, Duration::ZERO);
+        assert_eq!(seen().logged, [0]);
+        pacer.look(Duration::MAX, false, &mut []).unwrap();
+        assert_eq!(pacer.due(), Duration::MAX);
+        pacer.passed(Duration::MAX, 0);
     }
 }
