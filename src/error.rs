@@ -1,9 +1,8 @@
 //! What can go wrong, one type for each family of calls.
 
-use core::time::Duration;
 use std::io;
 
-use crate::pacing::{LONGEST_LOOK, SHORTEST_LOOK};
+use crate::pacing::PolicyError;
 use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
 
@@ -251,22 +250,4 @@ pub enum ReaperError {
     /// The reaper itself panicked, and has ended. Full exits and syncs still empty the rings.
     #[error("the reaper panicked")]
     Panicked,
-}
-
-/// Why a pacing policy was replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PolicyError {
-    /// It panicked.
-    #[error("the pacing policy panicked")]
-    Panicked,
-    /// It asked for times out of bounds, many times in a row.
-    #[error(
-        "the pacing policy keeps asking for looks out of bounds, {asked:?} apart in the end: {SHORTEST_LOOK:?} to {LONGEST_LOOK:?} \
-         are allowed"
-    )]
-    OutOfBounds {
-        /// What it asked for last.
-        asked: Duration,
-    },
 }

@@ -4,8 +4,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::error::{PolicyError, ReaperError};
-use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing};
+use kvm_dirty_ring::error::ReaperError;
+use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing, PolicyError};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Priority, Reaper, SlotId, VcpuRing};
 

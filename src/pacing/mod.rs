@@ -22,7 +22,7 @@ use core::time::Duration;
 pub use fixed::Fixed;
 pub use halve_and_creep::HalveAndCreep;
 pub use look_first::{LookFirst, Tuning};
-pub use pacer::Pacer;
+pub use pacer::{Pacer, PolicyError};
 pub use run_levels::RunLevels;
 
 /// The shortest time between two looks that a policy may ask for.
