@@ -50,6 +50,26 @@ fn an_onlooker_beside_a_guest_and_a_reaper() {
     });
 }
 
+/// One pass may recycle what another one has harvested: by then the other has to have said so.
+#[test]
+fn an_onlooker_beside_two_passes() {
+    model(3, || {
+        let machine = Machine::new(1, 1);
+        let log = machine.log(2);
+        let mut ring = log.attach_ring(machine.ring(0).memory()).unwrap();
+        assert!(machine.write(0, 0, 1));
+        let reaper = thread::spawn({
+            let log = log.clone();
+            move || log.reap().unwrap()
+        });
+        // It has the entries reset whoever has harvested them.
+        let full_exit = thread::spawn(move || ring.on_full().unwrap());
+        assert_eq!(logged(&log), 1, "entries were seen and then not");
+        reaper.join().unwrap();
+        full_exit.join().unwrap();
+    });
+}
+
 /// `at_least` speaks of entries that were there when it looked: once true, it stays true for a ring
 /// that only fills.
 #[test]

@@ -1,12 +1,14 @@
 //! The reaper's thread: when it reaps, how it ends, what it says when something goes wrong.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing, PolicyError};
-use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm};
+use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Priority, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -226,6 +228,30 @@ fn a_pause_is_a_pause() {
     reaper.stop().unwrap();
 }
 
+/// A pass is in its reset when the pause is ordered.
+#[test]
+fn a_pause_waits_for_a_pass() {
+    let (vm, log, vcpu, _ring) = machine();
+    let (begun, has_begun) = mpsc::channel();
+    let over = Arc::new(AtomicBool::new(false));
+    vm.on_reset({
+        let over = Arc::clone(&over);
+        move |phase| match phase {
+            ResetPhase::Begin => begun.send(()).unwrap(),
+            _ => {
+                thread::sleep(Duration::from_millis(50));
+                over.store(true, Ordering::Relaxed);
+            }
+        }
+    });
+    let reaper = Reaper::spawn(&log, OFTEN).unwrap();
+    vcpu.write(RAM, 0).unwrap();
+    has_begun.recv_timeout(PATIENCE).unwrap();
+    reaper.pause();
+    assert!(over.load(Ordering::Relaxed), "a pass is under way");
+    reaper.stop().unwrap();
+}
+
 #[test]
 fn policies_are_swapped_while_it_runs() {
     let (_vm, log, vcpu, _ring) = machine();
@@ -275,7 +301,7 @@ fn it_counts_what_it_does() {
 fn one_that_cannot_keep_up_says_so() {
     let (vm, log, vcpu, _ring) = machine();
     vm.on_reset(|phase| {
-        if matches!(phase, kvm_dirty_ring::sim::ResetPhase::Recycled) {
+        if matches!(phase, ResetPhase::Recycled) {
             thread::sleep(Duration::from_millis(5));
         }
     });
