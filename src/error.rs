@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::pacing::PolicyError;
+pub use crate::pacing::PolicyError;
 use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
 
