@@ -105,6 +105,7 @@ impl Vcpu {
             taken,
             full_exits: self.counts.full_exits.get(),
             logged: 0,
+            rate: 0.0,
         }
     }
 

@@ -4,48 +4,61 @@ use core::time::Duration;
 
 use super::{Observation, Pacing, PassCost, RingObservation};
 
-/// Each number that [`LookFirst`] goes by, with the reason for its value.
-///
-/// | field | default | why |
-/// |---|---|---|
-/// | `half_life` | 5 s | 1 s forgets a burst before the next one comes: five times the full exits |
-/// | `steps` | 8 | 4 to 16 do as well; fewer steps reap earlier, more look more often |
-/// | `shortest` | 250 µs | what a wake-up is late by anyway |
-/// | `longest` | 1 s | four wake-ups in three seconds cost an idle host nothing |
-/// | `first_sight` | 4 000 000 entries/s | faster than any vCPU logs: the first look finds room left |
-/// | `deviations` | 4 | of the lateness; its maximum instead of mean + 4 deviations makes 7 to 33 times the passes |
-/// | `along` | 0.5 | a ring half full is taken along: it would be due before this pass's rings are again |
+/// Each number that [`LookFirst`] goes by. `docs/pacing.md` shows what other values do.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Tuning {
     /// Time in which the highest rate seen loses half its weight.
+    ///
+    /// Long enough for the next burst to come while the last one is remembered.
     pub half_life: Duration,
-    /// Steps into which the time to fill a ring is divided: a new burst must not go unseen for
-    /// more than one, and no ring is emptied earlier than one before it would be full.
-    pub steps: u32,
+    /// Steps into which the time to fill a ring is divided; looks are at least one apart.
+    ///
+    /// More of them look more often and empty later.
+    pub steps: f64,
+    /// Steps before it would be full that a ring is emptied.
+    ///
+    /// More than one, or a look that comes a moment too early would be the last one before the
+    /// ring is full.
+    pub slack: f64,
+    /// Share of the time until a ring is due that may go by in one sleep.
+    ///
+    /// Less than all of it, for the guest may have become faster since the rate was measured.
+    pub stride: f64,
+    /// Deviations of the wake-ups' lateness, above its mean, that are reckoned with.
+    pub deviations: f64,
+    /// Share of the soft limit below which a ring is not emptied, however late wake-ups are.
+    pub least: f64,
+    /// A ring is taken along if its own vCPU would fill it within so many times the time in which
+    /// the fastest fills one. One that holds a hot set, and does not grow, never is.
+    pub along: f64,
+    /// A rate so many times the highest one known is no noise, but something new.
+    pub surprise: f64,
+    /// The rate, in entries per second, that is reckoned with when nothing is known: after the
+    /// start, a full exit, or a surprise. It is halved from look to look.
+    ///
+    /// Faster than any vCPU logs, so that the first look finds room left.
+    pub first_sight: f64,
     /// Shortest time between two looks.
     pub shortest: Duration,
     /// Longest time between two looks.
     pub longest: Duration,
-    /// The rate, in entries per second, that is reckoned with when nothing is known of the guest:
-    /// after the start, a full exit, or a rate never seen before. From look to look it is halved.
-    pub first_sight: f64,
-    /// Deviations of the wake-ups' lateness, above its mean, that are reckoned with.
-    pub deviations: f64,
-    /// Share of the soft limit from which a ring is taken along when another one is due.
-    pub along: f64,
 }
 
 impl Tuning {
     /// The defaults.
     pub const DEFAULT: Self = Self {
         half_life: Duration::from_secs(5),
-        steps: 8,
-        shortest: Duration::from_micros(250),
-        longest: Duration::from_secs(1),
+        steps: 24.0,
+        slack: 1.5,
+        stride: 0.75,
+        deviations: 3.0,
+        least: 0.5,
+        along: 4.0,
+        surprise: 1.5,
         first_sight: 4e6,
-        deviations: 4.0,
-        along: 0.5,
+        shortest: Duration::from_micros(100),
+        longest: Duration::from_secs(1),
     };
 }
 
@@ -62,13 +75,13 @@ impl Default for Tuning {
 ///
 /// 1. *Rate.* The highest at which any vCPU logs, now or, with a half-life of seconds, lately. One
 ///    rate for all rings, for vCPUs that share a core log in turns.
-/// 2. *Slack.* How long before it is full a ring must be emptied: a step (a part of the time in
-///    which a ring fills at that rate), how late wake-ups are, and what the pass takes.
+/// 2. *Slack.* How long before it is full a ring must be emptied: a part of the time in which a ring
+///    fills at that rate, how late wake-ups are, and what the pass takes.
 /// 3. *Due* is a ring that would be full within the slack. If one is, it is emptied, and with it
-///    each that is half full.
-/// 4. *Sleep* until the fullest ring will be due: at least a step, and not past a horizon that
-///    doubles from look to look until a full exit or a rate unheard of sets it back to a fraction
-///    of a millisecond.
+///    those that would be due soon after.
+/// 4. *Sleep* for most of the time until the next ring is due; not past a horizon, which doubles
+///    from look to look until a full exit or a rate unheard of sets it back to a fraction of a
+///    millisecond.
 #[derive(Debug, Clone)]
 pub struct LookFirst {
     tuning: Tuning,
@@ -101,25 +114,23 @@ impl LookFirst {
         }
     }
 
-    /// Takes in what was seen.
+    /// Takes in what was seen of rings of which the smallest has this soft limit.
     fn learn(&mut self, seen: &Observation<'_>, soft_limit: f64) {
         let tuning = &self.tuning;
         let elapsed = seen.elapsed.as_secs_f64();
         let most = seen.rings.iter().map(|ring| ring.logged).max();
         // A rate of next to no time would be noise.
         let now = most.unwrap_or(0) as f64 / elapsed.max(tuning.shortest.as_secs_f64());
-        let faded = self.peak * (-elapsed / tuning.half_life.as_secs_f64()).exp2();
-
+        let known = self.peak * (-elapsed / tuning.half_life.as_secs_f64()).exp2();
         let full_exits = seen.full_exits();
-        let unheard_of = now > faded * UNHEARD_OF;
-        let surprised = unheard_of || full_exits != self.full_exits;
+        let surprised = now > known * tuning.surprise || full_exits != self.full_exits;
         let at_first = soft_limit / tuning.first_sight;
         self.horizon = match surprised {
             true => at_first,
             false => (self.horizon * 2.0).max(at_first),
         };
         self.full_exits = full_exits;
-        self.peak = faded.max(now).max(SLOWEST);
+        self.peak = known.max(now).max(SLOWEST);
         if let Some(lateness) = seen.lateness {
             self.late.learn(lateness.as_secs_f64());
         }
@@ -137,53 +148,45 @@ impl Default for LookFirst {
 
 impl Pacing for LookFirst {
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
-        let soft_limit = seen
-            .rings
-            .iter()
-            .map(soft_limit)
-            .fold(f64::INFINITY, f64::min);
-        let Tuning {
-            shortest, longest, ..
-        } = self.tuning;
         if seen.rings.is_empty() {
-            return longest;
+            return self.tuning.longest;
         }
-        self.learn(seen, soft_limit);
+        let smallest = seen.rings.iter().map(soft_limit).fold(f64::MAX, f64::min);
+        self.learn(seen, smallest);
         let tuning = &self.tuning;
-        let (shortest, longest) = (shortest.as_secs_f64(), longest.as_secs_f64());
+        let (shortest, longest) = (tuning.shortest.as_secs_f64(), tuning.longest.as_secs_f64());
 
+        // All times are in seconds from now on.
+        let fill = smallest / self.peak;
+        let step = (fill / tuning.steps).max(shortest).min(longest);
+        let late = self.late.mean + tuning.deviations * self.late.deviation;
         let waiting: u64 = seen.rings.iter().map(|ring| ring.waiting).sum();
         let pass = self.pass.of(waiting as f64);
-        let to_fill = soft_limit / self.peak;
-        let step = (to_fill / f64::from(tuning.steps.max(1)))
-            .max(shortest)
-            .min(longest);
-        let slack = step + self.late.mean + tuning.deviations * self.late.deviation + pass;
+        let slack = tuning.slack * step + late + pass;
 
-        let half_full =
-            |ring: &RingObservation| ring.waiting as f64 >= tuning.along * self::soft_limit(ring);
-        let due = |ring: &RingObservation| {
-            half_full(ring) && ring.waiting as f64 + self.peak * slack >= self::soft_limit(ring)
+        let room = |ring: &RingObservation| soft_limit(ring) - ring.waiting as f64;
+        let is_due = |ring: &RingObservation, slack: f64| {
+            let enough = ring.waiting as f64 >= tuning.least * soft_limit(ring);
+            enough && room(ring) <= self.peak * slack
         };
-        let any_due = seen.rings.iter().any(due);
-        // Seconds until the first ring would be full.
-        let mut left = to_fill;
+        let any_due = seen.rings.iter().any(|ring| is_due(ring, slack));
+        // The time that a pass takes is lost to the rings that it leaves alone.
+        let busy = if any_due { pass } else { 0.0 };
+        let mut left = fill;
         for (ring, reap) in seen.rings.iter().zip(reap) {
-            *reap = any_due && half_full(ring);
-            let waiting = match *reap {
-                // What it logs during the pass.
-                true => self.peak * pass,
-                false => ring.waiting as f64,
-            };
-            left = left.min((self::soft_limit(ring) - waiting) / self.peak);
+            let grows = ring.waiting > 0 && room(ring) <= ring.rate * fill * tuning.along;
+            *reap = any_due && (grows || is_due(ring, slack + busy));
+            if !*reap {
+                left = left.min(room(ring) / self.peak);
+            }
         }
-        let sleep = (left - slack).max(step).min(self.horizon).min(longest);
-        Duration::from_secs_f64(sleep.max(shortest))
+        let left = left - busy;
+        let sleep = (left - slack).min(left * tuning.stride).max(step);
+        let sleep = sleep.min(self.horizon).min(longest).max(shortest);
+        Duration::try_from_secs_f64(sleep).unwrap_or(tuning.longest)
     }
 }
 
-/// A rate so many times the highest one known is no noise, but something new.
-const UNHEARD_OF: f64 = 1.5;
 /// Entries per second below which a vCPU's rate is no different from none.
 const SLOWEST: f64 = 1.0;
 

@@ -89,7 +89,7 @@ pub struct PassCost {
 }
 
 /// What a policy is shown of one ring.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[non_exhaustive]
 pub struct RingObservation {
     /// Size of the ring, in entries.
@@ -105,6 +105,9 @@ pub struct RingObservation {
     /// Entries that the vCPU has logged since the observation before: by how much the sum of
     /// `taken` and `waiting` has grown. The [`Pacer`] fills it in.
     pub logged: u64,
+    /// Entries per second that the vCPU has logged lately: a mean in which what is a second old has
+    /// half the weight. The [`Pacer`] fills it in.
+    pub rate: f64,
 }
 
 /// Entries that a pass over all rings would find now, as a share of one ring's size: what policies

@@ -9,6 +9,18 @@ use super::{Fixed, LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation,
 /// A policy that asks for times out of bounds so many times in a row does not know what it does.
 const PATIENCE: u32 = 64;
 
+/// Seconds after which what a vCPU logged has half the weight in its rate.
+const RATE_HALF_LIFE: f64 = 1.0;
+
+/// What is known of a ring from the last look.
+#[derive(Debug, Clone, Copy, Default)]
+struct Known {
+    /// Entries that its vCPU had logged.
+    logged: u64,
+    /// Entries per second.
+    rate: f64,
+}
+
 /// Why a pacing policy was replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -60,8 +72,7 @@ pub enum PolicyError {
 /// ```
 pub struct Pacer {
     policy: Box<dyn Pacing>,
-    /// What each ring's vCPU had logged at the last look.
-    logged: Vec<u64>,
+    known: Vec<Known>,
     reap: Vec<bool>,
     /// When the last look was; none by this policy yet.
     last_look: Option<Duration>,
@@ -76,7 +87,7 @@ impl Pacer {
     pub fn new(policy: impl Pacing + 'static) -> Self {
         Self {
             policy: Box::new(policy),
-            logged: Vec::new(),
+            known: Vec::new(),
             reap: Vec::new(),
             last_look: None,
             last_pass: None,
@@ -114,11 +125,12 @@ impl Pacer {
         rings: &mut [RingObservation],
     ) -> Result<(), PolicyError> {
         let first = self.last_look.is_none();
-        self.note_logged(rings, first);
+        let elapsed = self
+            .last_look
+            .map_or(Duration::ZERO, |last| now.saturating_sub(last));
+        self.learn(rings, elapsed, first);
         let seen = Observation {
-            elapsed: self
-                .last_look
-                .map_or(Duration::ZERO, |last| now.saturating_sub(last)),
+            elapsed,
             lateness: (!woken && !first).then(|| now.saturating_sub(self.due)),
             last_pass: self.last_pass.take(),
             rings,
@@ -157,22 +169,29 @@ impl Pacer {
         self.due
     }
 
-    fn note_logged(&mut self, rings: &mut [RingObservation], first: bool) {
+    /// Compares the rings with what is known of them, and says what has changed.
+    fn learn(&mut self, rings: &mut [RingObservation], elapsed: Duration, first: bool) {
+        if first {
+            self.known.clear();
+        }
+        let old = self.known.len();
         // Allocates only where vCPUs were attached.
-        let known = if first {
-            0
-        } else {
-            self.logged.len().min(rings.len())
-        };
-        self.logged.resize(rings.len(), 0);
-        for (index, (ring, before)) in rings.iter_mut().zip(&mut self.logged).enumerate() {
+        self.known.resize(rings.len(), Known::default());
+        for (index, (ring, known)) in rings.iter_mut().zip(&mut self.known).enumerate() {
             let logged = ring.taken.saturating_add(ring.waiting);
             // A ring seen for the first time has a past that nobody measured.
-            ring.logged = match index < known {
-                true => logged.saturating_sub(*before),
+            ring.logged = match index < old {
+                true => logged.saturating_sub(known.logged),
                 false => 0,
             };
-            *before = logged;
+            known.logged = logged;
+            let seconds = elapsed.as_secs_f64();
+            if seconds > 0.0 {
+                let weight = (-seconds / RATE_HALF_LIFE).exp2();
+                let now = ring.logged as f64 / seconds;
+                known.rate = known.rate * weight + now * (1.0 - weight);
+            }
+            ring.rate = known.rate;
         }
         self.reap.clear();
         self.reap.resize(rings.len(), false);
