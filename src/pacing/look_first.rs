@@ -118,13 +118,14 @@ impl LookFirst {
     fn learn(&mut self, seen: &Observation<'_>, soft_limit: f64) {
         let tuning = &self.tuning;
         let elapsed = seen.elapsed.as_secs_f64();
+        // The fastest vCPU would fill a ring in this time.
+        let at_first = soft_limit / tuning.first_sight;
         let most = seen.rings.iter().map(|ring| ring.logged).max();
-        // A rate of next to no time would be noise.
-        let now = most.unwrap_or(0) as f64 / elapsed.max(tuning.shortest.as_secs_f64());
+        // What comes in a shorter time is a spurt, and not yet a rate.
+        let now = most.unwrap_or(0) as f64 / elapsed.max(at_first);
         let known = self.peak * (-elapsed / tuning.half_life.as_secs_f64()).exp2();
         let full_exits = seen.full_exits();
         let surprised = now > known * tuning.surprise || full_exits != self.full_exits;
-        let at_first = soft_limit / tuning.first_sight;
         self.horizon = match surprised {
             true => at_first,
             false => (self.horizon * 2.0).max(at_first),
@@ -230,5 +231,194 @@ impl Cost {
     /// Seconds that the next pass will take, which finds these entries or as many as the last.
     fn of(&self, waiting: f64) -> f64 {
         self.seconds / self.entries.max(1.0) * waiting.max(self.last)
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+
+    const SOFT_LIMIT: u64 = 4000;
+
+    fn ring(waiting: u64, logged: u64) -> RingObservation {
+        RingObservation {
+            soft_limit: SOFT_LIMIT,
+            waiting,
+            logged,
+            ..RingObservation::default()
+        }
+    }
+
+    fn look(policy: &mut LookFirst, us: u64, rings: &[RingObservation]) -> (Vec<bool>, u128) {
+        let mut reap = vec![false; rings.len()];
+        let seen = Observation::new(Duration::from_micros(us), rings);
+        let wait = policy.decide(&seen, &mut reap);
+        (reap, wait.as_micros())
+    }
+
+    /// Knows a guest that logs 40,000 entries a second, so that a ring fills in 100 ms, and trusts
+    /// in what it knows.
+    fn acquainted() -> LookFirst {
+        LookFirst {
+            peak: 40_000.0,
+            horizon: 10.0,
+            ..LookFirst::default()
+        }
+    }
+
+    /// The step is 100 ms / 24 = 4.167 ms, the slack one and a half of it: 6.25 ms, 250 entries.
+    #[test]
+    fn a_ring_is_due_when_it_would_be_full_within_the_slack() {
+        for (waiting, due) in [(3749, false), (3750, true), (4000, true), (u64::MAX, true)] {
+            let (reap, _) = look(&mut acquainted(), 0, &[ring(waiting, 0)]);
+            assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
+        }
+    }
+
+    #[test]
+    fn it_sleeps_until_the_fullest_ring_is_due_or_for_three_quarters_of_the_time() {
+        for (waiting, sleep) in [
+            (0, 75_000),    // 0.75 of 100 ms
+            (2000, 37_500), // 0.75 of 50 ms
+            (3200, 13_750), // 20 ms left, less the slack
+            (3600, 4_166),  // 10 ms left, less the slack: but a step at the least
+            (4000, 75_000), // emptied now
+        ] {
+            let rings = [ring(0, 0), ring(waiting, 0)];
+            let (_, wait) = look(&mut acquainted(), 0, &rings);
+            assert_eq!(wait, sleep, "{waiting} of {SOFT_LIMIT} entries");
+        }
+    }
+
+    #[test]
+    fn late_wake_ups_and_long_passes_make_it_earlier() {
+        let mut policy = acquainted();
+        // 2.5 us for each entry that waits; the last pass found fewer.
+        policy.late = Lateness {
+            mean: 0.002,
+            deviation: 0.001,
+        };
+        policy.pass = Cost {
+            seconds: 0.010,
+            entries: 4000.0,
+            last: 100.0,
+        };
+        // This time it was not late: mean 1.75 ms, deviation 1.25 ms. With 6.25 ms of slack, 1.75 +
+        // 3 x 1.25 ms, and 8.025 ms for the pass, 3,210 entries leave 790, or 19.75 ms.
+        for (waiting, due) in [(3209, false), (3210, true)] {
+            let (reap, _) = look(&mut policy.clone(), 0, &[ring(waiting, 0)]);
+            assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
+        }
+        // However late they are, a ring less than half full is left alone.
+        policy.late.mean = 1.0;
+        for (waiting, due) in [(1999, false), (2000, true)] {
+            let (reap, _) = look(&mut policy.clone(), 0, &[ring(waiting, 0)]);
+            assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
+        }
+    }
+
+    #[test]
+    fn a_ring_is_taken_along_if_its_vcpu_would_soon_fill_it() {
+        let with = |waiting, rate| RingObservation {
+            rate,
+            ..ring(waiting, 0)
+        };
+        for (ring, along) in [
+            (with(100, 40_000.0), true),
+            (with(100, 9_750.0), true), // full within 400 ms
+            (with(100, 9_749.0), false),
+            (with(3000, 2_500.0), true),
+            (with(3000, 2_499.0), false),
+            (with(3749, 0.0), false), // a hot set that fits
+            (with(0, 40_000.0), false),
+        ] {
+            let alone = look(&mut acquainted(), 0, &[ring]).0;
+            assert_eq!(alone, [false]);
+            let due = with(3900, 0.0);
+            let beside = look(&mut acquainted(), 0, &[due, ring]).0;
+            assert_eq!(beside, [true, along], "{ring:?}");
+        }
+    }
+
+    /// A pass takes 5 ms for 4,000 entries.
+    #[test]
+    fn the_time_of_a_pass_is_lost_to_the_rings_that_it_leaves() {
+        let mut policy = acquainted();
+        policy.pass = Cost {
+            seconds: 0.005,
+            entries: 4000.0,
+            last: 4000.0,
+        };
+        let rings = |other| [ring(4000, 0), ring(other, 0)];
+        assert_eq!(look(&mut policy.clone(), 0, &rings(0)[1..]).1, 75_000);
+        let (reap, wait) = look(&mut policy.clone(), 0, &rings(0));
+        // Three quarters of 95 ms.
+        assert_eq!((reap, wait), (vec![true, false], 71_250));
+        // What would be due when the pass is over is taken along: with 7,046 entries to harvest it
+        // takes 8.8075 ms, then the slack of 6.25 ms + 8.8075 ms begins; 954 entries of room are
+        // 23.85 ms.
+        for (waiting, along) in [(3045, false), (3046, true)] {
+            let (reap, _) = look(&mut policy.clone(), 0, &rings(waiting));
+            assert_eq!(reap, [true, along], "{waiting} of {SOFT_LIMIT} entries");
+        }
+    }
+
+    #[test]
+    fn at_first_it_looks_soon_and_then_ever_more_seldom() {
+        let mut policy = LookFirst::default();
+        let mut wait = 0;
+        for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000] {
+            let (reap, next) = look(&mut policy, wait, &[ring(0, 0)]);
+            assert_eq!((reap, next), (vec![false], expected * 1000));
+            wait = next as u64;
+        }
+        // A full exit, and it is awake again.
+        let full = RingObservation {
+            full_exits: 1,
+            ..ring(0, 0)
+        };
+        assert_eq!(look(&mut policy, 500, &[full]).1, 1000);
+        assert_eq!(look(&mut policy, 1000, &[full]).1, 2000);
+        // So it is by a rate that it never saw: 100 entries in 2 ms.
+        assert_eq!(look(&mut policy, 2000, &[ring(100, 100)]).1, 1000);
+        assert_eq!(look(&mut policy, 1000, &[ring(150, 50)]).1, 2000);
+    }
+
+    #[test]
+    fn the_highest_rate_is_remembered_and_fades() {
+        let mut policy = acquainted();
+        look(&mut policy, 1_000, &[ring(0, 10), ring(0, 50)]);
+        assert_eq!(policy.peak, 50_000.0);
+        look(&mut policy, 5_000_000, &[ring(0, 60), ring(0, 1000)]);
+        assert_eq!(policy.peak, 25_000.0);
+        // A spurt counts as if it had taken a millisecond.
+        look(&mut policy, 1, &[ring(0, 20), ring(0, 30)]);
+        assert_eq!(policy.peak.round(), 30_000.0);
+    }
+
+    #[test]
+    fn lateness_and_cost_are_learnt() {
+        let mut policy = acquainted();
+        let rings = [ring(0, 0)];
+        let mut seen = Observation::new(Duration::from_millis(1), &rings);
+        seen.lateness = Some(Duration::from_millis(8));
+        seen.last_pass = Some(PassCost {
+            took: Duration::from_millis(4),
+            entries: 2000,
+        });
+        policy.decide(&seen, &mut [false]);
+        assert_eq!((policy.late.mean, policy.late.deviation), (0.001, 0.002));
+        assert_eq!(policy.pass.of(0.0), 0.004);
+        assert_eq!(policy.pass.of(4000.0), 0.008);
+        // A full exit has woken it: nothing is learnt of lateness.
+        seen.lateness = None;
+        seen.last_pass = None;
+        policy.decide(&seen, &mut [false]);
+        assert_eq!((policy.late.mean, policy.late.deviation), (0.001, 0.002));
+    }
+
+    #[test]
+    fn without_rings_it_sleeps() {
+        assert_eq!(look(&mut acquainted(), 0, &[]).1, 1_000_000);
     }
 }

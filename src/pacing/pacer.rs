@@ -326,6 +326,35 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_is_a_mean_in_which_a_second_is_half() {
+        struct Rates(Arc<Mutex<Vec<f64>>>);
+        impl Pacing for Rates {
+            fn decide(&mut self, seen: &Observation<'_>, _: &mut [bool]) -> Duration {
+                let rates = seen.rings.iter().map(|ring| ring.rate);
+                *self.0.lock().unwrap() = rates.collect();
+                MS
+            }
+        }
+        let rates = Arc::<Mutex<Vec<f64>>>::default();
+        let mut pacer = Pacer::new(Rates(Arc::clone(&rates)));
+        let mut look = |seconds, rings: &mut [RingObservation]| {
+            pacer
+                .look(Duration::from_secs(seconds), false, rings)
+                .unwrap();
+            rates.lock().unwrap().clone()
+        };
+        assert_eq!(look(9, &mut [ring(500, 0)]), [0.0]);
+        assert_eq!(look(10, &mut [ring(500, 1000)]), [500.0]);
+        assert_eq!(look(11, &mut [ring(1500, 1000), ring(0, 70)]), [750.0, 0.0]);
+        // Nothing is known of no time.
+        assert_eq!(look(11, &mut [ring(2500, 1000), ring(0, 70)]), [750.0, 0.0]);
+        assert_eq!(
+            look(13, &mut [ring(2500, 1000), ring(70, 80)]),
+            [187.5, 30.0]
+        );
+    }
+
+    #[test]
     fn nothing_to_reap_is_an_empty_list() {
         let (mut pacer, _) = spy(MS, &[]);
         assert!(pacer.reap().is_empty());
