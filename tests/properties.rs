@@ -20,7 +20,7 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-/// Every sync reports exactly the pages written since the one before.
+/// Every sync reports exactly the pages written since the one before, and onlookers see what waits.
 fn run_exactly(machine: &mut Machine, ops: &[Op]) {
     for op in ops {
         if machine.stuck {
@@ -31,7 +31,18 @@ fn run_exactly(machine: &mut Machine, ops: &[Op]) {
                 let reported = machine.sync().expect("a sync without faults");
                 assert_eq!(reported, machine.take_written());
             }
+            Op::ReapRings(rings) if machine.is_unharmed() => {
+                let before = machine.used();
+                machine.apply(op);
+                for (ring, (before, after)) in before.iter().zip(machine.used()).enumerate() {
+                    let left = if rings >> ring & 1 == 1 { 0 } else { *before };
+                    assert_eq!(after, left, "ring {ring}");
+                }
+            }
             op => machine.apply(op),
+        }
+        if machine.is_unharmed() {
+            machine.assert_occupancy();
         }
     }
 }

@@ -143,6 +143,10 @@ impl Machine {
         match op {
             Op::Write(write) => self.write(write),
             Op::Reap => self.may_fail(|log| log.reap().is_ok()),
+            Op::ReapRings(rings) => {
+                let wanted = [0, 1, 2, 3].map(|ring| rings >> ring & 1 == 1);
+                self.may_fail(|log| log.reap_rings(&wanted).is_ok());
+            }
             Op::Sync | Op::Checkpoint => unreachable!("the caller's"),
             Op::Exit(vcpu) => self.vcpu(*vcpu).exit(),
             Op::SlotStep { slot, pages } => self.step_slot(*slot, *pages),
@@ -166,6 +170,33 @@ impl Machine {
             }
             Op::Rearm => self.rearm(),
         }
+    }
+
+    /// Whether every harvested entry was recycled by the reset that followed, and the log has no
+    /// rings but ours.
+    pub fn is_unharmed(&self) -> bool {
+        let stats = self.stats();
+        let resets = stats.short_resets + stats.failed_resets;
+        !self.overran && resets == 0 && stats.vcpus.len() == self.rings.len()
+    }
+
+    /// Onlookers see what the kernel counts: where nothing goes wrong, what is in a ring waits.
+    pub fn assert_occupancy(&self) {
+        let mut seen = Vec::new();
+        self.memory.log.observe(&mut seen);
+        let used = self.used();
+        assert_eq!(seen.len(), used.len());
+        for ((seen, &waiting), ring) in seen.iter().zip(&used).zip(&self.rings) {
+            assert_eq!(seen.waiting, u64::from(waiting));
+            assert_eq!(ring.occupancy(), waiting);
+            assert!(ring.at_least(waiting) && !ring.at_least(waiting + 1));
+        }
+    }
+
+    /// Entries in each ring, as the kernel counts them.
+    pub fn used(&self) -> Vec<u32> {
+        let vcpus = self.memory.vcpus.lock().unwrap();
+        vcpus.iter().map(SimVcpu::used).collect()
     }
 
     fn vcpu(&self, vcpu: usize) -> SimVcpu {

@@ -29,6 +29,8 @@ pub struct Write {
 pub enum Op {
     Write(Write),
     Reap,
+    /// A pass over the rings whose bits are set.
+    ReapRings(u8),
     Sync,
     /// A vCPU leaves the guest for a moment.
     Exit(usize),
@@ -105,7 +107,8 @@ fn calm_op() -> BoxedStrategy<Op> {
     prop_oneof![
         12 => guest_write().prop_map(Op::Write),
         3 => any_write().prop_map(|w| Op::Write(Write { vcpu: None, ..w })),
-        3 => Just(Op::Reap),
+        2 => Just(Op::Reap),
+        2 => any::<u8>().prop_map(Op::ReapRings),
         4 => Just(Op::Sync),
         3 => slot_step.prop_map(|(slot, pages)| Op::SlotStep { slot, pages }),
         1 => Just(Op::AddVcpu),

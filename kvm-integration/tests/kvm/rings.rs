@@ -1,7 +1,12 @@
 //! Whose entries are in which ring, and vCPUs that come late.
 
-use kvm_integration::{Load, Mode, Workload};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use kvm_integration::{Load, Mode, VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
+use libtest_mimic::Failed;
 
 use super::harness::Outcome;
 use super::machine::{
@@ -10,6 +15,7 @@ use super::machine::{
 
 tests![
     each_vcpu_has_its_own_ring,
+    what_waits_is_seen_from_outside,
     late_vcpu,
     more_vcpus_while_others_run
 ];
@@ -47,6 +53,65 @@ fn each_vcpu_has_its_own_ring() -> Outcome {
     }
     assert_unsuspicious(&machine.log.stats());
     Ok(Completed)
+}
+
+/// Every vCPU writes another number of pages, round for round; what an onlooker sees is what a
+/// harvest then finds. Meanwhile others look on all the time, and nobody notices.
+fn what_waits_is_seen_from_outside() -> Outcome {
+    let share = |vcpu: u64| vcpu * 1000..vcpu * 1000 + 37 * (vcpu + 1);
+    let mut machine = Machine::new(1024, &[4000])?;
+    let mut vcpus = Vec::new();
+    for index in 0..4 {
+        let list = share(index).map(|page| page_of(1, page)).collect();
+        let load = Load::new(Mode::Native, list).pass_exits();
+        vcpus.push(machine.spawn(index as u32, &load)?);
+    }
+    let log = machine.log.clone();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let onlooker = scope.spawn(|| {
+            let (mut rings, mut before) = (Vec::new(), [0; 4]);
+            while !done.load(Ordering::Relaxed) {
+                log.observe(&mut rings);
+                for (ring, before) in rings.iter().zip(&mut before) {
+                    let logged = ring.taken + ring.waiting;
+                    assert!(*before <= logged, "entries were seen and then not");
+                    *before = logged;
+                }
+            }
+        });
+        let rounds = rounds(&mut machine, &vcpus, share);
+        done.store(true, Ordering::Relaxed);
+        onlooker.join().expect("the onlooker");
+        rounds
+    })?;
+    assert_unsuspicious(&machine.log.stats());
+    Ok(Completed)
+}
+
+fn rounds(
+    machine: &mut Machine,
+    vcpus: &[VcpuThread],
+    share: impl Fn(u64) -> Range<u64>,
+) -> Result<(), Failed> {
+    let mut seen = Vec::new();
+    for _ in 0..50 {
+        assert!(vcpus.iter().all(|vcpu| vcpu.wait_paused()));
+        pause(vcpus)?;
+        let before = machine.log.stats();
+        machine.log.observe(&mut seen);
+        machine.round()?;
+        let after = machine.log.stats();
+        for (index, seen) in (0..).zip(&seen) {
+            let pages = share(index as u64);
+            assert_eq!(seen.waiting, pages.end - pages.start, "vCPU {index}");
+            let found = after.vcpus[index].entries - before.vcpus[index].entries;
+            assert_eq!(seen.waiting, found, "vCPU {index}");
+        }
+        machine.compare()?;
+        resume(vcpus);
+    }
+    Ok(())
 }
 
 /// A vCPU that is plugged in while the migration goes on.
