@@ -31,6 +31,35 @@ pub const SHORTEST_LOOK: Duration = Duration::from_micros(100);
 pub const LONGEST_LOOK: Duration = Duration::from_secs(10);
 
 /// Decides when which rings are emptied.
+///
+/// ```
+/// use std::time::Duration;
+/// use kvm_dirty_ring::pacing::{Observation, Pacer, Pacing, RingObservation};
+///
+/// /// Looks each millisecond, and empties a ring that is three quarters full.
+/// struct ThreeQuarters;
+///
+/// impl Pacing for ThreeQuarters {
+///     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
+///         for (ring, reap) in seen.rings.iter().zip(reap) {
+///             *reap = ring.waiting * 4 >= ring.soft_limit * 3;
+///         }
+///         Duration::from_millis(1)
+///     }
+/// }
+///
+/// // It is tested without a clock, a thread or a guest.
+/// let mut pacer = Pacer::new(ThreeQuarters);
+/// let ring = |waiting| {
+///     let mut ring = RingObservation::default();
+///     (ring.soft_limit, ring.waiting) = (4032, waiting);
+///     ring
+/// };
+/// pacer.look(Duration::ZERO, false, &mut [ring(100), ring(3024)])?;
+/// assert_eq!(pacer.reap(), [false, true]);
+/// assert_eq!(pacer.due(), Duration::from_millis(1));
+/// # Ok::<(), kvm_dirty_ring::error::PolicyError>(())
+/// ```
 pub trait Pacing: Send {
     /// Looks at the rings, says which to empty now, and when to look again at the latest.
     ///
