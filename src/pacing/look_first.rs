@@ -161,8 +161,7 @@ impl Pacing for LookFirst {
         let fill = smallest / self.peak;
         let step = (fill / tuning.steps).max(shortest).min(longest);
         let late = self.late.mean + tuning.deviations * self.late.deviation;
-        let waiting: u64 = seen.rings.iter().map(|ring| ring.waiting).sum();
-        let pass = self.pass.of(waiting as f64);
+        let pass = self.pass.of(seen.waiting() as f64);
         let slack = tuning.slack * step + late + pass;
 
         let room = |ring: &RingObservation| soft_limit(ring) - ring.waiting as f64;

@@ -102,9 +102,19 @@ impl<'a> Observation<'a> {
         }
     }
 
+    /// Entries that wait in all rings together.
+    pub fn waiting(&self) -> u64 {
+        self.sum(|ring| ring.waiting)
+    }
+
     /// Exits for a full ring so far, of all vCPUs.
     pub fn full_exits(&self) -> u64 {
-        self.rings.iter().map(|ring| ring.full_exits).sum()
+        self.sum(|ring| ring.full_exits)
+    }
+
+    fn sum(&self, count: impl Fn(&RingObservation) -> u64) -> u64 {
+        let counts = self.rings.iter().map(count);
+        counts.fold(0, u64::saturating_add)
     }
 }
 
@@ -142,7 +152,7 @@ pub struct RingObservation {
 /// Entries that a pass over all rings would find now, as a share of one ring's size: what policies
 /// go by that take a VM for its rings' sum.
 fn found(seen: &Observation<'_>) -> f64 {
-    let waiting: u64 = seen.rings.iter().map(|ring| ring.waiting).sum();
+    let waiting = seen.waiting();
     let entries = seen.rings.iter().map(|ring| ring.entries).max();
     waiting as f64 / entries.unwrap_or(0).max(1) as f64
 }
