@@ -8,23 +8,15 @@ use super::{Observation, Pacing, PassCost, RingObservation};
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Tuning {
-    /// Time in which the highest rate seen loses half its weight.
-    ///
-    /// Long enough for the next burst to come while the last one is remembered.
+    /// Time in which the highest rate seen loses half its weight: long enough for the next burst to
+    /// come while the last one is remembered.
     pub half_life: Duration,
-    /// Steps into which the time to fill a ring is divided; looks are at least one apart.
-    ///
-    /// More of them look more often and empty later.
+    /// How many times the highest rate seen a vCPU may log at by the next look. What is faster is a
+    /// surprise, and may cost a full exit.
+    pub faster: f64,
+    /// Steps into which the time to fill a ring is divided. Looks are at least one apart; more of
+    /// them mean more looks, and rings that are emptied later.
     pub steps: f64,
-    /// Steps before it would be full that a ring is emptied.
-    ///
-    /// More than one, or a look that comes a moment too early would be the last one before the
-    /// ring is full.
-    pub slack: f64,
-    /// Share of the time until a ring is due that may go by in one sleep.
-    ///
-    /// Less than all of it, for the guest may have become faster since the rate was measured.
-    pub stride: f64,
     /// Deviations of the wake-ups' lateness, above its mean, that are reckoned with.
     pub deviations: f64,
     /// Share of the soft limit below which a ring is not emptied, however late wake-ups are.
@@ -32,12 +24,9 @@ pub struct Tuning {
     /// A ring is taken along if its own vCPU would fill it within so many times the time in which
     /// the fastest fills one. One that holds a hot set, and does not grow, never is.
     pub along: f64,
-    /// A rate so many times the highest one known is no noise, but something new.
-    pub surprise: f64,
     /// The rate, in entries per second, that is reckoned with when nothing is known: after the
-    /// start, a full exit, or a surprise. It is halved from look to look.
-    ///
-    /// Faster than any vCPU logs, so that the first look finds room left.
+    /// start, a full exit, or a surprise. It is halved from look to look. Faster than any vCPU
+    /// logs, so that the first look finds room left.
     pub first_sight: f64,
     /// Shortest time between two looks.
     pub shortest: Duration,
@@ -49,13 +38,11 @@ impl Tuning {
     /// The defaults.
     pub const DEFAULT: Self = Self {
         half_life: Duration::from_secs(5),
-        steps: 24.0,
-        slack: 1.5,
-        stride: 0.75,
+        faster: 1.5,
+        steps: 20.0,
         deviations: 3.0,
         least: 0.5,
         along: 4.0,
-        surprise: 1.5,
         first_sight: 4e6,
         shortest: Duration::from_micros(100),
         longest: Duration::from_secs(1),
@@ -75,13 +62,13 @@ impl Default for Tuning {
 ///
 /// 1. *Rate.* The highest at which any vCPU logs, now or, with a half-life of seconds, lately. One
 ///    rate for all rings, for vCPUs that share a core log in turns.
-/// 2. *Slack.* How long before it is full a ring must be emptied: a part of the time in which a ring
-///    fills at that rate, how late wake-ups are, and what the pass takes.
-/// 3. *Due* is a ring that would be full within the slack. If one is, it is emptied, and with it
-///    those that would be due soon after.
-/// 4. *Sleep* for most of the time until the next ring is due; not past a horizon, which doubles
-///    from look to look until a full exit or a rate unheard of sets it back to a fraction of a
-///    millisecond.
+/// 2. *Due* is a ring that would be full before the look after the next, so to say: after one more
+///    step (a part of the time in which a ring fills) at half as much again as that rate, the
+///    lateness of wake-ups, and what a pass takes.
+/// 3. If a ring is due, it is emptied, and with it those that will soon be.
+/// 4. *Sleep* for as long as the fullest ring has room even at half as much again as that rate; not
+///    past a horizon, which doubles from look to look until a full exit or a rate unheard of sets
+///    it back to a fraction of a millisecond.
 #[derive(Debug, Clone)]
 pub struct LookFirst {
     tuning: Tuning,
@@ -104,11 +91,7 @@ impl LookFirst {
                 mean: 0.0,
                 deviation: 0.0,
             },
-            pass: Cost {
-                seconds: 0.0,
-                entries: 0.0,
-                last: 0.0,
-            },
+            pass: Cost::SUPPOSED,
             horizon: 0.0,
             full_exits: 0,
         }
@@ -125,7 +108,7 @@ impl LookFirst {
         let now = most.unwrap_or(0) as f64 / elapsed.max(at_first);
         let known = self.peak * (-elapsed / tuning.half_life.as_secs_f64()).exp2();
         let full_exits = seen.full_exits();
-        let surprised = now > known * tuning.surprise || full_exits != self.full_exits;
+        let surprised = now > known * tuning.faster || full_exits != self.full_exits;
         self.horizon = match surprised {
             true => at_first,
             false => (self.horizon * 2.0).max(at_first),
@@ -157,12 +140,12 @@ impl Pacing for LookFirst {
         let tuning = &self.tuning;
         let (shortest, longest) = (tuning.shortest.as_secs_f64(), tuning.longest.as_secs_f64());
 
-        // All times are in seconds from now on.
+        // All times are in seconds from now on, and reckoned at the peak rate.
         let fill = smallest / self.peak;
         let step = (fill / tuning.steps).max(shortest).min(longest);
         let late = self.late.mean + tuning.deviations * self.late.deviation;
         let pass = self.pass.of(seen.waiting() as f64);
-        let slack = tuning.slack * step + late + pass;
+        let slack = tuning.faster * step + late + pass;
 
         let room = |ring: &RingObservation| soft_limit(ring) - ring.waiting as f64;
         let is_due = |ring: &RingObservation, slack: f64| {
@@ -180,9 +163,8 @@ impl Pacing for LookFirst {
                 left = left.min(room(ring) / self.peak);
             }
         }
-        let left = left - busy;
-        let sleep = (left - slack).min(left * tuning.stride).max(step);
-        let sleep = sleep.min(self.horizon).min(longest).max(shortest);
+        let safe = (left - busy - late - pass) / tuning.faster;
+        let sleep = safe.max(step).min(self.horizon).min(longest).max(shortest);
         Duration::try_from_secs_f64(sleep).unwrap_or(tuning.longest)
     }
 }
@@ -194,8 +176,8 @@ fn soft_limit(ring: &RingObservation) -> f64 {
     ring.soft_limit.max(1) as f64
 }
 
-/// How late wake-ups are, in seconds: smoothed as TCP smooths its round-trip time, with weights
-/// 1/8 for the mean and 1/4 for the deviation.
+/// How late wake-ups are, in seconds: smoothed as TCP smooths its round-trip time (RFC 6298), from the
+/// first sample on, with weights 1/8 for the mean and 1/4 for the deviation.
 #[derive(Debug, Clone)]
 struct Lateness {
     mean: f64,
@@ -204,6 +186,10 @@ struct Lateness {
 
 impl Lateness {
     fn learn(&mut self, late: f64) {
+        if self.mean == 0.0 {
+            (self.mean, self.deviation) = (late, late / 2.0);
+            return;
+        }
         let off = late - self.mean;
         self.mean += off / 8.0;
         self.deviation += (off.abs() - self.deviation) / 4.0;
@@ -220,6 +206,13 @@ struct Cost {
 }
 
 impl Cost {
+    /// Until a pass has been seen: 100 ns an entry.
+    const SUPPOSED: Self = Self {
+        seconds: 1e-4,
+        entries: 1e3,
+        last: 0.0,
+    };
+
     fn learn(&mut self, pass: PassCost) {
         const FADING: f64 = 0.75;
         self.last = pass.entries as f64;
@@ -261,27 +254,31 @@ mod tests {
         LookFirst {
             peak: 40_000.0,
             horizon: 10.0,
+            pass: Cost {
+                seconds: 0.0,
+                ..Cost::SUPPOSED
+            },
             ..LookFirst::default()
         }
     }
 
-    /// The step is 100 ms / 24 = 4.167 ms, the slack one and a half of it: 6.25 ms, 250 entries.
+    /// The step is 100 ms / 20 = 5 ms, the slack one and a half of it: 7.5 ms, or 300 entries.
     #[test]
     fn a_ring_is_due_when_it_would_be_full_within_the_slack() {
-        for (waiting, due) in [(3749, false), (3750, true), (4000, true), (u64::MAX, true)] {
+        for (waiting, due) in [(3699, false), (3700, true), (4000, true), (u64::MAX, true)] {
             let (reap, _) = look(&mut acquainted(), 0, &[ring(waiting, 0)]);
             assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
         }
     }
 
     #[test]
-    fn it_sleeps_until_the_fullest_ring_is_due_or_for_three_quarters_of_the_time() {
+    fn it_sleeps_for_as_long_as_there_is_room_at_one_and_a_half_times_the_rate() {
         for (waiting, sleep) in [
-            (0, 75_000),    // 0.75 of 100 ms
-            (2000, 37_500), // 0.75 of 50 ms
-            (3200, 13_750), // 20 ms left, less the slack
-            (3600, 4_166),  // 10 ms left, less the slack: but a step at the least
-            (4000, 75_000), // emptied now
+            (0, 66_666),    // of 100 ms
+            (1000, 50_000), // of 75 ms
+            (3400, 10_000), // of 15 ms
+            (3690, 5_166),  // of 7.75 ms
+            (4000, 66_666), // emptied now
         ] {
             let rings = [ring(0, 0), ring(waiting, 0)];
             let (_, wait) = look(&mut acquainted(), 0, &rings);
@@ -302,9 +299,9 @@ mod tests {
             entries: 4000.0,
             last: 100.0,
         };
-        // This time it was not late: mean 1.75 ms, deviation 1.25 ms. With 6.25 ms of slack, 1.75 +
-        // 3 x 1.25 ms, and 8.025 ms for the pass, 3,210 entries leave 790, or 19.75 ms.
-        for (waiting, due) in [(3209, false), (3210, true)] {
+        // This time it was not late: mean 1.75 ms, deviation 1.25 ms. The slack is 7.5 ms, 1.75 + 3 x
+        // 1.25 ms, and, with 3,164 entries, 7.91 ms for the pass; they leave 836, or 20.9 ms.
+        for (waiting, due) in [(3163, false), (3164, true)] {
             let (reap, _) = look(&mut policy.clone(), 0, &[ring(waiting, 0)]);
             assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
         }
@@ -328,7 +325,7 @@ mod tests {
             (with(100, 9_749.0), false),
             (with(3000, 2_500.0), true),
             (with(3000, 2_499.0), false),
-            (with(3749, 0.0), false), // a hot set that fits
+            (with(3699, 0.0), false), // a hot set that fits
             (with(0, 40_000.0), false),
         ] {
             let alone = look(&mut acquainted(), 0, &[ring]).0;
@@ -349,14 +346,14 @@ mod tests {
             last: 4000.0,
         };
         let rings = |other| [ring(4000, 0), ring(other, 0)];
-        assert_eq!(look(&mut policy.clone(), 0, &rings(0)[1..]).1, 75_000);
+        // 100 ms less a pass, by one and a half.
+        assert_eq!(look(&mut policy.clone(), 0, &rings(0)[1..]).1, 63_333);
+        // Less two.
         let (reap, wait) = look(&mut policy.clone(), 0, &rings(0));
-        // Three quarters of 95 ms.
-        assert_eq!((reap, wait), (vec![true, false], 71_250));
-        // What would be due when the pass is over is taken along: with 7,046 entries to harvest it
-        // takes 8.8075 ms, then the slack of 6.25 ms + 8.8075 ms begins; 954 entries of room are
-        // 23.85 ms.
-        for (waiting, along) in [(3045, false), (3046, true)] {
+        assert_eq!((reap, wait), (vec![true, false], 60_000));
+        // What would be due when the pass is over is taken along: with 7,000 entries to harvest it
+        // takes 8.75 ms, then the slack of 7.5 ms + 8.75 ms begins; 1,000 entries of room are 25 ms.
+        for (waiting, along) in [(2999, false), (3000, true)] {
             let (reap, _) = look(&mut policy.clone(), 0, &rings(waiting));
             assert_eq!(reap, [true, along], "{waiting} of {SOFT_LIMIT} entries");
         }
@@ -406,14 +403,20 @@ mod tests {
             entries: 2000,
         });
         policy.decide(&seen, &mut [false]);
-        assert_eq!((policy.late.mean, policy.late.deviation), (0.001, 0.002));
-        assert_eq!(policy.pass.of(0.0), 0.004);
-        assert_eq!(policy.pass.of(4000.0), 0.008);
-        // A full exit has woken it: nothing is learnt of lateness.
-        seen.lateness = None;
+        let late = |policy: &LookFirst| (policy.late.mean, policy.late.deviation);
+        assert_eq!(late(&policy), (0.008, 0.004));
+        // Of 750 entries that were supposed, at no time, and 2,000.
+        let price = 0.004 / 2750.0;
+        assert_eq!(policy.pass.of(0.0), price * 2000.0);
+        assert_eq!(policy.pass.of(4000.0), price * 4000.0);
+        seen.lateness = Some(Duration::ZERO);
         seen.last_pass = None;
         policy.decide(&seen, &mut [false]);
-        assert_eq!((policy.late.mean, policy.late.deviation), (0.001, 0.002));
+        assert_eq!(late(&policy), (0.007, 0.005));
+        // A full exit has woken it: nothing is learnt of lateness.
+        seen.lateness = None;
+        policy.decide(&seen, &mut [false]);
+        assert_eq!(late(&policy), (0.007, 0.005));
     }
 
     #[test]
