@@ -3,6 +3,7 @@
 
 pub mod arm;
 pub mod measure;
+pub mod sim;
 
 pub use arm::{Arm, Shape};
 pub use measure::{Measured, Sample};

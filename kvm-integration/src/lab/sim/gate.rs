@@ -1,0 +1,212 @@
+//! Who may harvest and who resets: the crate's shards and reset gate, and QEMU's one lock.
+
+use std::collections::VecDeque;
+
+use super::queue::Actor;
+
+/// Passes that the crate makes at a time: it has so many shards.
+const SHARDS: usize = 4;
+
+/// What a pass of the crate needs, see its `pass.rs` and `reset.rs`: a shard from its start to its
+/// end, and a gate that keeps harvests and resets apart, and combines resets.
+#[derive(Debug)]
+pub(super) struct Gate {
+    shards: usize,
+    /// Who waits for a shard.
+    begin: VecDeque<Actor>,
+    /// Rings being harvested.
+    harvests: usize,
+    /// Somebody resets, or waits for the last harvest to end to do so.
+    in_flight: Option<Actor>,
+    /// Who waits for that to be over to harvest.
+    harvest: Vec<Actor>,
+    /// Whom that serves.
+    served: Vec<Actor>,
+    /// Rings with entries that are harvested and not reset, and how many entries.
+    marked: Vec<usize>,
+    entries: u64,
+}
+
+/// A reset to be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reset {
+    /// Whose thread is in the ioctl.
+    pub(super) by: Actor,
+    pub(super) entries: u64,
+}
+
+impl Gate {
+    pub(super) fn new() -> Self {
+        Self {
+            shards: SHARDS,
+            begin: VecDeque::new(),
+            harvests: 0,
+            in_flight: None,
+            harvest: Vec::new(),
+            served: Vec::new(),
+            marked: Vec::new(),
+            entries: 0,
+        }
+    }
+
+    /// Whether `actor` has a shard now, or must wait until [`end`](Self::end) names it.
+    pub(super) fn begin(&mut self, actor: Actor) -> bool {
+        let free = self.shards > 0;
+        match free {
+            true => self.shards -= 1,
+            false => self.begin.push_back(actor),
+        }
+        free
+    }
+
+    /// A pass is over. Who has its shard now.
+    pub(super) fn end(&mut self) -> Option<Actor> {
+        let next = self.begin.pop_front();
+        if next.is_none() {
+            self.shards += 1;
+        }
+        next
+    }
+
+    /// Whether `actor` may harvest a ring now, or must wait until [`open`](Self::open) names it.
+    pub(super) fn harvest(&mut self, actor: Actor) -> bool {
+        let open = self.in_flight.is_none();
+        match open {
+            true => self.harvests += 1,
+            false => self.harvest.push(actor),
+        }
+        open
+    }
+
+    /// So many entries of this ring are harvested.
+    pub(super) fn mark(&mut self, ring: usize, entries: u64) {
+        if entries > 0 {
+            self.marked.push(ring);
+            self.entries += entries;
+        }
+    }
+
+    /// A harvest is over. The reset that waited for it alone.
+    pub(super) fn harvested(&mut self) -> Option<Reset> {
+        self.harvests -= 1;
+        self.in_flight.and_then(|by| self.start(by))
+    }
+
+    /// `actor` wants what it harvested to be reset. The reset that starts now.
+    pub(super) fn reset(&mut self, actor: Actor) -> Option<Reset> {
+        // What is in flight has started, or will start, after this one's harvests.
+        self.served.push(actor);
+        match self.in_flight {
+            Some(_) => None,
+            None => {
+                self.in_flight = Some(actor);
+                self.start(actor)
+            }
+        }
+    }
+
+    fn start(&mut self, by: Actor) -> Option<Reset> {
+        let entries = self.entries;
+        (self.harvests == 0).then_some(Reset { by, entries })
+    }
+
+    /// The reset is over.
+    pub(super) fn open(&mut self) -> Opened {
+        self.in_flight = None;
+        self.entries = 0;
+        Opened {
+            recycled: std::mem::take(&mut self.marked),
+            served: std::mem::take(&mut self.served),
+            harvest: std::mem::take(&mut self.harvest),
+        }
+    }
+}
+
+/// What the end of a reset brings.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Opened {
+    /// Rings that have room again.
+    pub(super) recycled: Vec<usize>,
+    /// Whose passes are over.
+    pub(super) served: Vec<Actor>,
+    /// Who has waited to harvest.
+    pub(super) harvest: Vec<Actor>,
+}
+
+/// A lock whose waiters get it in the order in which they came.
+#[derive(Debug, Default)]
+pub(super) struct Lock {
+    held: bool,
+    waiting: VecDeque<Actor>,
+}
+
+impl Lock {
+    /// Whether `actor` has it now, or must wait until [`release`](Self::release) names it.
+    pub(super) fn acquire(&mut self, actor: Actor) -> bool {
+        let free = !self.held;
+        match free {
+            true => self.held = true,
+            false => self.waiting.push_back(actor),
+        }
+        free
+    }
+
+    /// Who has it next.
+    pub(super) fn release(&mut self) -> Option<Actor> {
+        let next = self.waiting.pop_front();
+        self.held = next.is_some();
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fifth_pass_waits_for_a_shard() {
+        let mut gate = Gate::new();
+        assert!((0..4).all(|actor| gate.begin(actor)));
+        assert!(!gate.begin(4) && !gate.begin(5));
+        assert_eq!(gate.end(), Some(4));
+        assert_eq!(gate.end(), Some(5));
+        assert_eq!(gate.end(), None);
+        assert!(gate.begin(6));
+        assert!(!gate.begin(7));
+    }
+
+    #[test]
+    fn a_reset_waits_for_harvests_and_serves_who_came_meanwhile() {
+        let mut gate = Gate::new();
+        assert!(gate.harvest(0) && gate.harvest(1));
+        gate.mark(0, 10);
+        gate.mark(1, 5);
+        assert_eq!(gate.harvested(), None);
+        assert_eq!(gate.reset(0), None, "1 harvests still");
+        assert!(!gate.harvest(2), "a reset is about to start");
+        let reset = Reset { by: 0, entries: 15 };
+        assert_eq!(gate.harvested(), Some(reset));
+        assert_eq!(gate.reset(1), None, "served by that of 0");
+        let opened = gate.open();
+        assert_eq!(opened.recycled, [0, 1]);
+        assert_eq!(opened.served, [0, 1]);
+        assert_eq!(opened.harvest, [2]);
+        assert!(gate.harvest(2));
+        assert_eq!(gate.harvested(), None);
+        let reset = Reset { by: 2, entries: 0 };
+        assert_eq!(gate.reset(2), Some(reset));
+    }
+
+    #[test]
+    fn the_lock_goes_to_who_has_waited_longest() {
+        let mut lock = Lock::default();
+        assert!(lock.acquire(3));
+        assert!(!lock.acquire(1) && !lock.acquire(2));
+        assert_eq!(lock.release(), Some(1));
+        assert!(!lock.acquire(3));
+        assert_eq!(lock.release(), Some(2));
+        assert_eq!(lock.release(), Some(3));
+        assert_eq!(lock.release(), None);
+        assert!(lock.acquire(1));
+    }
+}

@@ -1,0 +1,140 @@
+//! The reaper's thread, in virtual time.
+
+use std::time::Duration;
+
+use kvm_dirty_ring::pacing::{Pacer, Pacing, RingObservation};
+
+use super::clock::{NEVER, Nanos, nanos};
+use super::known::Known;
+use super::lateness::Lateness;
+use super::random::Random;
+
+/// How long it is deaf to full exits after one has woken it, as the crate's reaper is.
+const DEAF: Nanos = 500_000;
+
+/// The stream of random numbers that no vCPU has.
+const STREAM: u64 = u64::MAX;
+
+/// The crate's `Reaper::run`, taken apart where time passes.
+#[derive(Debug)]
+pub(super) struct Reaper {
+    pub(super) pacer: Pacer,
+    pub(super) seen: Vec<RingObservation>,
+    lateness: Lateness,
+    random: Random,
+    /// A vCPU has stopped since the last look.
+    rung: bool,
+    deaf: Nanos,
+    /// When it will wake up; never while it is awake.
+    wakes: Nanos,
+    /// Tells its wake-ups apart: the one that it sleeps towards may come to be another.
+    turn: u64,
+    last_look: Option<Nanos>,
+    /// The pass under way: the rings it has yet to harvest, the next one last, and entries so far.
+    pub(super) rings: Vec<usize>,
+    pub(super) entries: u64,
+    /// Seconds for which the policy sleeps.
+    pub(super) delay: f64,
+    /// The highest rate that looks have shown.
+    pub(super) known: Known,
+    pub(super) cpu: Nanos,
+    pub(super) pass_time: Nanos,
+    pub(super) wakeups: u64,
+    pub(super) passes: u64,
+}
+
+impl Reaper {
+    pub(super) fn new(policy: Box<dyn Pacing>, lateness: Lateness, seed: u64) -> Self {
+        Self {
+            pacer: Pacer::new(policy),
+            seen: Vec::new(),
+            lateness,
+            random: Random::new(seed, STREAM),
+            rung: false,
+            deaf: 0,
+            wakes: NEVER,
+            turn: 0,
+            last_look: None,
+            rings: Vec::new(),
+            entries: 0,
+            delay: 0.0,
+            known: Known::default(),
+            cpu: 0,
+            pass_time: 0,
+            wakeups: 0,
+            passes: 0,
+        }
+    }
+
+    fn due(&self) -> Nanos {
+        nanos(self.pacer.due())
+    }
+
+    fn late(&mut self, until: Nanos) -> Nanos {
+        let late = self.lateness.draw(&mut self.random);
+        until.saturating_add(nanos(late))
+    }
+
+    /// Goes to sleep. When it wakes up, and which turn of the loop that will be.
+    pub(super) fn sleep(&mut self, now: Nanos) -> (Nanos, u64) {
+        let due = self.due();
+        self.delay = Duration::from_nanos(due.saturating_sub(now)).as_secs_f64();
+        let until = match self.rung {
+            true => due.min(self.deaf),
+            false => due,
+        };
+        self.wakes = match until <= now {
+            // There was no sleep to wake up from.
+            true => now,
+            false => self.late(until),
+        };
+        self.turn += 1;
+        (self.wakes, self.turn)
+    }
+
+    /// A vCPU has stopped on a full ring. If that lets it wake up earlier: when, and which turn that
+    /// will be.
+    pub(super) fn ring(&mut self, now: Nanos) -> Option<(Nanos, u64)> {
+        if std::mem::replace(&mut self.rung, true) || self.wakes == NEVER {
+            return None;
+        }
+        let wakes = self.late(now.max(self.deaf));
+        (wakes < self.wakes).then(|| {
+            self.wakes = wakes;
+            self.turn += 1;
+            (wakes, self.turn)
+        })
+    }
+
+    /// Wakes up, if this is the turn for it, to look at what is in `seen` then. Whether a full exit
+    /// has woken it.
+    pub(super) fn wake(&mut self, now: Nanos, turn: u64) -> Option<bool> {
+        if turn != self.turn || self.wakes == NEVER {
+            return None;
+        }
+        self.wakes = NEVER;
+        self.wakeups += 1;
+        self.rung = false;
+        let woken = now < self.due();
+        if woken {
+            self.deaf = now + DEAF;
+        }
+        Some(woken)
+    }
+
+    /// Learns from a look what a policy can learn.
+    pub(super) fn note(&mut self, now: Nanos) {
+        let elapsed = self.last_look.replace(now).map_or(0, |last| now - last);
+        if elapsed > 0 {
+            let logged = self.seen.iter().map(|ring| ring.logged).max();
+            let rate = logged.unwrap_or(0) as f64 / super::clock::seconds(elapsed);
+            self.known.see(now, rate);
+        }
+    }
+
+    /// Spends time on a pass.
+    pub(super) fn work(&mut self, time: Nanos) {
+        self.cpu += time;
+        self.pass_time += time;
+    }
+}
