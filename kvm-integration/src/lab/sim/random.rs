@@ -8,7 +8,7 @@ impl Random {
     /// The stream `stream` of `seed`: streams have nothing to do with one another.
     pub(super) fn new(seed: u64, stream: u64) -> Self {
         let start = Self(seed).next();
-        Self(start ^ Self(stream).next())
+        Self(Self(start ^ stream).next())
     }
 
     fn next(&mut self) -> u64 {
