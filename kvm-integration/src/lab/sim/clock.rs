@@ -13,10 +13,11 @@ pub(super) fn nanos(duration: Duration) -> Nanos {
     Nanos::try_from(duration.as_nanos()).unwrap_or(NEVER)
 }
 
-/// The same of seconds, rounded up: what is due is due by then.
+/// The same of seconds, rounded up: what is due is due by then. A millionth of a microsecond more is
+/// a rounding error.
 pub(super) fn nanos_up(seconds: f64) -> Nanos {
     // Saturates, and takes what is not a number for 0.
-    (seconds * 1e9).ceil() as Nanos
+    (seconds * 1e9 - 1e-3).ceil() as Nanos
 }
 
 pub(super) fn seconds(nanos: Nanos) -> f64 {

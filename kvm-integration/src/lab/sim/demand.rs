@@ -71,8 +71,7 @@ impl<'a> Demand<'a> {
             return Piece { until, rate: 0.0 };
         }
         let (length, rate) = self.length_and_rate(made);
-        // A piece of no length would never end.
-        self.until = self.until.saturating_add(length.max(1));
+        self.until = self.until.saturating_add(length);
         let until = self.until;
         Piece { until, rate }
     }
@@ -89,12 +88,13 @@ impl<'a> Demand<'a> {
                 let on = chunk as f64 / self.fastest;
                 let all = chunk as f64 / (rate * factor).max(1e-9);
                 match odd {
-                    true => (nanos_up(on), f64::INFINITY),
+                    true => (nanos_up(on).max(1), f64::INFINITY),
                     false => (nanos_up((all - on).max(0.0)), 0.0),
                 }
             }
             Load::Bursts { rate, on, off } => match odd {
-                true => (nanos(on), rate * factor),
+                // Pieces of no length would have no end.
+                true => (nanos(on).max(1), rate * factor),
                 false => (nanos(off), 0.0),
             },
             Load::Ramp { from, to, over } => {

@@ -161,52 +161,59 @@ impl Lock {
 
 #[cfg(test)]
 mod tests {
+    use super::super::queue::Actor::{Reaper, Vcpu};
     use super::*;
 
     #[test]
     fn a_fifth_pass_waits_for_a_shard() {
         let mut gate = Gate::new();
-        assert!((0..4).all(|actor| gate.begin(actor)));
-        assert!(!gate.begin(4) && !gate.begin(5));
-        assert_eq!(gate.end(), Some(4));
-        assert_eq!(gate.end(), Some(5));
+        assert!((0..4).all(|vcpu| gate.begin(Vcpu(vcpu))));
+        assert!(!gate.begin(Vcpu(4)) && !gate.begin(Reaper));
+        assert_eq!(gate.end(), Some(Vcpu(4)));
+        assert_eq!(gate.end(), Some(Reaper));
         assert_eq!(gate.end(), None);
-        assert!(gate.begin(6));
-        assert!(!gate.begin(7));
+        assert!(gate.begin(Vcpu(6)));
+        assert!(!gate.begin(Vcpu(7)));
     }
 
     #[test]
     fn a_reset_waits_for_harvests_and_serves_who_came_meanwhile() {
         let mut gate = Gate::new();
-        assert!(gate.harvest(0) && gate.harvest(1));
+        assert!(gate.harvest(Vcpu(0)) && gate.harvest(Reaper));
         gate.mark(0, 10);
         gate.mark(1, 5);
         assert_eq!(gate.harvested(), None);
-        assert_eq!(gate.reset(0), None, "1 harvests still");
-        assert!(!gate.harvest(2), "a reset is about to start");
-        let reset = Reset { by: 0, entries: 15 };
+        assert_eq!(gate.reset(Vcpu(0)), None, "the reaper harvests still");
+        assert!(!gate.harvest(Vcpu(2)), "a reset is about to start");
+        let reset = Reset {
+            by: Vcpu(0),
+            entries: 15,
+        };
         assert_eq!(gate.harvested(), Some(reset));
-        assert_eq!(gate.reset(1), None, "served by that of 0");
+        assert_eq!(gate.reset(Reaper), None, "served by that of vCPU 0");
         let opened = gate.open();
         assert_eq!(opened.recycled, [0, 1]);
-        assert_eq!(opened.served, [0, 1]);
-        assert_eq!(opened.harvest, [2]);
-        assert!(gate.harvest(2));
+        assert_eq!(opened.served, [Vcpu(0), Reaper]);
+        assert_eq!(opened.harvest, [Vcpu(2)]);
+        assert!(gate.harvest(Vcpu(2)));
         assert_eq!(gate.harvested(), None);
-        let reset = Reset { by: 2, entries: 0 };
-        assert_eq!(gate.reset(2), Some(reset));
+        let reset = Reset {
+            by: Vcpu(2),
+            entries: 0,
+        };
+        assert_eq!(gate.reset(Vcpu(2)), Some(reset));
     }
 
     #[test]
     fn the_lock_goes_to_who_has_waited_longest() {
         let mut lock = Lock::default();
-        assert!(lock.acquire(3));
-        assert!(!lock.acquire(1) && !lock.acquire(2));
-        assert_eq!(lock.release(), Some(1));
-        assert!(!lock.acquire(3));
-        assert_eq!(lock.release(), Some(2));
-        assert_eq!(lock.release(), Some(3));
+        assert!(lock.acquire(Vcpu(3)));
+        assert!(!lock.acquire(Reaper) && !lock.acquire(Vcpu(2)));
+        assert_eq!(lock.release(), Some(Reaper));
+        assert!(!lock.acquire(Vcpu(3)));
+        assert_eq!(lock.release(), Some(Vcpu(2)));
+        assert_eq!(lock.release(), Some(Vcpu(3)));
         assert_eq!(lock.release(), None);
-        assert!(lock.acquire(1));
+        assert!(lock.acquire(Reaper));
     }
 }

@@ -121,6 +121,16 @@ impl Load {
         }
     }
 
+    /// vCPUs of `vcpus` that ever store anything.
+    pub fn busy(&self, vcpus: usize) -> usize {
+        match self {
+            Self::Idle => 0,
+            Self::Skew { .. } => 1,
+            Self::Recorded(recording) => recording.busy().min(vcpus),
+            _ => vcpus,
+        }
+    }
+
     /// Pages that a vCPU stores to; endless for a load that comes to no page twice.
     pub(super) fn pages(&self) -> f64 {
         match self {

@@ -28,6 +28,8 @@ mod reaper;
 mod recording;
 pub mod scale;
 mod scenario;
+#[cfg(test)]
+mod tests;
 mod totals;
 mod vcpu;
 

@@ -5,8 +5,14 @@ use std::collections::BinaryHeap;
 
 use super::clock::{NEVER, Nanos};
 
-/// Somebody who makes passes: a vCPU by its number, or the reaper, which comes after the last.
-pub(super) type Actor = usize;
+/// Somebody who makes passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Actor {
+    /// A vCPU with a full ring.
+    Vcpu(usize),
+    /// The reaper.
+    Reaper,
+}
 
 /// Something that happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

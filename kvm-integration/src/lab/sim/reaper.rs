@@ -4,13 +4,16 @@ use std::time::Duration;
 
 use kvm_dirty_ring::pacing::{Pacer, Pacing, RingObservation};
 
-use super::clock::{NEVER, Nanos, nanos};
+use super::clock::{NEVER, Nanos, nanos, seconds};
 use super::known::Known;
 use super::lateness::Lateness;
 use super::random::Random;
 
 /// How long it is deaf to full exits after one has woken it, as the crate's reaper is.
 const DEAF: Nanos = 500_000;
+
+/// The shortest time over which a rate is measured.
+const SHORTEST: Nanos = 250_000;
 
 /// The stream of random numbers that no vCPU has.
 const STREAM: u64 = u64::MAX;
@@ -30,8 +33,9 @@ pub(super) struct Reaper {
     /// Tells its wake-ups apart: the one that it sleeps towards may come to be another.
     turn: u64,
     last_look: Option<Nanos>,
-    /// The pass under way: the rings it has yet to harvest, the next one last, and entries so far.
+    /// Of the pass under way: the rings it has yet to harvest, the next one last.
     pub(super) rings: Vec<usize>,
+    /// Entries that it has found so far.
     pub(super) entries: u64,
     /// Seconds for which the policy sleeps.
     pub(super) delay: f64,
@@ -127,9 +131,27 @@ impl Reaper {
         let elapsed = self.last_look.replace(now).map_or(0, |last| now - last);
         if elapsed > 0 {
             let logged = self.seen.iter().map(|ring| ring.logged).max();
-            let rate = logged.unwrap_or(0) as f64 / super::clock::seconds(elapsed);
+            // A rate of less time would be noise.
+            let elapsed = seconds(elapsed.max(SHORTEST));
+            let rate = logged.unwrap_or(0) as f64 / elapsed;
             self.known.see(now, rate);
         }
+    }
+
+    /// Spends time on a look, and begins the pass that it has led to, if it has.
+    pub(super) fn looked(&mut self, time: Nanos) {
+        self.cpu += time;
+        self.entries = 0;
+        self.rings.clear();
+        let reap = self.pacer.reap().iter().enumerate().rev();
+        let rings = reap.filter(|&(_, &reaps)| reaps).map(|(ring, _)| ring);
+        self.rings.extend(rings);
+    }
+
+    /// A pass is over.
+    pub(super) fn passed(&mut self, now: Nanos) {
+        self.passes += 1;
+        self.pacer.passed(Duration::from_nanos(now), self.entries);
     }
 
     /// Spends time on a pass.

@@ -89,6 +89,12 @@ impl Recording {
         self.changes.len()
     }
 
+    /// vCPUs that ever store anything.
+    pub fn busy(&self) -> usize {
+        let stores = |changes: &&Vec<(f64, f64)>| changes.iter().any(|&(_, rate)| rate > 0.0);
+        self.changes.iter().filter(stores).count()
+    }
+
     /// The highest rate of any vCPU.
     pub fn peak(&self) -> f64 {
         let rates = self.changes.iter().flatten().map(|&(_, rate)| rate);

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use kvm_dirty_ring::pacing::SHORTEST_LOOK;
+
+use super::clock::seconds;
 use super::costs::{Costs, Guest};
 use super::lateness::Lateness;
 use super::load::Load;
@@ -87,5 +90,21 @@ impl Scenario {
     /// Time in which a ring fills at that rate, in seconds; endless if nothing is logged.
     pub fn shortest_fill(&self) -> f64 {
         self.soft_limit as f64 / self.peak()
+    }
+
+    /// How well the rings can hold the load at all, whatever the policy: the time in which a ring
+    /// fills at the highest rate there is, divided by what a policy has to reckon with in that time:
+    /// the latest wake-up, a look, a pass that finds full every ring that is written to, and the
+    /// shortest sleep.
+    ///
+    /// Below 1 full exits are no policy's fault.
+    pub fn hold(&self) -> f64 {
+        let rings = self.vcpus as u64;
+        let busy = self.load.busy(self.vcpus) as u64;
+        let costs = &self.costs;
+        let look = costs.wake + costs.look * rings;
+        let pass = costs.pass(rings, busy, self.soft_limit * busy);
+        let host = seconds(look + pass) + (self.lateness.most + SHORTEST_LOOK).as_secs_f64();
+        self.shortest_fill() / host
     }
 }

@@ -131,7 +131,8 @@ impl<'a> Vcpu<'a> {
     pub(super) fn next(&self) -> Nanos {
         let rate = self.rate();
         let full = match self.fills() && rate > 0.0 {
-            true => self.at.saturating_add(nanos_up(self.room() / rate)),
+            // Not now: else there would be no end to it.
+            true => self.at.saturating_add(nanos_up(self.room() / rate).max(1)),
             false => NEVER,
         };
         full.min(self.piece.until)

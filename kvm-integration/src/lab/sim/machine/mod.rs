@@ -1,12 +1,14 @@
 //! The simulation: what happens, one event after the other.
 
+mod passes;
+
 use std::time::Duration;
 
 use kvm_dirty_ring::pacing::Pacing;
 
 use super::clock::{Nanos, nanos, seconds};
 use super::demand::Demand;
-use super::gate::{Gate, Lock, Reset};
+use super::gate::{Gate, Lock};
 use super::known::Known;
 use super::outcome::{FullExit, Outcome, RingTotals};
 use super::queue::{Actor, Event, Queue};
@@ -16,10 +18,6 @@ use super::scenario::{MOST_VCPUS, Scenario};
 use super::totals::Totals;
 use super::vcpu::Vcpu;
 use crate::lab::{Sample, Shape};
-
-/// Entries that a kernel keeps in reserve at most: fewer found at a full exit say nothing of the
-/// soft limit.
-const MOST_RESERVED: u64 = 64 + 512;
 
 /// Streams of random numbers for vCPUs' speeds begin here.
 const SPEEDS: u64 = 1 << 32;
@@ -79,11 +77,6 @@ impl<'a> Machine<'a> {
             passes: 0,
             outcome: Outcome::default(),
         }
-    }
-
-    /// The reaper among those who make passes.
-    fn reaper_actor(&self) -> Actor {
-        self.vcpus.len()
     }
 
     fn after(&mut self, time: Nanos, event: Event) {
@@ -147,7 +140,7 @@ impl<'a> Machine<'a> {
             known: seen.max(own.by(now)),
         });
         own.see(now, rate);
-        self.begin(index);
+        self.begin(Actor::Vcpu(index));
     }
 
     fn entered(&mut self, index: usize) {
@@ -157,154 +150,6 @@ impl<'a> Machine<'a> {
         vcpu.turn();
         self.queue.add(vcpu.next(), Event::Guest(index));
     }
-
-    // Passes.
-
-    fn begin(&mut self, actor: Actor) {
-        match self.shape {
-            Shape::OwnRing if self.gate.begin(actor) => self.harvest(actor),
-            Shape::AllRings if self.lock.acquire(actor) => self.locked(actor),
-            Shape::OwnRing | Shape::AllRings => {}
-        }
-    }
-
-    /// Harvests the actor's next ring as soon as it may.
-    fn harvest(&mut self, actor: Actor) {
-        if !self.gate.harvest(actor) {
-            return;
-        }
-        let mut reaper = self.reaper.as_mut().filter(|_| actor == self.vcpus.len());
-        let ring = match &mut reaper {
-            Some(reaper) => reaper.rings.pop().expect("a pass has rings"),
-            None => actor,
-        };
-        let vcpu = &mut self.vcpus[ring];
-        vcpu.advance(self.now);
-        let alone = vcpu.all_recycled();
-        let entries = vcpu.harvest();
-        self.gate.mark(ring, entries);
-        let costs = &self.scenario.costs;
-        let time = costs.harvest_ring + costs.harvest_entry * entries;
-        match reaper {
-            Some(reaper) => {
-                reaper.entries += entries;
-                reaper.work(time);
-            }
-            None => {
-                let least = self.scenario.ring_entries.saturating_sub(MOST_RESERVED);
-                if alone && entries >= least.max(1) {
-                    vcpu.known_soft_limit = entries;
-                }
-            }
-        }
-        self.after(time, Event::Harvested(actor));
-    }
-
-    fn harvested(&mut self, actor: Actor) {
-        if let Some(reset) = self.gate.harvested() {
-            self.reset(reset);
-        }
-        let reaper = self.reaper.as_mut();
-        let Some(reaper) = reaper.filter(|_| actor == self.vcpus.len()) else {
-            if let Some(reaper) = &mut self.reaper {
-                if let Some((at, turn)) = reaper.ring(self.now) {
-                    self.queue.add(at, Event::Wake(turn));
-                }
-            }
-            self.ask_for_reset(actor);
-            return;
-        };
-        if !reaper.rings.is_empty() {
-            self.harvest(actor);
-        } else if reaper.entries > 0 {
-            self.ask_for_reset(actor);
-        } else {
-            self.passed(actor);
-        }
-    }
-
-    fn ask_for_reset(&mut self, actor: Actor) {
-        if let Some(reset) = self.gate.reset(actor) {
-            self.reset(reset);
-        }
-    }
-
-    fn reset(&mut self, reset: Reset) {
-        let rings = self.vcpus.len() as u64;
-        let time = self.scenario.costs.reset_of(rings, reset.entries);
-        if let Some(reaper) = self.reaper.as_mut().filter(|_| reset.by as u64 == rings) {
-            reaper.work(time);
-        }
-        self.after(time, Event::Reset);
-    }
-
-    fn opened(&mut self) {
-        let opened = self.gate.open();
-        for ring in opened.recycled {
-            self.vcpus[ring].advance(self.now);
-            self.vcpus[ring].recycle();
-        }
-        for actor in opened.harvest {
-            self.harvest(actor);
-        }
-        for actor in opened.served {
-            self.passed(actor);
-        }
-    }
-
-    /// A pass is over.
-    fn passed(&mut self, actor: Actor) {
-        if let Shape::OwnRing = self.shape {
-            if let Some(next) = self.gate.end() {
-                self.harvest(next);
-            }
-        }
-        if actor != self.reaper_actor() {
-            self.passes += 1;
-            self.after(self.scenario.costs.exit, Event::Entered(actor));
-            return;
-        }
-        if let Some(reaper) = &mut self.reaper {
-            reaper.passes += 1;
-            let now = Duration::from_nanos(self.now);
-            reaper.pacer.passed(now, reaper.entries);
-        }
-        self.sleep();
-    }
-
-    /// QEMU's pass: all rings, and the reset, under one lock.
-    fn locked(&mut self, actor: Actor) {
-        let mut entries = 0;
-        for vcpu in &mut self.vcpus {
-            vcpu.advance(self.now);
-            entries += vcpu.harvest();
-        }
-        let rings = self.vcpus.len() as u64;
-        let costs = &self.scenario.costs;
-        let time = match entries {
-            // Nothing to reset.
-            0 => costs.harvest_ring * rings,
-            _ => costs.pass(rings, rings, entries),
-        };
-        if let Some(reaper) = self.reaper.as_mut().filter(|_| actor == rings as usize) {
-            reaper.entries = entries;
-            reaper.work(time);
-        }
-        self.after(time, Event::Unlocked(actor));
-    }
-
-    fn unlocked(&mut self, actor: Actor) {
-        for vcpu in &mut self.vcpus {
-            vcpu.advance(self.now);
-            vcpu.recycle();
-        }
-        if let Some(next) = self.lock.release() {
-            self.locked(next);
-        }
-        self.passed(actor);
-    }
-
-    // The reaper.
 
     fn sleep(&mut self) {
         if let Some(reaper) = &mut self.reaper {
@@ -338,24 +183,16 @@ impl<'a> Machine<'a> {
             self.outcome.failures.push(error);
         }
         reaper.note(now);
-        reaper.cpu += time;
-        reaper.entries = 0;
-        reaper.rings.clear();
-        let reap = reaper.pacer.reap().iter().enumerate().rev();
-        let rings = reap.filter(|&(_, &reaps)| reaps).map(|(ring, _)| ring);
-        reaper.rings.extend(rings);
+        reaper.looked(time);
         self.after(time, Event::Looked);
     }
 
     fn looked(&mut self) {
-        let reaps = self.reaper.as_ref().map(|reaper| !reaper.rings.is_empty());
-        match reaps {
-            Some(true) => self.begin(self.reaper_actor()),
-            Some(false) | None => self.sleep(),
+        match &self.reaper {
+            Some(reaper) if !reaper.rings.is_empty() => self.begin(Actor::Reaper),
+            _ => self.sleep(),
         }
     }
-
-    // What is seen of it.
 
     fn sample(&mut self) {
         let mut fullest = 0.0f64;
