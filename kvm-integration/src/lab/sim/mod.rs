@@ -17,7 +17,6 @@ mod clock;
 mod costs;
 mod demand;
 mod gate;
-mod known;
 mod lateness;
 mod load;
 mod machine;
@@ -28,6 +27,7 @@ mod reaper;
 mod recording;
 pub mod scale;
 mod scenario;
+mod sight;
 #[cfg(test)]
 mod tests;
 mod totals;

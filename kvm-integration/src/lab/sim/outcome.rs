@@ -26,9 +26,9 @@ pub struct FullExit {
     pub at: f64,
     /// Whose ring was full.
     pub vcpu: usize,
-    /// Entries per second that it was logging.
+    /// Entries per second that it had logged since the last look at the rings, on average.
     pub rate: f64,
-    /// The highest rate that a policy could have known of by then, see [`is_edge`](Self::is_edge).
+    /// The highest rate that the policy could know of by that look, see [`is_edge`](Self::is_edge).
     pub known: f64,
 }
 
@@ -36,12 +36,14 @@ impl FullExit {
     /// A rate so many times the highest one known is new.
     pub const NEW: f64 = 1.5;
 
-    /// Whether the guest did something that no policy could have known of: it logged more than 1.5
-    /// times as fast as any vCPU had before, as far as looks at the rings could show, and as the
-    /// same vCPU had at a full exit. What is known fades with a half-life of five seconds.
+    /// Whether the guest did something that no policy could have known of: since the last look, or,
+    /// where that has led to a pass that was under way, since the one before, this vCPU has logged
+    /// more than 1.5 times as fast as was known by then. Known is how fast the fastest vCPU was
+    /// between two looks, and what this vCPU's full exits have shown since; it fades with a
+    /// half-life of five seconds.
     ///
-    /// So each vCPU is excused once for each such rise of its rate, and only until the rise was
-    /// there to be seen.
+    /// So a vCPU is excused once for a rise of its rate, and only until the rise was there to be
+    /// seen.
     pub fn is_edge(&self) -> bool {
         self.rate > Self::NEW * self.known
     }

@@ -4,16 +4,13 @@ use std::time::Duration;
 
 use kvm_dirty_ring::pacing::{Pacer, Pacing, RingObservation};
 
-use super::clock::{NEVER, Nanos, nanos, seconds};
-use super::known::Known;
+use super::clock::{NEVER, Nanos, nanos};
 use super::lateness::Lateness;
 use super::random::Random;
+use super::sight::Sight;
 
 /// How long it is deaf to full exits after one has woken it, as the crate's reaper is.
 const DEAF: Nanos = 500_000;
-
-/// The shortest time over which a rate is measured.
-const SHORTEST: Nanos = 250_000;
 
 /// The stream of random numbers that no vCPU has.
 const STREAM: u64 = u64::MAX;
@@ -32,15 +29,14 @@ pub(super) struct Reaper {
     wakes: Nanos,
     /// Tells its wake-ups apart: the one that it sleeps towards may come to be another.
     turn: u64,
-    last_look: Option<Nanos>,
     /// Of the pass under way: the rings it has yet to harvest, the next one last.
     pub(super) rings: Vec<usize>,
     /// Entries that it has found so far.
     pub(super) entries: u64,
     /// Seconds for which the policy sleeps.
     pub(super) delay: f64,
-    /// The highest rate that looks have shown.
-    pub(super) known: Known,
+    /// The last look that has led to all it could lead to, and the last look.
+    pub(super) sights: [Sight; 2],
     pub(super) cpu: Nanos,
     pub(super) pass_time: Nanos,
     pub(super) wakeups: u64,
@@ -58,11 +54,10 @@ impl Reaper {
             deaf: 0,
             wakes: NEVER,
             turn: 0,
-            last_look: None,
             rings: Vec::new(),
             entries: 0,
             delay: 0.0,
-            known: Known::default(),
+            sights: Default::default(),
             cpu: 0,
             pass_time: 0,
             wakeups: 0,
@@ -93,6 +88,8 @@ impl Reaper {
             false => self.late(until),
         };
         self.turn += 1;
+        let [before, last] = &mut self.sights;
+        before.clone_from(last);
         (self.wakes, self.turn)
     }
 
@@ -126,20 +123,10 @@ impl Reaper {
         Some(woken)
     }
 
-    /// Learns from a look what a policy can learn.
-    pub(super) fn note(&mut self, now: Nanos) {
-        let elapsed = self.last_look.replace(now).map_or(0, |last| now - last);
-        if elapsed > 0 {
-            let logged = self.seen.iter().map(|ring| ring.logged).max();
-            // A rate of less time would be noise.
-            let elapsed = seconds(elapsed.max(SHORTEST));
-            let rate = logged.unwrap_or(0) as f64 / elapsed;
-            self.known.see(now, rate);
-        }
-    }
-
-    /// Spends time on a look, and begins the pass that it has led to, if it has.
-    pub(super) fn looked(&mut self, time: Nanos) {
+    /// Spends time on the look at `now`, and begins the pass that it has led to, if it has.
+    pub(super) fn looked(&mut self, now: Nanos, time: Nanos) {
+        let [before, last] = &mut self.sights;
+        last.take(before, now, &self.seen);
         self.cpu += time;
         self.entries = 0;
         self.rings.clear();

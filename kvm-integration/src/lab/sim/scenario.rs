@@ -30,8 +30,8 @@ pub struct Scenario {
     pub load: Load,
     /// How fast they can.
     pub guest: Guest,
-    /// How much the vCPUs' speeds and rates differ from the average, at most: a share of it.
-    /// Without any, all vCPUs also begin at the same moment.
+    /// How much the vCPUs' speeds and rates differ from the average, at most: a share of it, less
+    /// than 1. Without any, all vCPUs also begin at the same moment.
     pub jitter: f64,
     /// Where the random numbers begin.
     pub seed: u64,
@@ -80,10 +80,15 @@ impl Scenario {
         }
     }
 
+    /// [`jitter`](Self::jitter) as it can be.
+    pub(super) fn spread(&self) -> f64 {
+        self.jitter.clamp(0.0, 0.99)
+    }
+
     /// The highest rate at which any vCPU logs, in entries per second.
     pub fn peak(&self) -> f64 {
-        let most = 1.0 + self.jitter;
-        let fastest = self.guest.fastest() / (1.0 - self.jitter).max(1e-3);
+        let most = 1.0 + self.spread();
+        let fastest = self.guest.fastest() / (1.0 - self.spread());
         (self.load.peak() * most).min(fastest)
     }
 

@@ -57,7 +57,8 @@ impl<'a> Vcpu<'a> {
             next_stores: fastest(guest.next_store),
             pages,
             entries,
-            soft_limit,
+            // A vCPU whose ring is always full would never run.
+            soft_limit: soft_limit.max(1),
             known_soft_limit,
             at: 0,
             logged: 0.0,
@@ -72,7 +73,7 @@ impl<'a> Vcpu<'a> {
 
     /// Entries a second that it logs while it comes to pages that have none in the ring.
     pub(super) fn rate(&self) -> f64 {
-        self.piece.rate.min(self.first_stores)
+        self.piece.rate.min(self.first_stores).max(0.0)
     }
 
     /// Entries that may be in the ring: then it is full, or holds all pages there are.
@@ -179,7 +180,7 @@ impl<'a> Vcpu<'a> {
 
     /// How full the ring is, of what stops the vCPU.
     pub(super) fn fullness(&self) -> f64 {
-        self.waiting() as f64 / self.soft_limit.max(1) as f64
+        self.waiting() as f64 / self.soft_limit as f64
     }
 
     pub(super) fn observe(&self) -> RingObservation {

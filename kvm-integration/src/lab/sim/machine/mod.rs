@@ -9,12 +9,12 @@ use kvm_dirty_ring::pacing::Pacing;
 use super::clock::{Nanos, nanos, seconds};
 use super::demand::Demand;
 use super::gate::{Gate, Lock};
-use super::known::Known;
 use super::outcome::{FullExit, Outcome, RingTotals};
 use super::queue::{Actor, Event, Queue};
 use super::random::Random;
 use super::reaper::Reaper;
 use super::scenario::{MOST_VCPUS, Scenario};
+use super::sight::Known;
 use super::totals::Totals;
 use super::vcpu::Vcpu;
 use crate::lab::{Sample, Shape};
@@ -28,7 +28,7 @@ pub(super) struct Machine<'a> {
     now: Nanos,
     queue: Queue,
     vcpus: Vec<Vcpu<'a>>,
-    /// Each vCPU's highest rate at a full exit.
+    /// The highest rate that each vCPU's full exits have shown.
     known: Vec<Known>,
     gate: Gate,
     lock: Lock,
@@ -47,16 +47,12 @@ impl<'a> Machine<'a> {
         let count = scenario.vcpus.clamp(1, MOST_VCPUS);
         let vcpu = |index| {
             let Scenario {
-                load,
-                guest,
-                jitter,
-                seed,
-                ..
+                load, guest, seed, ..
             } = scenario;
-            let mut random = Random::new(*seed, SPEEDS + index as u64);
-            let slower = random.around_one(*jitter);
+            let spread = scenario.spread();
+            let slower = Random::new(*seed, SPEEDS + index as u64).around_one(spread);
             let fastest = guest.fastest() / slower;
-            let demand = Demand::new(load, index, *seed, *jitter, fastest);
+            let demand = Demand::new(load, index, *seed, spread, fastest);
             let sizes = [
                 scenario.ring_entries,
                 scenario.soft_limit,
@@ -127,19 +123,22 @@ impl<'a> Machine<'a> {
             return;
         }
         vcpu.stopped = Some(now);
-        let rate = vcpu.rate();
-        let own = &mut self.known[index];
-        let seen = self
-            .reaper
-            .as_ref()
-            .map_or(0.0, |reaper| reaper.known.by(now));
+        let (rate, logged) = (vcpu.rate(), vcpu.logged());
+        let own = self.known[index].by(now);
+        let sights = self.reaper.iter().flat_map(|reaper| &reaper.sights);
+        let rates = sights.map(|sight| sight.since(now, index, logged));
+        let rates = rates.map(|(rate, known)| (rate, known.max(own)));
+        // The look that was the more surprised.
+        let ratio = |&(rate, known): &(f64, f64)| rate / known;
+        let most = rates.max_by(|one, other| ratio(one).total_cmp(&ratio(other)));
+        let (rate, known) = most.unwrap_or((rate, own));
+        self.known[index].see(now, rate);
         self.outcome.full_exits.push(FullExit {
             at: seconds(now),
             vcpu: index,
             rate,
-            known: seen.max(own.by(now)),
+            known,
         });
-        own.see(now, rate);
         self.begin(Actor::Vcpu(index));
     }
 
@@ -182,8 +181,7 @@ impl<'a> Machine<'a> {
         if let Err(error) = reaper.pacer.look(at, woken, &mut reaper.seen) {
             self.outcome.failures.push(error);
         }
-        reaper.note(now);
-        reaper.looked(time);
+        reaper.looked(now, time);
         self.after(time, Event::Looked);
     }
 
