@@ -103,12 +103,17 @@ fn resets_are_shared_and_qemus_passes_queue() {
         time: ms(100),
         ..plain(2, constant())
     };
-    let stall = |shape| run_policy(&scenario, shape, None).measured.stall.as_nanos() as u64;
+    let stall = |shape| {
+        let Measured { stall, stores, .. } = run_policy(&scenario, shape, None).measured;
+        // The guest stands still meanwhile, also where others make room in its ring.
+        let running = ms(200) - stall;
+        assert_eq!(stores, (running.as_secs_f64() * 50_000.0) as u64);
+        stall.as_nanos() as u64
+    };
     let harvest = 100 + 3 * 4032;
     let reset = 15_000 + 2 * 300 + 2 * 57 * 4032;
     assert_eq!(stall(Shape::OwnRing), 2 * (harvest + reset + 5_000));
-    // The first takes both rings, and the second finds what little the first's vCPU has logged
-    // since: it had been back for as long as an entry takes not even once.
+    // The first takes both rings, and the second finds nothing to reset.
     let first = 2 * harvest + reset;
     let second = first + 2 * 100;
     assert_eq!(stall(Shape::AllRings), first + second + 2 * 5_000);
@@ -141,6 +146,68 @@ fn rings_fill_up_while_a_pass_is_under_way() {
     };
     assert_eq!(full_exits(45_002), 0);
     assert_eq!(full_exits(44_998), 1);
+}
+
+/// Wake-ups, looks at empty rings and at others, and passes.
+#[test]
+fn the_reapers_time_adds_up() {
+    let load = Load::Recorded("0,0,1000".parse().unwrap());
+    let scenario = Scenario {
+        costs: Costs::MEASURED,
+        warm_up: ms(100),
+        time: ms(190),
+        ..plain(3, load)
+    };
+    let Measured {
+        wakeups,
+        reaper_passes,
+        reaper_cpu,
+        pass_time,
+        entries,
+        ..
+    } = fixed(&scenario, ms(100)).measured;
+    assert_eq!([wakeups, reaper_passes, entries], [2, 2, 200]);
+    // The pass of a tenth of a second comes after the end of the warm-up, and finds as many.
+    let pass = 3 * 100 + 3 * 100 + 15_000 + 3 * 300 + 57 * 100;
+    let look = 5_000 + 2 * 30 + 126;
+    assert_eq!(pass_time, Duration::from_nanos(2 * pass));
+    assert_eq!(reaper_cpu, Duration::from_nanos(2 * (look + pass)));
+}
+
+#[test]
+fn a_fifo_reaper_has_a_lateness_of_its_own() {
+    let scenario = Scenario::new(2, constant());
+    let arm = Arm::named("look-first-fifo").unwrap();
+    let lateness = Lateness::FIFO;
+    let in_time = Scenario {
+        lateness,
+        ..scenario.clone()
+    };
+    let policy = arm.policy.map(|policy| policy());
+    let expected = run_policy(&in_time, Shape::OwnRing, policy);
+    assert_eq!(run(&scenario, &arm), expected);
+    let other = Arm::named("look-first").unwrap();
+    assert_ne!(run(&scenario, &other), expected);
+}
+
+#[test]
+fn tables_have_a_row_for_each_size_and_arm() {
+    let scenario = Scenario {
+        time: ms(500),
+        ..Scenario::new(1, Load::Skew { rate: 1e6 })
+    };
+    let arms = ["fixed", "qemu"].map(|name| Arm::named(name).unwrap());
+    let rows: Vec<_> = scale::rows(&scenario, &scale::SIZES, &arms).collect();
+    let names: Vec<_> = rows.iter().map(|row| (row.vcpus, row.arm)).collect();
+    let sizes = [64, 256, 1024].into_iter();
+    let expected: Vec<_> = sizes
+        .flat_map(|size| [(size, "fixed"), (size, "qemu")])
+        .collect();
+    assert_eq!(names, expected);
+    for row in rows {
+        assert_eq!(row.outcome.rings.len(), row.vcpus);
+        assert_eq!(row.cells()[..2], [row.vcpus.to_string(), row.arm.into()]);
+    }
 }
 
 #[test]
