@@ -42,6 +42,9 @@ impl FullExit {
     /// between two looks, and what this vCPU's full exits have shown since; it fades with a
     /// half-life of five seconds.
     ///
+    /// A rate is measured over at least the time in which four million entries a second would fill a
+    /// ring: what comes in less is a spurt.
+    ///
     /// So a vCPU is excused once for a rise of its rate, and only until the rise was there to be
     /// seen.
     pub fn is_edge(&self) -> bool {

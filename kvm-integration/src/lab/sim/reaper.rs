@@ -7,6 +7,7 @@ use kvm_dirty_ring::pacing::{Pacer, Pacing, RingObservation};
 use super::clock::{NEVER, Nanos, nanos};
 use super::lateness::Lateness;
 use super::random::Random;
+use super::scenario::Scenario;
 use super::sight::Sight;
 
 /// How long it is deaf to full exits after one has woken it, as the crate's reaper is.
@@ -44,12 +45,12 @@ pub(super) struct Reaper {
 }
 
 impl Reaper {
-    pub(super) fn new(policy: Box<dyn Pacing>, lateness: Lateness, seed: u64) -> Self {
+    pub(super) fn new(policy: Box<dyn Pacing>, scenario: &Scenario) -> Self {
         Self {
             pacer: Pacer::new(policy),
             seen: Vec::new(),
-            lateness,
-            random: Random::new(seed, STREAM),
+            lateness: scenario.lateness,
+            random: Random::new(scenario.seed, STREAM),
             rung: false,
             deaf: 0,
             wakes: NEVER,
@@ -57,7 +58,7 @@ impl Reaper {
             rings: Vec::new(),
             entries: 0,
             delay: 0.0,
-            sights: Default::default(),
+            sights: [(); 2].map(|()| Sight::new(scenario.soft_limit)),
             cpu: 0,
             pass_time: 0,
             wakeups: 0,

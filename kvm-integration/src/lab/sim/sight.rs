@@ -7,8 +7,9 @@ use super::clock::{Nanos, seconds};
 /// Seconds in which a rate once seen loses half its weight.
 const HALF_LIFE: f64 = 5.0;
 
-/// The shortest time over which a rate is measured: of less it would be noise.
-const SHORTEST: Nanos = 250_000;
+/// Entries a second that no vCPU logs. What comes in less time than it would take at this rate to
+/// fill a ring is a spurt, and not yet a rate.
+const FASTEST: f64 = 4e6;
 
 /// The highest rate seen, fading.
 #[derive(Debug, Clone, Copy, Default)]
@@ -34,6 +35,8 @@ impl Known {
 /// A look at the rings, and what was known by then.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Sight {
+    /// Seconds that rates are measured over at least.
+    shortest: f64,
     at: Nanos,
     /// What each vCPU had logged.
     logged: Vec<u64>,
@@ -41,6 +44,14 @@ pub(super) struct Sight {
 }
 
 impl Sight {
+    /// No look yet, at rings that stop their vCPUs at `soft_limit` entries.
+    pub(super) fn new(soft_limit: u64) -> Self {
+        Self {
+            shortest: soft_limit as f64 / FASTEST,
+            ..Self::default()
+        }
+    }
+
     /// What a look shows to those who know of the one before.
     pub(super) fn take(&mut self, before: &Self, now: Nanos, rings: &[RingObservation]) {
         self.at = now;
@@ -64,7 +75,7 @@ impl Sight {
     }
 
     fn per_second(&self, now: Nanos, entries: f64) -> f64 {
-        entries / seconds((now - self.at).max(SHORTEST))
+        entries / seconds(now - self.at).max(self.shortest)
     }
 }
 
@@ -91,12 +102,12 @@ mod tests {
             (ring.taken, ring.waiting) = (taken, waiting);
             ring
         };
-        let nothing = Sight::default();
-        let [mut first, mut second] = [(); 2].map(|()| Sight::default());
+        let [nothing, mut first, mut second] = [(); 3].map(|()| Sight::new(400));
         first.take(&nothing, 0, &[ring(5, 5), ring(0, 100)]);
         assert_eq!(first.since(1_000_000_000, 1, 300.0), (200.0, 0.0));
         second.take(&first, 500_000_000, &[ring(50, 20), ring(100, 20)]);
-        assert_eq!(second.since(500_000_000, 0, 71.0), (4000.0, 120.0));
+        // In no time at all, which counts as the 100 us in which a ring could fill.
+        assert_eq!(second.since(500_000_000, 0, 71.0), (10_000.0, 120.0));
         assert_eq!(second.since(5_500_000_000, 1, 130.0), (2.0, 60.0));
     }
 }

@@ -69,7 +69,7 @@ impl<'a> Machine<'a> {
             known: vec![Known::default(); count],
             gate: Gate::new(),
             lock: Lock::default(),
-            reaper: policy.map(|policy| Reaper::new(policy, scenario.lateness, scenario.seed)),
+            reaper: policy.map(|policy| Reaper::new(policy, scenario)),
             passes: 0,
             outcome: Outcome::default(),
         }
