@@ -180,13 +180,19 @@ impl<'a> Pass<'a, Harvested> {
         let layout = Arc::clone(&self.layout);
         let vcpus = layout.vcpus.iter().enumerate();
         let vcpus = vcpus.filter(|&(place, _)| wanted(place));
-        let taken = vcpus.map(|(_, vcpu)| self.harvest(vcpu).entries);
+        // Once for all rings: each entry into the gate may wait for a reset.
+        let mut marking = self.harvester.gate.harvest();
+        let taken = vcpus.map(|(_, vcpu)| self.harvest_marking(vcpu, &mut marking).entries);
         taken.map(u64::from).sum()
     }
 
     /// Harvests one ring into the shard.
     pub(crate) fn harvest(&mut self, vcpu: &Vcpu) -> Taken {
         let mut marking = self.harvester.gate.harvest();
+        self.harvest_marking(vcpu, &mut marking)
+    }
+
+    fn harvest_marking(&mut self, vcpu: &Vcpu, marking: &mut Harvest<'_>) -> Taken {
         let mut ring = lock(&vcpu.ring);
         // Before anything moves the head.
         let overrun_before = ring.is_overrun();
@@ -205,8 +211,7 @@ impl<'a> Pass<'a, Harvested> {
         drop(ring);
         setter.set();
         let misses = setter.misses;
-        self.note_marked(&mut marking, gap + entries);
-        drop(marking);
+        self.note_marked(marking, gap + entries);
 
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());
@@ -255,7 +260,7 @@ impl<'a> Pass<'a, Harvested> {
     }
 
     fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {
-        marking.marked = entries;
+        marking.marked += u64::from(entries);
         if entries > 0 {
             let faults = self.stage.faults;
             self.shard.unreset.get_or_insert(Unreset { faults });

@@ -173,13 +173,13 @@ impl ResetGate {
 pub(crate) struct Harvest<'a> {
     gate: &'a ResetGate,
     /// How many were.
-    pub(crate) marked: u32,
+    pub(crate) marked: u64,
 }
 
 impl Drop for Harvest<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.gate.state);
-        state.marked += u64::from(self.marked);
+        state.marked += self.marked;
         state.harvests -= 1;
         self.gate.wake(state);
     }

@@ -14,7 +14,7 @@ pub(super) struct Gate {
     shards: usize,
     /// Who waits for a shard.
     begin: VecDeque<Actor>,
-    /// Rings being harvested.
+    /// Passes that harvest.
     harvests: usize,
     /// Somebody resets, or waits for the last harvest to end to do so.
     in_flight: Option<Actor>,
@@ -68,7 +68,7 @@ impl Gate {
         next
     }
 
-    /// Whether `actor` may harvest a ring now, or must wait until [`open`](Self::open) names it.
+    /// Whether `actor` may harvest its rings now, or must wait until [`open`](Self::open) names it.
     pub(super) fn harvest(&mut self, actor: Actor) -> bool {
         let open = self.in_flight.is_none();
         match open {

@@ -1,4 +1,4 @@
-//! Passes: the crate's, a ring at a time and with resets shared, and QEMU's under one lock.
+//! Passes: the crate's, with resets shared, and QEMU's under one lock.
 
 use super::Machine;
 use crate::lab::Shape;
@@ -19,11 +19,14 @@ impl Machine<'_> {
         }
     }
 
-    /// Harvests the actor's next ring, as soon as it may.
+    /// Harvests the actor's rings, as soon as it may.
     pub(super) fn harvest(&mut self, actor: Actor) {
-        if !self.gate.harvest(actor) {
-            return;
+        if self.gate.harvest(actor) {
+            self.harvest_next(actor);
         }
+    }
+
+    fn harvest_next(&mut self, actor: Actor) {
         let ring = match (actor, &mut self.reaper) {
             (Actor::Vcpu(own), _) => own,
             (Actor::Reaper, reaper) => {
@@ -56,11 +59,15 @@ impl Machine<'_> {
 
     /// A ring is harvested.
     pub(super) fn harvested(&mut self, actor: Actor) {
+        if let (Actor::Reaper, Some(reaper)) = (actor, &self.reaper) {
+            if !reaper.rings.is_empty() {
+                return self.harvest_next(actor);
+            }
+        }
         if let Some(reset) = self.gate.harvested() {
             self.reset(reset);
         }
         match (actor, &mut self.reaper) {
-            (Actor::Reaper, Some(reaper)) if !reaper.rings.is_empty() => self.harvest(actor),
             // There is nothing to reset.
             (Actor::Reaper, Some(reaper)) if reaper.entries == 0 => self.passed(actor),
             (Actor::Reaper, _) => self.ask_for_reset(actor),
