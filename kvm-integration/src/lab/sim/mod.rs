@@ -14,6 +14,7 @@
 //! another's caches and locks inside the kernel.
 
 mod clock;
+pub mod constants;
 mod costs;
 mod demand;
 mod gate;
