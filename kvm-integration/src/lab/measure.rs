@@ -1,5 +1,6 @@
 //! What is measured of an arm under a load.
 
+use std::iter::Sum;
 use std::time::Duration;
 
 /// What one arm did under one load, from the end of the warm-up on.
@@ -41,6 +42,25 @@ pub struct Sample {
     pub delay: f64,
     /// Exits for a full ring since the arm's start.
     pub full_exits: u64,
+}
+
+impl<'a> Sum<&'a Measured> for Measured {
+    /// As if all of them were one watch.
+    fn sum<I: Iterator<Item = &'a Measured>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            time: sum.time + one.time,
+            full_exits: sum.full_exits + one.full_exits,
+            stall: sum.stall + one.stall,
+            passes: sum.passes + one.passes,
+            minimum: sum.minimum + one.minimum,
+            entries: sum.entries + one.entries,
+            stores: sum.stores + one.stores,
+            reaper_cpu: sum.reaper_cpu + one.reaper_cpu,
+            pass_time: sum.pass_time + one.pass_time,
+            wakeups: sum.wakeups + one.wakeups,
+            reaper_passes: sum.reaper_passes + one.reaper_passes,
+        })
+    }
 }
 
 impl Measured {
@@ -87,5 +107,10 @@ impl Measured {
     /// The reaper's wake-ups a second.
     pub fn wakeups_per_second(&self) -> f64 {
         self.per_second(self.wakeups as f64)
+    }
+
+    /// The reaper's wake-ups per pass of its own; `None` where it made none.
+    pub fn wakeups_per_pass(&self) -> Option<f64> {
+        (self.reaper_passes > 0).then(|| self.wakeups as f64 / self.reaper_passes as f64)
     }
 }

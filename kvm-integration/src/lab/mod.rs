@@ -2,8 +2,18 @@
 //! discrete-event simulation, and what is measured of them.
 
 pub mod arm;
+pub mod cell;
 pub mod measure;
+pub mod pattern;
+pub mod result;
+pub mod rhythm;
 pub mod sim;
 
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
+
 pub use arm::{Arm, Shape};
+pub use cell::Cell;
 pub use measure::{Measured, Sample};
+pub use pattern::Pattern;
+pub use result::{ArmResult, CellResult};

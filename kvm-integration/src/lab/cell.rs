@@ -1,0 +1,28 @@
+//! What the arms are compared under.
+
+use std::fmt;
+
+use super::pattern::Pattern;
+
+/// One guest, under which every arm has its turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cell {
+    /// What it does.
+    pub pattern: Pattern,
+    /// Its vCPUs.
+    pub vcpus: u32,
+    /// The size of each ring.
+    pub ring_entries: u32,
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            pattern,
+            vcpus,
+            ring_entries,
+        } = self;
+        let noun = if *vcpus == 1 { "vCPU" } else { "vCPUs" };
+        write!(f, "{pattern}, {vcpus} {noun}, rings of {ring_entries}")
+    }
+}

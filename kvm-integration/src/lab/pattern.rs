@@ -1,0 +1,197 @@
+//! What the guest does.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::rhythm::Rhythm;
+
+/// Page stores a second of a vCPU that has little to do.
+const TRICKLE: f64 = 2000.0;
+
+/// What the vCPUs of a guest do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pattern {
+    /// Each vCPU walks pages of its own, as fast as it goes, and leaves the guest for nothing.
+    Constant,
+    /// The same at 2,000 pages a second.
+    Trickle,
+    /// Bursts of 0.2 s at full speed, all vCPUs at once.
+    Bursts,
+    /// From next to nothing to nearly full speed within seconds, over and over.
+    Ramp,
+    /// One vCPU as in `Constant`; the others idle.
+    Skew,
+    /// Each vCPU stores to the same pages over and over, which all fit into its ring.
+    HotSet,
+    /// No vCPU runs.
+    Idle,
+    /// As `Constant`, by a guest that `kvm_pvm` emulates: it logs ten times as fast.
+    Fast,
+    /// As `Bursts`, by such a guest.
+    FastBursts,
+}
+
+/// A name that is no pattern's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no workload is called `{name}`: choose one of {}", names())]
+pub struct UnknownPattern {
+    name: String,
+}
+
+impl Pattern {
+    /// Every pattern.
+    pub const ALL: [Self; 9] = [
+        Self::Constant,
+        Self::Trickle,
+        Self::Bursts,
+        Self::Ramp,
+        Self::Skew,
+        Self::HotSet,
+        Self::Idle,
+        Self::Fast,
+        Self::FastBursts,
+    ];
+
+    /// The name, as [`FromStr`] reads it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Constant => "constant",
+            Self::Trickle => "trickle",
+            Self::Bursts => "bursts",
+            Self::Ramp => "ramp",
+            Self::Skew => "skew",
+            Self::HotSet => "hot-set",
+            Self::Idle => "idle",
+            Self::Fast => "fast",
+            Self::FastBursts => "fast-bursts",
+        }
+    }
+
+    /// Whether the guest is of the kind that `kvm_pvm` emulates.
+    pub fn is_emulated(self) -> bool {
+        matches!(self, Self::Fast | Self::FastBursts)
+    }
+
+    /// How many of `vcpus` vCPUs run at all.
+    pub fn running(self, vcpus: u32) -> u32 {
+        match self {
+            Self::Idle => 0,
+            Self::Skew => vcpus.min(1),
+            _ => vcpus,
+        }
+    }
+
+    /// Pages that each vCPU has for itself.
+    ///
+    /// Of pages that were stored to and are not protected again, a ring holds an entry each. So a
+    /// vCPU that walks more pages than its ring has entries finds every one protected, and logs
+    /// each store.
+    pub fn pages_per_vcpu(self, ring_entries: u32) -> u64 {
+        match self {
+            Self::HotSet => u64::from(ring_entries) / 2,
+            _ => u64::from(ring_entries) * 4,
+        }
+    }
+
+    /// When a vCPU stores.
+    pub fn rhythm(self) -> Rhythm {
+        match self {
+            Self::Trickle => Rhythm::Steady(TRICKLE),
+            Self::Bursts | Self::FastBursts => Rhythm::Bursts,
+            Self::Ramp => Rhythm::Ramp,
+            _ => Rhythm::Unlimited,
+        }
+    }
+
+    /// Stores between two exits of the guest's own; 0 for none.
+    pub fn chunk(self) -> u32 {
+        match self {
+            // An emulated guest without exits overruns its ring.
+            Self::Fast | Self::FastBursts => 32,
+            Self::Trickle | Self::Bursts | Self::Ramp => 128,
+            _ => 0,
+        }
+    }
+
+    /// How long a measurement takes at least to say anything.
+    pub fn shortest(self, ring_entries: u32) -> Duration {
+        match self {
+            // Two fills of the ring.
+            Self::Trickle => Duration::from_secs_f64(2.2 * f64::from(ring_entries) / TRICKLE),
+            Self::Bursts | Self::FastBursts => 4 * Rhythm::BURST_PERIOD,
+            Self::Ramp => Rhythm::RAMP_PERIOD,
+            Self::Idle => Duration::from_secs(3),
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// How long a policy takes, from empty rings, until it does what it will go on doing.
+    pub fn warm_up(self, vcpus: u32, ring_entries: u32, cores: u32) -> Duration {
+        /// About what a guest takes for the first store to a protected page.
+        const FIRST_STORE: Duration = Duration::from_micros(30);
+        let settled = Duration::from_millis(500);
+        match self {
+            // The first edge of a burst is for the policy to learn from.
+            Self::Bursts | Self::FastBursts => 2 * Rhythm::BURST_PERIOD,
+            Self::Idle => Duration::from_secs(2),
+            Self::HotSet => {
+                // Until all of the set is in the ring.
+                let pages = self.pages_per_vcpu(ring_entries) as u32;
+                settled + FIRST_STORE * pages * vcpus.div_ceil(cores.max(1))
+            }
+            _ => settled,
+        }
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = UnknownPattern;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPattern> {
+        let found = Self::ALL.into_iter().find(|pattern| pattern.name() == name);
+        found.ok_or_else(|| UnknownPattern { name: name.into() })
+    }
+}
+
+fn names() -> String {
+    Pattern::ALL.map(Pattern::name).join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for pattern in Pattern::ALL {
+            assert_eq!(pattern.to_string().parse(), Ok(pattern));
+        }
+        let error = "stroll".parse::<Pattern>().unwrap_err().to_string();
+        assert!(error.contains("constant, trickle"), "{error}");
+    }
+
+    #[test]
+    fn walks_are_longer_than_rings_and_hot_sets_shorter() {
+        for pattern in Pattern::ALL {
+            let pages = pattern.pages_per_vcpu(1024);
+            assert_eq!(pattern == Pattern::HotSet, pages < 1024, "{pattern}");
+            assert_eq!(pages % u64::from(pattern.chunk().max(1)), 0, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn whoever_is_held_back_leaves_the_guest_to_be() {
+        for pattern in Pattern::ALL {
+            if pattern.rhythm() != Rhythm::Unlimited || pattern.is_emulated() {
+                assert_ne!(pattern.chunk(), 0, "{pattern}");
+            }
+        }
+    }
+}
