@@ -18,6 +18,8 @@ pub struct Host {
     pub kernel: String,
     /// How many CPUs this process may run on.
     pub cores: usize,
+    /// What the CPU is called.
+    pub cpu: String,
 }
 
 impl Host {
@@ -27,6 +29,7 @@ impl Host {
             kvm_kind: kvm_kind(),
             kernel: kernel_release(),
             cores: thread::available_parallelism().map_or(1, usize::from),
+            cpu: cpu_model(),
         }
     }
 
@@ -46,6 +49,7 @@ impl fmt::Display for Host {
             kvm_kind,
             kernel,
             cores,
+            ..
         } = self;
         let noun = if *cores == 1 { "core" } else { "cores" };
         write!(f, "{kvm_kind}, Linux {kernel}, {cores} {noun}")
@@ -98,6 +102,27 @@ fn kvm_kind() -> String {
     .into()
 }
 
+/// The model of the first CPU, as the kernel calls it; `unknown` if it does not say.
+fn cpu_model() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut lines = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+    let model = lines.find(|(key, _)| key.trim() == "model name");
+    model.map_or("unknown".into(), |(_, model)| model.trim().into())
+}
+
+/// Memory that can be had without taking it from somebody, in MiB; `None` if the kernel does not
+/// say.
+pub fn available_mib() -> Option<u64> {
+    available_of(&fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn available_of(meminfo: &str) -> Option<u64> {
+    let mut lines = meminfo.lines();
+    let value = lines.find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024)
+}
+
 fn kernel_release() -> String {
     // SAFETY: utsname is made of arrays of bytes only, for which zeroes are a valid value.
     let mut name: libc::utsname = unsafe { std::mem::zeroed() };
@@ -108,4 +133,16 @@ fn kernel_release() -> String {
     // SAFETY: the kernel ends each field with a NUL inside its array, which is still borrowed.
     let release = unsafe { CStr::from_ptr(name.release.as_ptr()) };
     release.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read() {
+        let meminfo = "MemTotal: 9 kB\nMemAvailable:   2097152 kB\nX: 1 kB\n";
+        assert_eq!(available_of(meminfo), Some(2048));
+        assert_eq!(available_of("nonsense"), None);
+    }
 }

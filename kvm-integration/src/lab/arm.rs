@@ -26,7 +26,14 @@ pub struct Arm {
     pub fifo: bool,
     /// Makes the policy; `None` for no reaper at all.
     pub policy: Option<fn() -> Box<dyn Pacing>>,
+    /// How long the policy takes, from its start, until it does what it will go on doing.
+    pub settles: Duration,
 }
+
+/// What most policies take.
+const SETTLES: Duration = Duration::from_millis(500);
+/// A delay of 1 s that is shortened pass by pass, down to its shortest.
+const SETTLES_BY_PASSES: Duration = Duration::from_secs(2);
 
 impl Arm {
     /// Every arm.
@@ -40,9 +47,9 @@ impl Arm {
         Self::new("fixed-10ms", || {
             Box::new(Fixed::new(Duration::from_millis(10)))
         }),
-        Self::new("run-levels", || Box::new(RunLevels::as_meant())),
-        Self::new("run-levels-as-posted", || Box::new(RunLevels::as_posted())),
-        Self::new("halve-and-creep", || Box::new(HalveAndCreep::default())),
+        Self::new("run-levels", || Box::new(RunLevels::as_meant())).by_passes(),
+        Self::new("run-levels-as-posted", || Box::new(RunLevels::as_posted())).by_passes(),
+        Self::new("halve-and-creep", || Box::new(HalveAndCreep::default())).by_passes(),
         Self::new("poll", || Box::new(Poll)),
         Self {
             shape: Shape::AllRings,
@@ -60,6 +67,14 @@ impl Arm {
             shape: Shape::OwnRing,
             fifo: false,
             policy: Some(policy),
+            settles: SETTLES,
+        }
+    }
+
+    const fn by_passes(self) -> Self {
+        Self {
+            settles: SETTLES_BY_PASSES,
+            ..self
         }
     }
 

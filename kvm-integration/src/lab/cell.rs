@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::pattern::Pattern;
+use super::result::describe;
 
 /// One guest, under which every arm has its turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -17,12 +18,6 @@ pub struct Cell {
 
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            pattern,
-            vcpus,
-            ring_entries,
-        } = self;
-        let noun = if *vcpus == 1 { "vCPU" } else { "vCPUs" };
-        write!(f, "{pattern}, {vcpus} {noun}, rings of {ring_entries}")
+        describe(f, self.pattern.name(), self.vcpus, self.ring_entries)
     }
 }

@@ -8,6 +8,7 @@ pub mod pattern;
 pub mod result;
 pub mod rhythm;
 pub mod sim;
+pub mod turn;
 
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
@@ -17,3 +18,4 @@ pub use cell::Cell;
 pub use measure::{Measured, Sample};
 pub use pattern::Pattern;
 pub use result::{ArmResult, CellResult};
+pub use turn::Turn;

@@ -114,33 +114,27 @@ impl Pattern {
         }
     }
 
-    /// How long a measurement takes at least to say anything.
-    pub fn shortest(self, ring_entries: u32) -> Duration {
+    /// How long it takes to show all that it does: nothing shorter is a measurement.
+    pub fn period(self, ring_entries: u32) -> Duration {
         match self {
             // Two fills of the ring.
             Self::Trickle => Duration::from_secs_f64(2.2 * f64::from(ring_entries) / TRICKLE),
             Self::Bursts | Self::FastBursts => 4 * Rhythm::BURST_PERIOD,
             Self::Ramp => Rhythm::RAMP_PERIOD,
+            // Three of the longest sleeps.
             Self::Idle => Duration::from_secs(3),
             _ => Duration::ZERO,
         }
     }
 
-    /// How long a policy takes, from empty rings, until it does what it will go on doing.
-    pub fn warm_up(self, vcpus: u32, ring_entries: u32, cores: u32) -> Duration {
-        /// About what a guest takes for the first store to a protected page.
-        const FIRST_STORE: Duration = Duration::from_micros(30);
-        let settled = Duration::from_millis(500);
+    /// How long it takes to show whatever a policy can't know of but must learn.
+    pub fn lesson(self) -> Duration {
         match self {
-            // The first edge of a burst is for the policy to learn from.
+            // The first edge.
             Self::Bursts | Self::FastBursts => 2 * Rhythm::BURST_PERIOD,
+            // Sleeps that are doubled until they are as long as they get.
             Self::Idle => Duration::from_secs(2),
-            Self::HotSet => {
-                // Until all of the set is in the ring.
-                let pages = self.pages_per_vcpu(ring_entries) as u32;
-                settled + FIRST_STORE * pages * vcpus.div_ceil(cores.max(1))
-            }
-            _ => settled,
+            _ => Duration::ZERO,
         }
     }
 }

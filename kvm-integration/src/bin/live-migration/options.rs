@@ -1,10 +1,9 @@
 //! The command line.
 
-use std::fs;
-
 use clap::{Parser, ValueEnum};
 use kvm_dirty_ring::RingEntries;
 use kvm_dirty_ring::error::RingSizeError;
+use kvm_integration::host::available_mib;
 use kvm_integration::machine::{MAX_PAGES, Setup};
 use kvm_integration::stamp::MAX_VCPUS;
 use kvm_integration::{Policy, Workload};
@@ -118,8 +117,7 @@ impl Options {
     /// # Errors
     /// They don't.
     pub fn check_memory(&self) -> Result<(), TooLarge> {
-        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        self.check_against(available_mib(&meminfo))
+        self.check_against(available_mib())
     }
 
     fn check_against(&self, available: Option<u64>) -> Result<(), TooLarge> {
@@ -129,14 +127,6 @@ impl Options {
             _ => Ok(()),
         }
     }
-}
-
-fn available_mib(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib / 1024)
 }
 
 fn ring_entries(text: &str) -> Result<RingEntries, String> {
@@ -209,9 +199,7 @@ mod tests {
 
     #[test]
     fn memory_must_do_for_guest_and_copy() {
-        let available = available_mib("MemTotal: 9 kB\nMemAvailable:   2097152 kB\nX: 1 kB\n");
-        assert_eq!(available, Some(2048));
-        assert_eq!(available_mib("nonsense"), None);
+        let available = Some(2048);
         assert_eq!(
             parse("--memory-mib 1024").unwrap().check_against(available),
             Ok(())

@@ -7,11 +7,17 @@ mod options;
 mod plan;
 #[cfg(target_arch = "x86_64")]
 mod real;
+mod report;
+mod run;
+mod simulated;
+mod svg;
 mod table;
+mod targets;
 #[cfg(target_arch = "x86_64")]
 mod watchdog;
 
 use std::error::Error;
+use std::fs;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -23,14 +29,14 @@ use kvm_integration::lab::CellResult;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use options::Options;
+use plan::Plan;
+#[cfg(target_arch = "x86_64")]
+use real::measure;
+use run::{Unwritten, chain};
+use simulated::{SimPlan, simulate};
 
 /// As a shell reports the end by SIGINT.
 const INTERRUPTED: u8 = 130;
-
-/// Nobody may take silence for success.
-#[derive(Debug, thiserror::Error)]
-#[error("the result could not be written: see where the output goes")]
-struct Unwritten(#[source] io::Error);
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -49,46 +55,52 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &dyn Error) -> ExitCode {
-    eprint!("error: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        eprint!(": {error}");
-        cause = error.source();
-    }
-    eprintln!();
+    eprintln!("error: {}", chain(error));
     ExitCode::from(2)
 }
 
 fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
-    let plan = plan::Plan::new(options);
-    say(&format!("{}\n", Host::detect()))?;
     let mut results = Vec::new();
     let mut report = |result: CellResult| {
-        let text = table::table(&result);
+        say(&table::table(&result))?;
+        if let Some(directory) = &options.svg {
+            let path = svg::draw(directory, &result)?;
+            eprintln!("drawn: {}", path.display());
+        }
         results.push(result);
-        say(&text)
+        Ok(())
     };
-    measure(&plan, interrupted, &mut report)
+    let (mut skipped, mut slice_ms) = (Vec::new(), 0);
+    if options.sim {
+        let plan = SimPlan::new(options)?;
+        say(&format!("simulated, seed {}\n", options.seed))?;
+        simulate(&plan, interrupted, &mut report)?;
+    } else {
+        let plan = Plan::new(options)?;
+        say(&format!("{}\n", Host::detect()))?;
+        slice_ms = plan.slice.as_millis() as u64;
+        skipped = measure(&plan, interrupted, &mut report)?;
+    }
+    let verdicts = targets::verdicts(&results, options.sim);
+    say(&table::verdicts(&verdicts))?;
+    if let Some(path) = &options.json {
+        let report = report::Report::new(options, slice_ms, &results, &skipped, &verdicts);
+        fs::write(path, report.json()?).map_err(Unwritten::to(path.display()))?;
+    }
+    Ok(())
 }
 
 fn say(text: &str) -> Result<(), Unwritten> {
-    writeln!(io::stdout(), "{text}").map_err(Unwritten)
-}
-
-type Report<'a> = dyn FnMut(CellResult) -> Result<(), Unwritten> + 'a;
-
-#[cfg(target_arch = "x86_64")]
-fn measure(
-    plan: &plan::Plan,
-    interrupted: &AtomicBool,
-    report: &mut Report<'_>,
-) -> Result<(), Box<dyn Error>> {
-    real::measure(plan, interrupted, report)
+    writeln!(io::stdout(), "{text}").map_err(Unwritten::to("stdout"))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn measure(_: &plan::Plan, _: &AtomicBool, _: &mut Report<'_>) -> Result<(), Box<dyn Error>> {
-    Err("the guest is x86-64 code and this machine is not".into())
+fn measure(
+    _: &Plan,
+    _: &AtomicBool,
+    _: &mut run::Report<'_>,
+) -> Result<Vec<run::Skipped>, Box<dyn Error>> {
+    Err("the guest is x86-64 code and this machine is not: choose --sim".into())
 }
 
 /// A flag that SIGINT or SIGTERM sets.

@@ -1,45 +1,83 @@
 //! The command line.
 
+use std::path::PathBuf;
+
 use clap::Parser;
 use kvm_dirty_ring::RingEntries;
-use kvm_integration::lab::{Arm, Pattern};
-use kvm_integration::stamp::MAX_VCPUS;
+use kvm_integration::lab::Arm;
+use kvm_integration::lab::sim::MOST_VCPUS;
 
-/// Compares pacing policies side by side, on real KVM.
+/// Compares pacing policies side by side, on real KVM or simulated.
 ///
 /// For each workload, number of vCPUs and ring size there is one guest, which runs all the time;
-/// the policies take turns. What each does is counted from the end of its warm-up on.
+/// the policies take turns. What each does is counted from the end of its warm-up on. Tables, and
+/// how the figures compare to what is aimed at, go to stdout, everything else to stderr.
+///
+/// Exit status: 0 if it ran, whatever was missed; 2 if it could not; 130 if interrupted.
 #[derive(Debug, Clone, Parser)]
 #[command(version)]
 pub struct Options {
     /// Less than two minutes: the guests for which there are targets
-    #[arg(long)]
+    #[arg(long, conflicts_with = "sim")]
     pub quick: bool,
 
-    /// Only this workload; may be repeated
+    /// Only this workload: constant, trickle, bursts, ramp, skew, hot-set, idle, fast or
+    /// fast-bursts; with --sim also sliced or walk. May be repeated
     #[arg(long = "workload", value_name = "NAME")]
-    pub workloads: Vec<Pattern>,
+    pub workloads: Vec<String>,
 
-    /// Only guests with so many vCPUs; may be repeated
+    /// Only guests with so many vCPUs, up to 32, simulated up to 1024. May be repeated
     #[arg(long, value_name = "N",
-          value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
+          value_parser = clap::value_parser!(u32).range(1..=MOST_VCPUS as i64))]
     pub vcpus: Vec<u32>,
 
-    /// Only rings of so many entries; may be repeated
+    /// Only rings of so many entries, a power of two from 256 to 65536. May be repeated
     #[arg(long, value_name = "N", value_parser = ring_entries)]
     pub ring_entries: Vec<u32>,
 
-    /// Only this policy; may be repeated
+    /// Only this policy: look-first, look-first-fifo, fixed, fixed-10ms, run-levels,
+    /// run-levels-as-posted, halve-and-creep, poll, qemu or no-reaper. May be repeated
     #[arg(long = "arm", value_name = "NAME", value_parser = arm)]
-    pub arms: Vec<&'static str>,
+    pub arms: Vec<Arm>,
 
-    /// How long a turn is watched, in milliseconds; some workloads take longer
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=600_000))]
+    /// How long a turn is measured, in milliseconds; slow workloads take longer. 2000 unless told
+    /// otherwise, 1000 with --quick
+    #[arg(long, value_name = "MS", conflicts_with = "sim",
+          value_parser = clap::value_parser!(u64).range(10..=600_000))]
     pub slice_ms: Option<u64>,
 
     /// Turns of each policy
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub rounds: Option<u32>,
+    #[arg(long, value_name = "N", default_value_t = 2, conflicts_with = "sim",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+
+    /// Writes all figures to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Draws a picture of each guest into this directory: how full the fullest ring is, how long
+    /// the reaper sleeps, and full exits. It takes one more turn of each policy
+    #[arg(long, value_name = "DIR")]
+    pub svg: Option<PathBuf>,
+
+    /// Simulates guests, of 64, 256 and 1024 vCPUs unless told otherwise
+    #[arg(long)]
+    pub sim: bool,
+
+    /// Seconds that are simulated, after 2 of warm-up
+    #[arg(long, value_name = "N", default_value_t = 60, requires = "sim",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub seconds: u64,
+
+    /// Where the simulation's random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "sim")]
+    pub seed: u64,
+
+    /// Simulates what this file has recorded, a line for each change of a vCPU's page stores per
+    /// second: `seconds,vcpu,rate`
+    #[arg(long, value_name = "FILE", requires = "sim",
+          conflicts_with_all = ["workloads", "vcpus"])]
+    pub trace: Option<PathBuf>,
 }
 
 fn ring_entries(text: &str) -> Result<u32, String> {
@@ -50,12 +88,73 @@ fn ring_entries(text: &str) -> Result<u32, String> {
     Ok(entries.get())
 }
 
-fn arm(name: &str) -> Result<&'static str, String> {
-    match Arm::named(name) {
-        Some(arm) => Ok(arm.name),
-        None => {
-            let names = Arm::ALL.map(|arm| arm.name).join(", ");
-            Err(format!("choose one of {names}"))
+fn arm(name: &str) -> Result<Arm, String> {
+    Arm::named(name).ok_or_else(|| {
+        let names = Arm::ALL.map(|arm| arm.name).join(", ");
+        format!("choose one of {names}")
+    })
+}
+
+#[cfg(test)]
+pub mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    pub fn parse(args: &str) -> Result<Options, clap::Error> {
+        Options::try_parse_from(["pacing-lab"].into_iter().chain(args.split_whitespace()))
+    }
+
+    #[test]
+    fn is_a_sound_command() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn help_names_every_arm() {
+        let help = Options::command().render_long_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        for arm in Arm::ALL {
+            assert!(help.contains(arm.name), "{}", arm.name);
+        }
+        assert_eq!(parse("--help").unwrap_err().kind(), ErrorKind::DisplayHelp);
+    }
+
+    #[test]
+    fn filters_are_repeated() {
+        let options = parse("--vcpus 1 --vcpus 8 --arm poll --arm fixed --ring-entries 1024");
+        let options = options.unwrap();
+        assert_eq!(options.vcpus, [1, 8]);
+        assert_eq!(options.ring_entries, [1024]);
+        let names: Vec<_> = options.arms.iter().map(|arm| arm.name).collect();
+        assert_eq!(names, ["poll", "fixed"]);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for args in [
+            "--vcpus 0",
+            "--vcpus 1025",
+            "--ring-entries 1000",
+            "--ring-entries 131072",
+            "--ring-entries many",
+            "--arm quickest",
+            "--slice-ms 1",
+            "--rounds 0",
+            "--seconds 5",
+            "--seed 5",
+            "--trace file",
+            "--sim --seconds 0",
+            "--sim --quick",
+            "--sim --rounds 3",
+            "--sim --slice-ms 100",
+            "--sim --trace file --vcpus 3",
+            "--json",
+            "now",
+        ] {
+            let error = parse(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{args}: {error}");
         }
     }
 }

@@ -1,21 +1,12 @@
-//! Which guests are run, under which arms, for how long.
+//! Which real guests are run, under which arms, for how long.
 
 use std::time::Duration;
 
-use kvm_integration::lab::{Arm, Cell, Pattern};
+use kvm_integration::lab::pattern::UnknownPattern;
+use kvm_integration::lab::{Arm, Cell, Pattern, Turn};
+use kvm_integration::stamp::MAX_VCPUS;
 
 use crate::options::Options;
-
-/// All that a run does.
-#[derive(Debug)]
-pub struct Plan {
-    /// The guests, with the arms that take turns under each.
-    pub cells: Vec<(Cell, Vec<Arm>)>,
-    /// Turns of each arm.
-    pub rounds: u32,
-    /// How long a turn is watched.
-    pub slice: Duration,
-}
 
 use Pattern::{Bursts, Constant, Fast, FastBursts, HotSet, Idle, Ramp, Skew, Trickle};
 
@@ -56,52 +47,101 @@ const QUICK: [(Pattern, u32, u32); 10] = [
     (Fast, 8, 4096),
 ];
 
+/// What a guest has that is named by its workload alone.
+const VCPUS: u32 = 2;
+const RING_ENTRIES: u32 = 4096;
+
+/// All that a run does.
+#[derive(Debug)]
+pub struct Plan {
+    /// The guests, with the arms that take turns under each.
+    pub cells: Vec<(Cell, Vec<Arm>)>,
+    /// Turns of each arm.
+    pub rounds: u32,
+    /// How long a turn is measured.
+    pub slice: Duration,
+    /// Whether there is one more turn of each arm, to be drawn.
+    pub drawn: bool,
+}
+
+/// What is asked for can't be run.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// There is no such workload.
+    #[error(transparent)]
+    Pattern(#[from] UnknownPattern),
+    /// There is no such guest.
+    #[error("a guest of {0} vCPUs is too large for real KVM here: at most {MAX_VCPUS}, or --sim")]
+    Vcpus(u32),
+}
+
 impl Plan {
     /// What is asked for.
-    pub fn new(options: &Options) -> Self {
-        let quick = options.quick;
-        let cells = if quick { &QUICK[..] } else { &FULL };
-        let cells = cells.iter().map(|&(pattern, vcpus, ring_entries)| Cell {
+    ///
+    /// # Errors
+    /// There is no such thing.
+    pub fn new(options: &Options) -> Result<Self, PlanError> {
+        if let Some(&vcpus) = options.vcpus.iter().find(|&&vcpus| vcpus > MAX_VCPUS) {
+            return Err(PlanError::Vcpus(vcpus));
+        }
+        let workloads = options.workloads.iter();
+        let patterns: Result<Vec<Pattern>, _> = workloads.map(|name| name.parse()).collect();
+        let arms = |cell: &Cell| match &options.arms[..] {
+            [] if options.quick => quick_arms(cell.pattern),
+            [] => Arm::ALL.to_vec(),
+            some => some.to_vec(),
+        };
+        let cells = cells(options, &patterns?);
+        let slice_ms = if options.quick { 1000 } else { 2000 };
+        Ok(Self {
+            cells: cells.into_iter().map(|cell| (cell, arms(&cell))).collect(),
+            rounds: options.rounds,
+            slice: Duration::from_millis(options.slice_ms.unwrap_or(slice_ms)),
+            drawn: options.svg.is_some(),
+        })
+    }
+
+    /// How long it takes, if guests are made within no time and dirty pages as fast as they can.
+    pub fn duration(&self) -> Duration {
+        let turns = self.rounds + u32::from(self.drawn);
+        let cells = self.cells.iter().flat_map(|(cell, arms)| {
+            let turn = |arm| Turn::new(cell, arm, self.slice, Duration::ZERO);
+            arms.iter().map(move |arm| turn(arm).total())
+        });
+        cells.sum::<Duration>() * turns
+    }
+}
+
+/// The guests: where numbers are asked for, all of those; else those of the list.
+fn cells(options: &Options, patterns: &[Pattern]) -> Vec<Cell> {
+    let list = if options.quick { &QUICK[..] } else { &FULL };
+    let asked_for = |pattern: Pattern| patterns.is_empty() || patterns.contains(&pattern);
+    if options.vcpus.is_empty() && options.ring_entries.is_empty() {
+        let listed = list.iter().filter(|&&(pattern, ..)| asked_for(pattern));
+        let cell = |&(pattern, vcpus, ring_entries)| Cell {
             pattern,
             vcpus,
             ring_entries,
-        });
-        let mut cells: Vec<Cell> = cells.collect();
-        // Whoever names numbers gets them, whether or not they are in the list.
-        let patterns: Vec<Pattern> = match &options.workloads[..] {
-            [] => Pattern::ALL.to_vec(),
-            some => some.to_vec(),
         };
-        cells.retain(|cell| patterns.contains(&cell.pattern));
-        if !options.vcpus.is_empty() || !options.ring_entries.is_empty() {
-            let or = |given: &[u32], default: u32| match given {
-                [] => vec![default],
-                some => some.to_vec(),
-            };
-            cells.clear();
-            for pattern in patterns {
-                for vcpus in or(&options.vcpus, 2) {
-                    for ring_entries in or(&options.ring_entries, 4096) {
-                        cells.push(Cell {
-                            pattern,
-                            vcpus,
-                            ring_entries,
-                        });
-                    }
-                }
+        return listed.map(cell).collect();
+    }
+    let or = |given: &[u32], default| match given {
+        [] => vec![default],
+        some => some.to_vec(),
+    };
+    let mut cells = Vec::new();
+    for pattern in Pattern::ALL.into_iter().filter(|&p| asked_for(p)) {
+        for &vcpus in &or(&options.vcpus, VCPUS) {
+            for &ring_entries in &or(&options.ring_entries, RING_ENTRIES) {
+                cells.push(Cell {
+                    pattern,
+                    vcpus,
+                    ring_entries,
+                });
             }
         }
-        let arms = |cell: &Cell| match &options.arms[..] {
-            [] if quick => quick_arms(cell.pattern),
-            [] => Arm::ALL.to_vec(),
-            some => some.iter().filter_map(|name| Arm::named(name)).collect(),
-        };
-        Self {
-            cells: cells.into_iter().map(|cell| (cell, arms(&cell))).collect(),
-            rounds: options.rounds.unwrap_or(2),
-            slice: Duration::from_millis(options.slice_ms.unwrap_or(1000)),
-        }
     }
+    cells
 }
 
 /// The arms that targets speak of.
@@ -114,4 +154,72 @@ fn quick_arms(pattern: Pattern) -> Vec<Arm> {
         _ => &["look-first", "look-first-fifo", "fixed"],
     };
     names.iter().filter_map(|name| Arm::named(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::tests::parse;
+
+    fn plan(args: &str) -> Plan {
+        Plan::new(&parse(args).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn runs_take_as_long_as_promised() {
+        // Making a guest takes a second or so.
+        assert!(plan("--quick").duration() < Duration::from_secs(110));
+        assert!(plan("").duration() < Duration::from_secs(23 * 60));
+    }
+
+    #[test]
+    fn a_full_run_has_every_workload_and_arm() {
+        let plan = plan("");
+        for pattern in Pattern::ALL {
+            assert!(plan.cells.iter().any(|(cell, _)| cell.pattern == pattern));
+        }
+        for (_, arms) in &plan.cells {
+            assert_eq!(arms.len(), Arm::ALL.len());
+        }
+        assert_eq!(plan.slice, Duration::from_secs(2));
+    }
+
+    #[test]
+    fn quick_names_are_arms() {
+        for pattern in Pattern::ALL {
+            let arms = quick_arms(pattern);
+            let compared = matches!(pattern, Pattern::Idle | Pattern::Trickle);
+            assert!(
+                compared || arms.iter().any(|arm| arm.name == "fixed"),
+                "{pattern}"
+            );
+        }
+        let fast = quick_arms(Fast)
+            .iter()
+            .map(|arm| arm.name)
+            .collect::<Vec<_>>();
+        assert_eq!(fast, ["look-first", "look-first-fifo", "fixed", "qemu"]);
+    }
+
+    #[test]
+    fn filters_choose_or_multiply() {
+        let guests = |args| {
+            let cells = plan(args).cells.into_iter();
+            let cells = cells.map(|(cell, _)| (cell.pattern, cell.vcpus, cell.ring_entries));
+            cells.collect::<Vec<_>>()
+        };
+        assert_eq!(guests("--workload trickle"), [(Trickle, 1, 4096)]);
+        let both = guests("--workload skew --workload ramp --vcpus 3 --ring-entries 256");
+        assert_eq!(both, [(Ramp, 3, 256), (Skew, 3, 256)]);
+        assert_eq!(guests("--vcpus 1 --vcpus 4").len(), 2 * Pattern::ALL.len());
+        assert_eq!(plan("--arm poll").cells[0].1.len(), 1);
+        assert_eq!(plan("--quick --slice-ms 50").slice.as_millis(), 50);
+    }
+
+    #[test]
+    fn what_there_is_not_is_refused() {
+        for args in ["--vcpus 33", "--workload stroll", "--workload sliced"] {
+            assert!(Plan::new(&parse(args).unwrap()).is_err(), "{args}");
+        }
+    }
 }

@@ -1,69 +1,114 @@
 //! The run on real KVM.
 
-use std::collections::BTreeSet;
 use std::error::Error;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_integration::kvm_available;
 use kvm_integration::lab::kvm::{KvmCell, LabError};
-use kvm_integration::lab::{ArmResult, CellResult};
+use kvm_integration::lab::{Arm, ArmResult, Cell, CellResult};
+use kvm_ioctls::Kvm;
 
-use crate::Report;
 use crate::plan::Plan;
+use crate::run::{Report, Skipped};
 use crate::watchdog::Watchdog;
 
 /// What setting up or taking down anything takes at most, on a machine with much else to do.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Runs the plan, and reports cell by cell.
+/// Runs the plan, and reports guest by guest. Arms that this machine refuses are skipped.
+///
+/// # Errors
+/// KVM can't be had, a vCPU or a reaper failed, or `interrupted` was set.
 pub fn measure(
     plan: &Plan,
     interrupted: &AtomicBool,
     report: &mut Report<'_>,
-) -> Result<(), Box<dyn Error>> {
+) -> Result<Vec<Skipped>, Box<dyn Error>> {
     let kvm = kvm_available()?;
-    let watchdog = Watchdog::start()?;
-    let mut refused = BTreeSet::new();
+    let mut run = Run {
+        plan,
+        kvm,
+        interrupted,
+        watchdog: Watchdog::start()?,
+        skipped: Vec::new(),
+    };
+    let start = Instant::now();
+    let minutes = plan.duration().as_secs_f64() / 60.0;
+    let guests = plan.cells.len();
+    eprintln!("{guests} guests, at least {minutes:.1} minutes");
     for (number, (cell, arms)) in plan.cells.iter().enumerate() {
-        eprintln!("{}/{}: {cell}", number + 1, plan.cells.len());
-        watchdog.allow(LONGEST, &cell.to_string());
-        let mut running = KvmCell::start(&kvm, *cell, interrupted)?;
-        let turn = running.turn(plan.slice);
+        let gone = start.elapsed().as_secs();
+        eprintln!("{}/{guests}, {gone} s: {cell}", number + 1);
+        report(run.cell(cell, arms)?)?;
+    }
+    Ok(run.skipped)
+}
+
+struct Run<'a> {
+    plan: &'a Plan,
+    kvm: Kvm,
+    interrupted: &'a AtomicBool,
+    watchdog: Watchdog,
+    skipped: Vec<Skipped>,
+}
+
+impl Run<'_> {
+    fn cell(&mut self, cell: &Cell, arms: &[Arm]) -> Result<CellResult, LabError> {
+        self.watchdog.allow(LONGEST, &cell.to_string());
+        let mut guest = KvmCell::start(&self.kvm, *cell, self.interrupted)?;
         let mut results: Vec<_> = arms.iter().map(|arm| ArmResult::new(arm.name)).collect();
-        for round in 0..plan.rounds {
+        let rounds = self.plan.rounds;
+        for round in 0..rounds + u32::from(self.plan.drawn) {
             for place in 0..arms.len() {
-                // No arm is always the one after the same other.
+                // No arm always comes after the same other one.
                 let place = (place + round as usize) % arms.len();
-                let (arm, result) = (&arms[place], &mut results[place]);
-                if refused.contains(arm.name) {
-                    continue;
-                }
-                let what = format!("{cell}, {}", arm.name);
-                watchdog.allow(turn.warm_up + turn.measure + LONGEST, &what);
-                match running.take_turn(arm, turn, false) {
-                    Ok(outcome) => {
-                        result.rounds.push(outcome.measured);
-                        result.overruns += outcome.overruns;
-                    }
-                    Err(error @ LabError::Refused { .. }) => {
-                        let cause = error.source().map(ToString::to_string);
-                        eprintln!(
-                            "SKIPPED {}: {error}: {}",
-                            arm.name,
-                            cause.unwrap_or_default()
-                        );
-                        refused.insert(arm.name);
-                    }
-                    Err(error) => return Err(error.into()),
-                }
+                let sampled = round == rounds;
+                self.turn(cell, &mut guest, &arms[place], sampled, &mut results[place])?;
             }
         }
-        watchdog.allow(LONGEST, &cell.to_string());
-        drop(running);
+        self.watchdog.allow(LONGEST, &cell.to_string());
+        drop(guest);
         results.retain(|result| !result.rounds.is_empty());
-        let arms = results;
-        report(CellResult { cell: *cell, arms })?;
+        Ok(CellResult {
+            workload: cell.pattern.to_string(),
+            vcpus: cell.vcpus,
+            ring_entries: cell.ring_entries,
+            arms: results,
+        })
     }
-    Ok(())
+
+    fn turn(
+        &mut self,
+        cell: &Cell,
+        guest: &mut KvmCell<'_>,
+        arm: &Arm,
+        sampled: bool,
+        result: &mut ArmResult,
+    ) -> Result<(), LabError> {
+        if self.skipped.iter().any(|skipped| skipped.arm == arm.name) {
+            return Ok(());
+        }
+        let turn = guest.turn(arm, self.plan.slice);
+        let what = format!("{cell}, {}", arm.name);
+        self.watchdog.allow(turn.total() + LONGEST, &what);
+        let outcome = match guest.take_turn(arm, turn, sampled) {
+            Ok(outcome) => outcome,
+            Err(LabError::Refused { source, .. }) => {
+                let skipped = Skipped::new(arm.name, &source);
+                eprintln!("SKIPPED {}: {}", skipped.arm, skipped.why);
+                self.skipped.push(skipped);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        match sampled {
+            // Sampling takes a little of what is measured.
+            true => result.samples = outcome.samples,
+            false => result.rounds.push(outcome.measured),
+        }
+        result.overruns += outcome.overruns;
+        result.saturated += u32::from(outcome.saturated);
+        Ok(())
+    }
 }

@@ -1,40 +1,74 @@
-//! What came of a cell, as a table for people that is Markdown, too.
+//! Figures for people: tables that are aligned, and Markdown, too.
 
-use kvm_integration::lab::{ArmResult, CellResult};
+use kvm_integration::lab::{ArmResult, CellResult, Measured};
 
-const HEAD: [&str; 11] = [
+use crate::targets::Verdict;
+
+const ARMS: [&str; 12] = [
     "arm",
     "full exits/s",
     "stall ms/s",
     "passes ÷ min",
     "entries/pass",
     "stores/s",
+    "± %",
     "÷ best",
     "reaper CPU %",
-    "beyond passes",
+    "beyond passes %",
     "wake-ups/s",
-    "per pass",
+    "a pass",
 ];
 
-/// The table of one cell, under its name.
+const TARGETS: [&str; 6] = ["", "target", "guest", "arm", "wanted", "measured"];
+
+/// The table of one guest, under its name.
 pub fn table(result: &CellResult) -> String {
     let best = result.most_stores_per_second();
-    let mut rows = vec![HEAD.map(String::from).to_vec()];
-    rows.extend(result.arms.iter().map(|arm| row(arm, best)));
-    let mut text = format!("### {}\n\n{}", result.cell, aligned(&rows));
-    for arm in result.arms.iter().filter(|arm| arm.overruns > 0) {
-        text += &format!(
-            "\n{}: {} OVERRUNS of rings; its figures mean nothing\n",
-            arm.arm, arm.overruns
-        );
+    let rows = result.arms.iter().map(|arm| row(arm, best));
+    let mut text = format!("### {result}\n\n{}", aligned(&ARMS, rows.collect()));
+    for arm in &result.arms {
+        let ArmResult { arm, overruns, .. } = arm;
+        if *overruns > 0 {
+            text += &format!(
+                "\n{arm}: rings were OVERRUN {overruns} times, its figures mean nothing\n"
+            );
+        }
+    }
+    for arm in result.arms.iter().filter(|arm| arm.saturated > 0) {
+        text += &format!("\n{}: saturated, passes take most of its time\n", arm.arm);
     }
     text
 }
 
+/// How the figures compare to what is aimed at.
+pub fn verdicts(verdicts: &[Verdict]) -> String {
+    let met = verdicts.iter().filter(|verdict| verdict.met).count();
+    let row = |verdict: &Verdict| {
+        let fate = if verdict.met { "met" } else { "MISSED" };
+        let measured = verdict.measured.map_or("without bound".into(), figure);
+        vec![
+            fate.into(),
+            verdict.target.into(),
+            verdict.guest.clone(),
+            verdict.arm.into(),
+            verdict.wanted.to_string(),
+            measured,
+        ]
+    };
+    let rows = verdicts.iter().map(row).collect();
+    let all = verdicts.len();
+    format!(
+        "### Targets: {met} of {all} met\n\n{}",
+        aligned(&TARGETS, rows)
+    )
+}
+
 fn row(arm: &ArmResult, best: f64) -> Vec<String> {
     let all = arm.total();
-    let or_none = |figure: Option<f64>| figure.map_or("-".into(), |figure| format!("{figure:.2}"));
-    let share = all.stores_per_second() / best.max(1.0);
+    let or_none =
+        |figure: Option<f64>| figure.map_or_else(|| "-".into(), |figure| format!("{figure:.2}"));
+    let share = (best > 0.0).then(|| all.stores_per_second() / best);
+    let spread = arm.spread(Measured::stores_per_second);
     vec![
         arm.arm.into(),
         figure(all.full_exits_per_second()),
@@ -42,11 +76,8 @@ fn row(arm: &ArmResult, best: f64) -> Vec<String> {
         or_none(all.passes_by_minimum()),
         format!("{:.0}", all.entries_per_pass()),
         figure(all.stores_per_second()),
-        if best > 0.0 {
-            format!("{share:.3}")
-        } else {
-            "-".into()
-        },
+        spread.map_or_else(|| "-".into(), |spread| format!("{:.0}", spread * 100.0)),
+        share.map_or_else(|| "-".into(), |share| format!("{share:.3}")),
         format!("{:.2}", all.reaper_percent()),
         format!("{:.2}", all.overhead_percent()),
         figure(all.wakeups_per_second()),
@@ -55,7 +86,7 @@ fn row(arm: &ArmResult, best: f64) -> Vec<String> {
 }
 
 /// With about three digits that count.
-fn figure(value: f64) -> String {
+pub fn figure(value: f64) -> String {
     match value {
         0.0 => "0".into(),
         ..0.1 => format!("{value:.3}"),
@@ -67,32 +98,169 @@ fn figure(value: f64) -> String {
     }
 }
 
-/// The first column to the left, the others to the right.
-fn aligned(rows: &[Vec<String>]) -> String {
-    let width = |column: usize| {
-        let widths = rows.iter().map(|row| row[column].chars().count());
-        widths.max().unwrap_or(0)
-    };
-    let widths: Vec<_> = (0..rows.first().map_or(0, Vec::len)).map(width).collect();
-    let mut text = String::new();
-    for (number, row) in rows.iter().enumerate() {
-        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            text += &match column {
-                0 => format!("| {cell:<width$} "),
-                _ => format!("| {cell:>width$} "),
+/// Words to the left, figures to the right: a column has one or the other.
+fn aligned(head: &[&str], rows: Vec<Vec<String>>) -> String {
+    let is_figure = |text: &str| text.starts_with(|c: char| c.is_ascii_digit() || c == '-');
+    let columns: Vec<(usize, bool)> = (0..head.len())
+        .map(|column| {
+            let cells = || rows.iter().map(|row| row[column].as_str());
+            let width = cells()
+                .chain([head[column]])
+                .map(|cell| cell.chars().count());
+            (width.max().unwrap_or(0), cells().all(is_figure))
+        })
+        .collect();
+    let line = |row: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for (cell, &(width, figures)) in row.zip(&columns) {
+            text += &match figures {
+                true => format!("| {cell:>width$} "),
+                false => format!("| {cell:<width$} "),
             };
         }
-        text += "|\n";
-        if number == 0 {
-            for (column, width) in widths.iter().enumerate() {
-                let line = "-".repeat(*width);
-                text += &match column {
-                    0 => format!("|-{line}-"),
-                    _ => format!("|-{line}:"),
-                };
-            }
-            text += "|\n";
-        }
+        text + "|\n"
+    };
+    let mut text = line(&mut head.iter().copied());
+    for &(width, figures) in &columns {
+        let end = if figures { ':' } else { '-' };
+        text += &format!("|{}{end}", "-".repeat(width + 1));
+    }
+    text += "|\n";
+    for row in &rows {
+        text += &line(&mut row.iter().map(String::as_str));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::targets::Bound;
+
+    fn result() -> CellResult {
+        let measured = Measured {
+            time: Duration::from_secs(2),
+            full_exits: 3,
+            stall: Duration::from_millis(1),
+            passes: 23,
+            minimum: 20.0,
+            entries: 92_000,
+            stores: 1_000_000,
+            reaper_cpu: Duration::from_millis(40),
+            pass_time: Duration::from_millis(30),
+            wakeups: 100,
+            reaper_passes: 20,
+        };
+        let idle = Measured {
+            time: Duration::from_secs(2),
+            stores: 500_000,
+            ..Measured::default()
+        };
+        CellResult {
+            workload: "constant".into(),
+            vcpus: 1,
+            ring_entries: 4096,
+            arms: vec![
+                ArmResult {
+                    rounds: vec![measured.clone()],
+                    saturated: 1,
+                    ..ArmResult::new("poll")
+                },
+                ArmResult {
+                    rounds: vec![idle],
+                    overruns: 7,
+                    ..ArmResult::new("no-reaper")
+                },
+            ],
+        }
+    }
+
+    #[test]
+    fn figures_are_those_measured() {
+        let text = table(&result());
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "### constant, 1 vCPU, rings of 4096");
+        let cells = |line: &str| {
+            let cells = line.trim_matches('|').split('|');
+            cells
+                .map(|cell| cell.trim().to_string())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(cells(lines[2]), ARMS);
+        let wanted = [
+            "poll", "1.50", "0.50", "1.15", "4000", "500.0 k", "-", "1.000", "2.00", "0.50",
+            "50.0", "5.00",
+        ];
+        assert_eq!(cells(lines[4]), wanted);
+        let wanted = [
+            "no-reaper",
+            "0",
+            "0",
+            "-",
+            "0",
+            "250.0 k",
+            "-",
+            "0.500",
+            "0.00",
+            "0.00",
+            "0",
+            "-",
+        ];
+        assert_eq!(cells(lines[5]), wanted);
+        assert!(
+            text.contains("no-reaper: rings were OVERRUN 7 times"),
+            "{text}"
+        );
+        assert!(text.contains("poll: saturated"), "{text}");
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let text = table(&result());
+        let table: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
+        assert_eq!(table.len(), 4);
+        let bars = |line: &str| {
+            let bars = line.chars().enumerate().filter(|&(_, c)| c == '|');
+            bars.map(|(at, _)| at).collect::<Vec<_>>()
+        };
+        for line in &table {
+            assert_eq!(bars(line), bars(table[0]), "{text}");
+        }
+        assert!(table[1].starts_with("|-----------|") && table[1].ends_with("-:|"));
+    }
+
+    #[test]
+    fn verdicts_say_what_was_wanted() {
+        let verdict = |met, measured| Verdict {
+            target: "idle",
+            guest: "idle, 2 vCPUs, rings of 4096".into(),
+            arm: "look-first",
+            wanted: Bound::AtMost(4.0),
+            measured,
+            met,
+        };
+        let text = verdicts(&[verdict(true, Some(1.25)), verdict(false, None)]);
+        assert!(text.starts_with("### Targets: 1 of 2 met\n"), "{text}");
+        let line = "| met    | idle   | idle, 2 vCPUs, rings of 4096 | look-first | ≤ 4    | 1.25";
+        assert!(text.contains(line), "{text}");
+        assert!(text.contains("| MISSED | idle   |"), "{text}");
+    }
+
+    #[test]
+    fn figures_have_three_digits() {
+        let cases = [
+            (0.0, "0"),
+            (0.0123, "0.012"),
+            (1.0, "1.00"),
+            (45.67, "45.7"),
+            (4567.8, "4568"),
+            (45_678.0, "45.7 k"),
+            (123_456_789.0, "123.5 M"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(figure(value), text);
+        }
+    }
 }

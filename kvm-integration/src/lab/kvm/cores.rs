@@ -26,10 +26,6 @@ impl Cores {
         ))
     }
 
-    pub(super) fn count(&self) -> u32 {
-        self.0.len() as u32
-    }
-
     /// Where vCPU `index` runs: they take turns.
     pub(super) fn of_vcpu(&self, index: u32) -> usize {
         self.0[index as usize % self.0.len()]

@@ -68,7 +68,24 @@ pub enum LabError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The guest stands still.
+    #[error("the guest has stored nothing for all of an arm's turn")]
+    Stuck,
+    /// The guest would not fit into memory: the kernel would end some process later.
+    #[error("the guest takes {wanted} MiB, and {available} MiB are available")]
+    TooLarge {
+        /// What its pages take.
+        wanted: u64,
+        /// What there is.
+        available: u64,
+    },
     /// The caller wanted no more.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl LabError {
+    pub(super) fn os(call: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Os { call, source }
+    }
 }

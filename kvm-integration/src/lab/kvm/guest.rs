@@ -10,6 +10,7 @@ use kvm_ioctls::Kvm;
 use super::cores::Cores;
 use super::error::LabError;
 use super::full::FullExits;
+use crate::host::available_mib;
 use crate::lab::cell::Cell;
 use crate::lab::rhythm::Gait;
 use crate::memory::{GuestMemory, PAGE_SIZE};
@@ -42,12 +43,15 @@ impl Guest {
             gpa: GPA,
             pages: share * u64::from(cell.vcpus),
         };
+        let wanted = (region.pages * PAGE_SIZE) >> 20;
+        if let Some(available) = available_mib().filter(|&available| available < wanted) {
+            return Err(LabError::TooLarge { wanted, available });
+        }
         let vm = TinyVm::with_capacity(kvm, cell.vcpus, share as usize)?;
         let log = DirtyLog::enable(vm.vm_fd(), RingEntries::new(cell.ring_entries)?)?;
         log.add_slot(SlotId::new(0, SLOT as u16), region.pages)?;
         // A fault of the host's own would look like a slow guest.
         let memory = Arc::new(GuestMemory::prefaulted(region.pages)?);
-        debug_assert_eq!(memory.bytes(), region.pages * PAGE_SIZE);
         vm.add_slot(SLOT, region.gpa, memory, true)?;
 
         let full_exits = Arc::new(FullExits::new(&log));
@@ -126,14 +130,18 @@ impl Guest {
         self.threads.iter().map(VcpuThread::progress).sum()
     }
 
-    /// Whether every vCPU is still up.
-    pub(super) fn check(&mut self) -> Result<(), LabError> {
-        match self.threads.iter().position(VcpuThread::ended) {
-            None => Ok(()),
-            Some(ended) => {
-                self.threads.swap_remove(ended).join()?;
-                Err(LabError::Ended)
-            }
+    /// Whether a vCPU's thread has ended, which none does by itself.
+    pub(super) fn has_ended(&self) -> bool {
+        self.threads.iter().any(VcpuThread::ended)
+    }
+
+    /// What has ended one.
+    pub(super) fn why_ended(&mut self) -> LabError {
+        let ended = self.threads.iter().position(VcpuThread::ended);
+        let result = ended.map(|ended| self.threads.swap_remove(ended).join());
+        match result {
+            Some(Err(error)) => error.into(),
+            _ => LabError::Ended,
         }
     }
 }

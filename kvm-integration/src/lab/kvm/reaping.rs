@@ -50,10 +50,9 @@ impl Reaping {
         };
         if arm.shape == Shape::AllRings {
             let reaper = QemuReaper::spawn(NAME, log, full_exits, policy(), cpus);
-            return reaper.map(Self::Qemu).map_err(|source| LabError::Os {
-                call: "starting a thread",
-                source,
-            });
+            return reaper
+                .map(Self::Qemu)
+                .map_err(LabError::os("starting a thread"));
         }
         let mut builder = Reaper::builder().name(NAME).cpus(cpus.iter().copied());
         if arm.fifo {
@@ -91,5 +90,10 @@ impl Reaping {
             Self::Own(reaper) => reaper.take_error(),
             Self::Qemu(reaper) => reaper.take_error(),
         }
+    }
+
+    /// Whether it can't keep up with the guest.
+    pub(super) fn is_saturated(&self) -> bool {
+        matches!(self, Self::Own(reaper) if reaper.stats().saturated)
     }
 }

@@ -1,0 +1,283 @@
+//! The simulated run.
+
+use std::collections::VecDeque;
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use kvm_dirty_ring::error::PolicyError;
+use kvm_integration::lab::sim::{Guest, Load, Outcome, Recording, RecordingError, Scenario, run};
+use kvm_integration::lab::{Arm, ArmResult, CellResult};
+
+use crate::options::Options;
+use crate::run::Report;
+
+/// VMs that real hosts are too small for.
+const VCPUS: [u32; 3] = [64, 256, 1024];
+const RING_ENTRIES: u32 = 4096;
+/// What is run unless told otherwise.
+const WORKLOADS: [&str; 8] = [
+    "constant", "trickle", "bursts", "sliced", "skew", "hot-set", "idle", "fast",
+];
+/// Between two samples, for a picture.
+const SAMPLE: Duration = Duration::from_millis(2);
+
+/// What is asked for can't be simulated.
+#[derive(Debug, thiserror::Error)]
+pub enum SimError {
+    /// There is no such workload.
+    #[error("no workload is called `{name}`: choose one of {}, fast, fast-bursts", Load::NAMES.join(", "))]
+    Workload {
+        /// What was asked for.
+        name: String,
+    },
+    /// The recording can't be read.
+    #[error("{} could not be read", .path.display())]
+    Unreadable {
+        /// Where it is.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The recording is none.
+    #[error("{} is no recording", .path.display())]
+    Recording {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: RecordingError,
+    },
+    /// The recording has nothing in it.
+    #[error("{} has no vCPU in it", .path.display())]
+    Empty {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// A policy failed.
+    #[error("the policy of arm {arm} failed")]
+    Policy {
+        /// The arm.
+        arm: &'static str,
+        /// How.
+        source: PolicyError,
+    },
+    /// The caller wanted no more.
+    #[error("interrupted")]
+    Interrupted,
+    /// A simulation has panicked.
+    #[error("a simulation has ended without a result")]
+    Died,
+}
+
+/// One guest.
+#[derive(Debug, Clone)]
+struct SimCell {
+    workload: String,
+    scenario: Scenario,
+}
+
+/// All that is simulated.
+#[derive(Debug)]
+pub struct SimPlan {
+    cells: Vec<SimCell>,
+    arms: Vec<Arm>,
+    /// What is drawn of each guest, from its start.
+    drawn: Option<Duration>,
+}
+
+impl SimPlan {
+    /// What is asked for.
+    ///
+    /// # Errors
+    /// There is no such thing.
+    pub fn new(options: &Options) -> Result<Self, SimError> {
+        let scenarios = |vcpus: &[u32], workload: &str, load: &dyn Fn(&Scenario) -> Load| {
+            let rings = match &options.ring_entries[..] {
+                [] => &[RING_ENTRIES],
+                some => some,
+            };
+            let pairs = vcpus
+                .iter()
+                .flat_map(|&v| rings.iter().map(move |&r| (v, r)));
+            let cells = pairs.map(|(vcpus, ring_entries)| {
+                let mut scenario = Scenario::new(vcpus as usize, Load::Idle);
+                scenario = scenario.with_rings(ring_entries.into());
+                scenario.time = Duration::from_secs(options.seconds);
+                scenario.seed = options.seed;
+                if workload.starts_with("fast") {
+                    scenario.guest = Guest::FAST;
+                }
+                scenario.load = load(&scenario);
+                let workload = workload.to_string();
+                SimCell { workload, scenario }
+            });
+            cells.collect::<Vec<_>>()
+        };
+        let cells = match &options.trace {
+            Some(path) => {
+                let recording = recording(path)?;
+                let vcpus = recording.vcpus() as u32;
+                scenarios(&[vcpus], "recorded", &|_| Load::Recorded(recording.clone()))
+            }
+            None => {
+                let vcpus = match &options.vcpus[..] {
+                    [] => &VCPUS,
+                    some => some,
+                };
+                let workloads: Vec<String> = match &options.workloads[..] {
+                    [] => WORKLOADS.map(String::from).to_vec(),
+                    some => some.to_vec(),
+                };
+                let mut cells = Vec::new();
+                for name in workloads {
+                    let known = load_name(&name);
+                    let known = known.ok_or_else(|| SimError::Workload { name: name.clone() })?;
+                    cells.extend(scenarios(vcpus, &name, &|scenario| {
+                        Load::named(known, &scenario.guest, scenario.soft_limit)
+                            .expect("the name is one of those that it knows")
+                    }));
+                }
+                cells
+            }
+        };
+        Ok(Self {
+            cells,
+            arms: match &options.arms[..] {
+                [] => Arm::ALL.to_vec(),
+                some => some.to_vec(),
+            },
+            drawn: options.svg.is_some().then_some(Duration::from_secs(3)),
+        })
+    }
+}
+
+/// What the simulation calls a workload.
+fn load_name(name: &str) -> Option<&'static str> {
+    let name = match name {
+        "fast" => "constant",
+        "fast-bursts" => "bursts",
+        name => name,
+    };
+    Load::NAMES.into_iter().find(|&known| known == name)
+}
+
+fn recording(path: &Path) -> Result<Recording, SimError> {
+    let text = fs::read_to_string(path).map_err(|source| SimError::Unreadable {
+        path: path.into(),
+        source,
+    })?;
+    let recording: Recording = text.parse().map_err(|source| SimError::Recording {
+        path: path.into(),
+        source,
+    })?;
+    match recording.vcpus() {
+        0 => Err(SimError::Empty { path: path.into() }),
+        _ => Ok(recording),
+    }
+}
+
+/// Runs the plan, and reports guest by guest.
+///
+/// # Errors
+/// A policy failed, or `interrupted` was set.
+pub fn simulate(
+    plan: &SimPlan,
+    interrupted: &AtomicBool,
+    report: &mut Report<'_>,
+) -> Result<(), Box<dyn Error>> {
+    let guests = plan.cells.len();
+    for (number, cell) in plan.cells.iter().enumerate() {
+        let Scenario {
+            vcpus,
+            ring_entries,
+            ..
+        } = cell.scenario;
+        let mut result = CellResult {
+            workload: cell.workload.clone(),
+            vcpus: vcpus as u32,
+            ring_entries: ring_entries as u32,
+            arms: plan
+                .arms
+                .iter()
+                .map(|arm| ArmResult::new(arm.name))
+                .collect(),
+        };
+        eprintln!("{}/{guests}: {result}", number + 1);
+        let outcomes = start(plan, cell);
+        for _ in &plan.arms {
+            let (place, outcome) = next(&outcomes, interrupted)?;
+            let arm = &mut result.arms[place];
+            if let Some(&source) = outcome.failures.first() {
+                let arm = arm.arm;
+                return Err(SimError::Policy { arm, source }.into());
+            }
+            arm.rounds.push(outcome.measured);
+            arm.samples = outcome.samples;
+        }
+        report(result)?;
+    }
+    Ok(())
+}
+
+/// Simulates the arms, as many at a time as there are cores. The threads are not waited for: a long
+/// simulation can't be interrupted, but left behind.
+fn start(plan: &SimPlan, cell: &SimCell) -> Receiver<(usize, Outcome)> {
+    let (done, outcomes) = mpsc::channel();
+    let jobs: VecDeque<_> = plan.arms.iter().copied().enumerate().collect();
+    let jobs = Arc::new(Mutex::new(jobs));
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    for _ in 0..workers.min(plan.arms.len()) {
+        let (done, jobs, scenario) = (done.clone(), Arc::clone(&jobs), cell.scenario.clone());
+        let drawn = plan.drawn;
+        thread::spawn(move || {
+            let next = || {
+                jobs.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .pop_front()
+            };
+            while let Some((place, arm)) = next() {
+                let mut outcome = run(&scenario, &arm);
+                if let Some(drawn) = drawn {
+                    outcome.samples = samples(&scenario, &arm, drawn);
+                }
+                if done.send((place, outcome)).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    outcomes
+}
+
+/// The first moments once more, in detail.
+fn samples(scenario: &Scenario, arm: &Arm, time: Duration) -> Vec<kvm_integration::lab::Sample> {
+    let scenario = Scenario {
+        warm_up: Duration::ZERO,
+        time,
+        sample_every: Some(SAMPLE),
+        ..scenario.clone()
+    };
+    run(&scenario, arm).samples
+}
+
+fn next(
+    outcomes: &Receiver<(usize, Outcome)>,
+    interrupted: &AtomicBool,
+) -> Result<(usize, Outcome), SimError> {
+    loop {
+        if interrupted.load(Ordering::Relaxed) {
+            return Err(SimError::Interrupted);
+        }
+        match outcomes.recv_timeout(Duration::from_millis(50)) {
+            Ok(outcome) => return Ok(outcome),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(SimError::Died),
+        }
+    }
+}

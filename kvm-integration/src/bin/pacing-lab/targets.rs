@@ -1,0 +1,395 @@
+//! What is aimed at, and whether it was met.
+//!
+//! | target | wanted |
+//! |---|---|
+//! | full exits a second, after the first edge, under a constant or skewed load | 0 |
+//! | the same of an emulated guest, as a share of those of `fixed` | ≤ 0.02; 0 a second with `SCHED_FIFO` |
+//! | passes ÷ minimum, one busy vCPU | ≤ 1.15; ≤ 1.10 with `SCHED_FIFO`; ≤ 1.2 with rings of 1,024 or fewer |
+//! | passes ÷ minimum, 2 busy vCPUs; 8 or more | ≤ 1.6; ≤ 1.3 |
+//! | stall of `qemu` ÷ stall, 8 or more emulated vCPUs | ≥ 100 |
+//! | stores ÷ those without any pass, hot set | ≥ 0.95 |
+//! | wake-ups a second, and CPU, of an idle guest | ≤ 4; ≤ 0.1 % |
+//! | stores ÷ those of the best arm | ≥ 0.95 |
+//! | CPU of the reaper beyond passes, one busy vCPU, rings of 4,096 | ≤ 0.15 %; emulated ≤ 0.7 % |
+//! | wake-ups a pass, one busy vCPU | ≤ 3 |
+//! | CPU of the reaper beyond passes, simulated guest of 64 to 256 vCPUs | ≤ 1 % |
+
+use std::fmt;
+
+use kvm_integration::lab::{ArmResult, CellResult, Measured};
+use serde::Serialize;
+
+/// Where a figure should be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Bound {
+    /// Not above.
+    AtMost(f64),
+    /// Not below.
+    AtLeast(f64),
+}
+
+/// A target that a run covers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verdict {
+    /// What it is about.
+    pub target: &'static str,
+    /// Under which load.
+    pub guest: String,
+    /// Of which arm.
+    pub arm: &'static str,
+    /// Where the figure should be.
+    #[serde(serialize_with = "as_text")]
+    pub wanted: Bound,
+    /// Where it is; `None` if it is beyond all bounds, as a quotient by nothing.
+    pub measured: Option<f64>,
+    /// Whether that is as wanted.
+    pub met: bool,
+}
+
+/// The arms that targets are for; with the second one's reaper, wake-ups are in time.
+const OURS: [&str; 2] = ["look-first", "look-first-fifo"];
+
+/// All targets that these results have figures for.
+pub fn verdicts(results: &[CellResult], simulated: bool) -> Vec<Verdict> {
+    let mut verdicts = Vec::new();
+    for result in results {
+        for arm in OURS.iter().filter_map(|name| result.arm(name)) {
+            let mut judge = Judge {
+                result,
+                arm,
+                all: arm.total(),
+                simulated,
+                verdicts: &mut verdicts,
+            };
+            judge.full_exits();
+            judge.passes();
+            judge.stall();
+            judge.progress();
+            judge.idle();
+            judge.overhead();
+        }
+    }
+    verdicts
+}
+
+struct Judge<'a> {
+    result: &'a CellResult,
+    arm: &'a ArmResult,
+    all: Measured,
+    simulated: bool,
+    verdicts: &'a mut Vec<Verdict>,
+}
+
+impl Judge<'_> {
+    fn is(&self, workloads: &[&str]) -> bool {
+        workloads.contains(&self.result.workload.as_str())
+    }
+
+    /// vCPUs that store.
+    fn busy(&self) -> u32 {
+        match self.is(&["skew"]) {
+            true => 1,
+            false => self.result.vcpus,
+        }
+    }
+
+    fn in_time(&self) -> bool {
+        self.arm.arm == OURS[1]
+    }
+
+    fn other(&self, name: &str) -> Option<Measured> {
+        self.result.arm(name).map(ArmResult::total)
+    }
+
+    fn say(&mut self, target: &'static str, wanted: Bound, measured: f64) {
+        self.verdicts.push(Verdict {
+            target,
+            guest: self.result.to_string(),
+            arm: self.arm.arm,
+            wanted,
+            measured: measured.is_finite().then_some(measured),
+            met: wanted.holds(measured),
+        });
+    }
+
+    fn full_exits(&mut self) {
+        let rate = self.all.full_exits_per_second();
+        if self.is(&["constant", "skew"]) || self.is(&["fast"]) && self.in_time() {
+            self.say("full exits/s", Bound::AtMost(0.0), rate);
+        } else if self.is(&["fast"]) {
+            let fixed = self.other("fixed").map(|all| all.full_exits_per_second());
+            if let Some(fixed) = fixed.filter(|&fixed| fixed > 0.0) {
+                self.say("full exits ÷ fixed", Bound::AtMost(0.02), rate / fixed);
+            }
+        }
+    }
+
+    fn passes(&mut self) {
+        let small = self.result.ring_entries <= 1024;
+        let most = match (self.busy(), small, self.in_time()) {
+            (1, true, _) => 1.2,
+            (1, false, true) => 1.1,
+            (1, false, false) => 1.15,
+            (2, ..) => 1.6,
+            (8.., ..) => 1.3,
+            _ => return,
+        };
+        let alone = self.is(&["trickle"]) && self.busy() == 1;
+        if !alone && !self.is(&["constant", "skew", "fast"]) {
+            return;
+        }
+        if let Some(passes) = self.all.passes_by_minimum() {
+            self.say("passes ÷ minimum", Bound::AtMost(most), passes);
+        }
+    }
+
+    fn stall(&mut self) {
+        if !self.is(&["fast"]) || self.busy() < 8 {
+            return;
+        }
+        let qemu = self.other("qemu").map(|all| all.stall_ms_per_second());
+        if let Some(qemu) = qemu.filter(|&qemu| qemu > 0.0) {
+            let less = qemu / self.all.stall_ms_per_second();
+            self.say("stall of qemu ÷ stall", Bound::AtLeast(100.0), less);
+        }
+    }
+
+    fn progress(&mut self) {
+        let stores = self.all.stores_per_second();
+        let none = self.other("no-reaper").filter(|_| self.is(&["hot-set"]));
+        if let Some(none) = none {
+            let share = stores / none.stores_per_second();
+            self.say("stores ÷ without passes", Bound::AtLeast(0.95), share);
+        }
+        let best = self.result.most_stores_per_second();
+        if self.result.arms.len() > 1 && best > 0.0 {
+            self.say("stores ÷ best arm", Bound::AtLeast(0.95), stores / best);
+        }
+    }
+
+    fn idle(&mut self) {
+        if self.is(&["idle"]) {
+            let wakeups = self.all.wakeups_per_second();
+            self.say("wake-ups/s", Bound::AtMost(4.0), wakeups);
+            let percent = self.all.reaper_percent();
+            self.say("reaper CPU %", Bound::AtMost(0.1), percent);
+        }
+    }
+
+    fn overhead(&mut self) {
+        const NAME: &str = "reaper CPU beyond passes %";
+        let percent = self.all.overhead_percent();
+        let fast = self.is(&["fast"]);
+        if !fast && !self.is(&["constant", "skew"]) {
+            return;
+        }
+        if self.simulated && (64..=256).contains(&self.result.vcpus) {
+            self.say(NAME, Bound::AtMost(1.0), percent);
+        }
+        // Else the reaper may share its core, and passes seem to take what vCPUs took.
+        if self.result.vcpus > 1 {
+            return;
+        }
+        if self.result.ring_entries == 4096 {
+            let most = if fast { 0.7 } else { 0.15 };
+            self.say(NAME, Bound::AtMost(most), percent);
+        }
+        if let Some(wakeups) = self.all.wakeups_per_pass() {
+            self.say("wake-ups a pass", Bound::AtMost(3.0), wakeups);
+        }
+    }
+}
+
+impl Bound {
+    fn holds(self, figure: f64) -> bool {
+        match self {
+            Self::AtMost(most) => figure <= most,
+            Self::AtLeast(least) => figure >= least,
+        }
+    }
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(0.0) => write!(f, "0"),
+            Self::AtMost(most) => write!(f, "≤ {most}"),
+            Self::AtLeast(least) => write!(f, "≥ {least}"),
+        }
+    }
+}
+
+fn as_text<S: serde::Serializer>(bound: &Bound, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(bound)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn measured() -> Measured {
+        Measured {
+            time: Duration::from_secs(1),
+            passes: 110,
+            minimum: 100.0,
+            entries: 400_000,
+            stores: 400_000,
+            reaper_cpu: Duration::from_millis(20),
+            pass_time: Duration::from_millis(19),
+            wakeups: 220,
+            reaper_passes: 110,
+            ..Measured::default()
+        }
+    }
+
+    fn result(workload: &str, vcpus: u32, arms: &[(&'static str, Measured)]) -> CellResult {
+        let arm = |(name, measured): &(&'static str, Measured)| ArmResult {
+            rounds: vec![measured.clone()],
+            ..ArmResult::new(name)
+        };
+        CellResult {
+            workload: workload.into(),
+            vcpus,
+            ring_entries: 4096,
+            arms: arms.iter().map(arm).collect(),
+        }
+    }
+
+    /// Target, what was wanted and whether it was met.
+    fn judged(result: CellResult, simulated: bool) -> Vec<(&'static str, String, bool)> {
+        let verdicts = verdicts(&[result], simulated).into_iter();
+        let short = verdicts.map(|v| (v.target, v.wanted.to_string(), v.met));
+        short.collect()
+    }
+
+    #[test]
+    fn one_full_exit_is_one_too_many() {
+        let one = Measured {
+            full_exits: 1,
+            ..measured()
+        };
+        for (workload, all, met) in [("constant", measured(), true), ("skew", one, false)] {
+            let judged = judged(result(workload, 2, &[("look-first", all)]), false);
+            assert!(
+                judged.contains(&("full exits/s", "0".into(), met)),
+                "{judged:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn passes_depend_on_vcpus_rings_and_priority() {
+        let most = |vcpus, arm, ring_entries| {
+            let mut result = result("constant", vcpus, &[(arm, measured())]);
+            result.ring_entries = ring_entries;
+            let judged = judged(result, false);
+            let passes = judged
+                .into_iter()
+                .find(|(target, ..)| *target == "passes ÷ minimum");
+            passes.map(|(_, wanted, _)| wanted).unwrap_or_default()
+        };
+        assert_eq!(most(1, "look-first", 4096), "≤ 1.15");
+        assert_eq!(most(1, "look-first-fifo", 4096), "≤ 1.1");
+        assert_eq!(most(1, "look-first-fifo", 1024), "≤ 1.2");
+        assert_eq!(most(2, "look-first", 4096), "≤ 1.6");
+        assert_eq!(most(4, "look-first", 4096), "");
+        assert_eq!(most(8, "look-first", 4096), "≤ 1.3");
+        assert_eq!(most(1, "fixed", 4096), "");
+    }
+
+    #[test]
+    fn emulated_guests_are_measured_by_other_arms() {
+        let fixed = Measured {
+            full_exits: 100,
+            stall: Duration::from_millis(50),
+            ..measured()
+        };
+        let few = |full_exits| Measured {
+            full_exits,
+            stall: Duration::from_micros(500 * full_exits / 2),
+            ..measured()
+        };
+        for (full_exits, met) in [(2, true), (3, false)] {
+            let arms = [("look-first", few(full_exits)), ("fixed", fixed.clone())];
+            let judged = judged(result("fast", 1, &arms), false);
+            let wanted = ("full exits ÷ fixed", "≤ 0.02".to_string(), met);
+            assert!(judged.contains(&wanted), "{judged:?}");
+        }
+        for (full_exits, met) in [(0, true), (2, true), (3, false)] {
+            let arms = [("look-first", few(full_exits)), ("qemu", fixed.clone())];
+            let verdicts = verdicts(&[result("fast", 8, &arms)], false);
+            let stall = verdicts
+                .iter()
+                .find(|v| v.target.starts_with("stall"))
+                .unwrap();
+            assert_eq!(stall.met, met, "{stall:?}");
+            assert_eq!(stall.measured.is_none(), full_exits == 0);
+        }
+    }
+
+    #[test]
+    fn guests_must_not_slow_down() {
+        let slow = Measured {
+            stores: 379_000,
+            ..measured()
+        };
+        let arms = [("look-first", slow), ("no-reaper", measured())];
+        let judged = judged(result("hot-set", 2, &arms), false);
+        let wanted = |name| (name, "≥ 0.95".to_string(), false);
+        assert_eq!(
+            judged,
+            [
+                wanted("stores ÷ without passes"),
+                wanted("stores ÷ best arm")
+            ]
+        );
+    }
+
+    #[test]
+    fn idle_guests_cost_next_to_nothing() {
+        let idle = Measured {
+            time: Duration::from_secs(1),
+            wakeups: 5,
+            reaper_cpu: Duration::from_micros(1000),
+            ..Measured::default()
+        };
+        let judged = judged(result("idle", 2, &[("look-first", idle)]), false);
+        assert_eq!(
+            judged,
+            [
+                ("wake-ups/s", "≤ 4".into(), false),
+                ("reaper CPU %", "≤ 0.1".into(), true)
+            ]
+        );
+    }
+
+    #[test]
+    fn overhead_counts_where_the_reaper_has_a_core() {
+        let overhead = |workload, vcpus, simulated| {
+            let judged = judged(
+                result(workload, vcpus, &[("look-first", measured())]),
+                simulated,
+            );
+            let found = judged
+                .into_iter()
+                .filter(|(target, ..)| target.contains("beyond"));
+            found
+                .map(|(_, wanted, met)| (wanted, met))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(overhead("constant", 1, false), [("≤ 0.15".into(), true)]);
+        assert_eq!(overhead("fast", 1, false), [("≤ 0.7".into(), true)]);
+        assert_eq!(overhead("constant", 8, false), []);
+        assert_eq!(overhead("constant", 256, true), [("≤ 1".into(), true)]);
+        assert_eq!(overhead("constant", 1024, true), []);
+    }
+
+    #[test]
+    fn overruns_are_no_figures() {
+        let mut result = result("constant", 1, &[("look-first", measured())]);
+        result.arms[0].overruns = 1;
+        assert_eq!(judged(result, false), []);
+    }
+}
