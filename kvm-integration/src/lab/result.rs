@@ -15,7 +15,17 @@ pub struct CellResult {
     pub ring_entries: u32,
     /// The arms that had their turns, in the order asked for.
     pub arms: Vec<ArmResult>,
+    /// Share of the machine's CPU time that others took meanwhile; `None` if nobody knows, or of a
+    /// simulated guest.
+    pub others: Option<f64>,
+    /// Time that resets take of every second if no vCPU ever waits for them; `None` if nobody
+    /// knows, as of a real guest.
+    pub reset_load: Option<f64>,
 }
+
+/// With resets that take more of the time than this, passes are under way for so much of a ring's
+/// fill that no policy can make few of them.
+const CROWDED: f64 = 0.25;
 
 /// What came of one arm.
 #[derive(Debug, Clone)]
@@ -65,6 +75,11 @@ impl CellResult {
     pub fn arm(&self, name: &str) -> Option<&ArmResult> {
         let mut arms = self.arms.iter();
         arms.find(|arm| arm.arm == name && !arm.rounds.is_empty() && arm.overruns == 0)
+    }
+
+    /// Whether resets take too much time for any policy to do well.
+    pub fn is_crowded(&self) -> bool {
+        self.reset_load.is_some_and(|load| load > CROWDED)
     }
 
     /// Page stores a second of the arm under which the guest did most.
@@ -126,6 +141,8 @@ mod tests {
             vcpus: 1,
             ring_entries: 256,
             arms: vec![arm, overrun, ArmResult::new("poll")],
+            others: None,
+            reset_load: None,
         };
         assert_eq!(cell.to_string(), "ramp, 1 vCPU, rings of 256");
         assert!(cell.arm("fixed").is_some());

@@ -3,6 +3,8 @@
 //! Exit status: 0 if it ran, 2 for a usage error or where something that is needed is missing, 130
 //! if interrupted.
 
+#[cfg(target_arch = "x86_64")]
+mod bystanders;
 mod options;
 mod plan;
 #[cfg(target_arch = "x86_64")]
@@ -82,7 +84,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
         skipped = measure(&plan, interrupted, &mut report)?;
     }
     let verdicts = targets::verdicts(&results, options.sim);
-    say(&table::verdicts(&verdicts))?;
+    say(&table::verdicts(&verdicts, &results))?;
     if let Some(path) = &options.json {
         let report = report::Report::new(options, slice_ms, &results, &skipped, &verdicts);
         fs::write(path, report.json()?).map_err(Unwritten::to(path.display()))?;

@@ -9,6 +9,7 @@ use kvm_integration::lab::kvm::{KvmCell, LabError};
 use kvm_integration::lab::{Arm, ArmResult, Cell, CellResult};
 use kvm_ioctls::Kvm;
 
+use crate::bystanders::Bystanders;
 use crate::plan::Plan;
 use crate::run::{Report, Skipped};
 use crate::watchdog::Watchdog;
@@ -57,6 +58,7 @@ impl Run<'_> {
     fn cell(&mut self, cell: &Cell, arms: &[Arm]) -> Result<CellResult, LabError> {
         self.watchdog.allow(LONGEST, &cell.to_string());
         let mut guest = KvmCell::start(&self.kvm, *cell, self.interrupted)?;
+        let bystanders = Bystanders::watch();
         let mut results: Vec<_> = arms.iter().map(|arm| ArmResult::new(arm.name)).collect();
         let rounds = self.plan.rounds;
         for round in 0..rounds + u32::from(self.plan.drawn) {
@@ -75,6 +77,8 @@ impl Run<'_> {
             vcpus: cell.vcpus,
             ring_entries: cell.ring_entries,
             arms: results,
+            others: bystanders.and_then(|bystanders| bystanders.share()),
+            reset_load: None,
         })
     }
 

@@ -8,11 +8,13 @@
 //! | `simulated` | whether the guests are simulated |
 //! | `host` | `kvm`, `kernel`, `cores`, `cpu`: the machine that it ran on |
 //! | `settings` | real: `rounds`, `slice_ms`; simulated: `seconds`, `seed`; the others are null |
-//! | `guests` | for each guest `workload`, `vcpus`, `ring_entries`, `arms` |
+//! | `guests` | for each guest `workload`, `vcpus`, `ring_entries`, `arms`, and `others` and `reset_load` |
 //! | `skipped` | `arm` and `why`: arms that the machine refuses |
 //! | `targets` | `target`, `guest`, `arm`, `wanted`, `measured` (null: beyond all bounds), `met` |
 //!
-//! An arm has its name, `arm`; `overruns`, with which its figures mean nothing; `saturated`, turns
+//! `others` is the share of the machine's CPU time that others took meanwhile; `reset_load`, of a
+//! simulated guest, the share of time that resets would take if no vCPU ever waited. An arm has its
+//! name, `arm`; `overruns`, with which its figures mean nothing; `saturated`, turns
 //! in which it could not keep up; `total`, and `rounds`: the same of each turn. These hold
 //!
 //! | key | holds |
@@ -69,6 +71,8 @@ struct Guest {
     workload: String,
     vcpus: u32,
     ring_entries: u32,
+    others: Option<f64>,
+    reset_load: Option<f64>,
     arms: Vec<Arm>,
 }
 
@@ -143,6 +147,8 @@ impl Guest {
             workload: result.workload.clone(),
             vcpus: result.vcpus,
             ring_entries: result.ring_entries,
+            others: result.others,
+            reset_load: result.reset_load,
             arms: result.arms.iter().map(Arm::new).collect(),
         }
     }
@@ -209,6 +215,8 @@ mod tests {
             workload: "ramp".into(),
             vcpus: 2,
             ring_entries: 1024,
+            others: Some(0.25),
+            reset_load: None,
             arms: vec![ArmResult {
                 rounds: vec![measured],
                 overruns: 10,
@@ -252,6 +260,7 @@ mod tests {
             "settings": {"rounds": 3, "slice_ms": 700, "seconds": null, "seed": null},
             "guests": [{
                 "workload": "ramp", "vcpus": 2, "ring_entries": 1024,
+                "others": 0.25, "reset_load": null,
                 "arms": [{
                     "arm": "poll", "overruns": 10, "saturated": 1,
                     "total": figures, "rounds": [figures],

@@ -25,6 +25,10 @@ const RING_ENTRIES: u32 = 4096;
 const WORKLOADS: [&str; 8] = [
     "constant", "trickle", "bursts", "sliced", "skew", "hot-set", "idle", "fast",
 ];
+/// As `constant`, but of a guest that resets can keep up with however many vCPUs it has.
+const MODERATE: &str = "moderate";
+/// Time that resets take of every second under that load.
+const MODERATE_LOAD: f64 = 0.125;
 /// Between two samples, for a picture.
 const SAMPLE: Duration = Duration::from_millis(2);
 
@@ -32,7 +36,7 @@ const SAMPLE: Duration = Duration::from_millis(2);
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
     /// There is no such workload.
-    #[error("no workload is called `{name}`: choose one of {}, fast, fast-bursts", Load::NAMES.join(", "))]
+    #[error("no workload is called `{name}`: choose one of {}, moderate, fast, fast-bursts", Load::NAMES.join(", "))]
     Workload {
         /// What was asked for.
         name: String,
@@ -139,8 +143,13 @@ impl SimPlan {
                     let known = load_name(&name);
                     let known = known.ok_or_else(|| SimError::Workload { name: name.clone() })?;
                     cells.extend(scenarios(vcpus, &name, &|scenario| {
-                        Load::named(known, &scenario.guest, scenario.soft_limit)
-                            .expect("the name is one of those that it knows")
+                        let named = Load::named(known, &scenario.guest, scenario.soft_limit);
+                        match named.expect("the name is one of those that it knows") {
+                            Load::Constant { rate } if name == MODERATE => Load::Constant {
+                                rate: rate.min(moderate_rate(scenario)),
+                            },
+                            load => load,
+                        }
                     }));
                 }
                 cells
@@ -157,10 +166,34 @@ impl SimPlan {
     }
 }
 
+impl SimCell {
+    /// Time that resets take of every second if no vCPU ever waits; `None` of a load that changes.
+    fn reset_load(&self) -> Option<f64> {
+        let scenario = &self.scenario;
+        let (rate, busy) = match scenario.load {
+            Load::Constant { rate } => (rate, scenario.vcpus),
+            Load::Skew { rate } => (rate, 1),
+            _ => return None,
+        };
+        Some(rate * busy as f64 * entry_seconds(scenario))
+    }
+}
+
+/// Entries per second of each vCPU with which resets take so much of the time.
+fn moderate_rate(scenario: &Scenario) -> f64 {
+    MODERATE_LOAD / entry_seconds(scenario) / scenario.vcpus as f64
+}
+
+/// What an entry takes in a pass over many.
+fn entry_seconds(scenario: &Scenario) -> f64 {
+    let costs = &scenario.costs;
+    (costs.reset_entry + costs.harvest_entry) as f64 * 1e-9
+}
+
 /// What the simulation calls a workload.
 fn load_name(name: &str) -> Option<&'static str> {
     let name = match name {
-        "fast" => "constant",
+        "fast" | MODERATE => "constant",
         "fast-bursts" => "bursts",
         name => name,
     };
@@ -207,6 +240,8 @@ pub fn simulate(
                 .iter()
                 .map(|arm| ArmResult::new(arm.name))
                 .collect(),
+            others: None,
+            reset_load: cell.reset_load(),
         };
         eprintln!("{}/{guests}: {result}", number + 1);
         let outcomes = start(plan, cell);

@@ -64,7 +64,8 @@ fn picture(result: &CellResult) -> Result<String, Box<dyn Error>> {
         let root = root.titled(&result.to_string(), ("sans-serif", 22))?;
         let (upper, lower) = root.split_vertically(strips);
         let end = arms.iter().filter_map(|arm| arm.samples.last());
-        let end = end.map(|sample| sample.at).fold(0.1, f64::max);
+        // The rest is for the names of the lines.
+        let end = end.map(|sample| sample.at).fold(0.1, f64::max) * 1.14;
         for (number, (area, arm)) in upper
             .split_evenly((arms.len().max(1), 1))
             .iter()
@@ -169,16 +170,29 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::UpperRight)
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.3))
         .draw()?;
     Ok(())
 }
 
-/// A colour that can be told from the others' on white.
+/// Colours that can be told from white and from each other.
+const COLORS: [(u8, u8, u8); 10] = [
+    (214, 39, 40),
+    (31, 119, 180),
+    (44, 160, 44),
+    (148, 103, 189),
+    (255, 127, 14),
+    (140, 86, 75),
+    (227, 119, 194),
+    (23, 160, 175),
+    (60, 60, 60),
+    (160, 150, 20),
+];
+
 fn color(number: usize) -> RGBColor {
-    let (r, g, b) = Palette99::COLORS[number % Palette99::COLORS.len()];
+    let (r, g, b) = COLORS[number % COLORS.len()];
     RGBColor(r, g, b)
 }
 
@@ -211,6 +225,8 @@ mod tests {
             workload: "bursts".into(),
             vcpus: 2,
             ring_entries: 1024,
+            others: None,
+            reset_load: None,
             arms: vec![arm("poll"), arm("fixed")],
         }
     }

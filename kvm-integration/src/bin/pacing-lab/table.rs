@@ -21,6 +21,9 @@ const ARMS: [&str; 12] = [
 
 const TARGETS: [&str; 6] = ["", "target", "guest", "arm", "wanted", "measured"];
 
+/// A share of the machine's CPU time that is not worth a word if others take it.
+const QUIET: f64 = 0.03;
+
 /// The table of one guest, under its name.
 pub fn table(result: &CellResult) -> String {
     let best = result.most_stores_per_second();
@@ -34,14 +37,21 @@ pub fn table(result: &CellResult) -> String {
             );
         }
     }
+    if let Some(others) = result.others.filter(|&others| others > QUIET) {
+        let percent = others * 100.0;
+        text += &format!("\nothers took {percent:.0} % of the machine: figures suffer\n");
+    }
+    if let Some(load) = result.reset_load.filter(|_| result.is_crowded()) {
+        text += &format!("\nresets would take {load:.1} s of each second: no policy helps\n");
+    }
     for arm in result.arms.iter().filter(|arm| arm.saturated > 0) {
         text += &format!("\n{}: saturated, passes take most of its time\n", arm.arm);
     }
     text
 }
 
-/// How the figures compare to what is aimed at.
-pub fn verdicts(verdicts: &[Verdict]) -> String {
+/// How the figures of these results compare to what is aimed at.
+pub fn verdicts(verdicts: &[Verdict], results: &[CellResult]) -> String {
     let met = verdicts.iter().filter(|verdict| verdict.met).count();
     let row = |verdict: &Verdict| {
         let fate = if verdict.met { "met" } else { "MISSED" };
@@ -56,11 +66,14 @@ pub fn verdicts(verdicts: &[Verdict]) -> String {
         ]
     };
     let rows = verdicts.iter().map(row).collect();
-    let all = verdicts.len();
-    format!(
-        "### Targets: {met} of {all} met\n\n{}",
-        aligned(&TARGETS, rows)
-    )
+    let mut text = format!("### Targets: {met} of {} met\n", verdicts.len());
+    let others = results.iter().filter_map(|result| result.others);
+    let others = others.fold(0.0, f64::max);
+    if others > QUIET {
+        let percent = others * 100.0;
+        text += &format!("\nothers took up to {percent:.0} % of the machine: figures suffer\n");
+    }
+    text + "\n" + &aligned(&TARGETS, rows)
 }
 
 fn row(arm: &ArmResult, best: f64) -> Vec<String> {
@@ -162,6 +175,8 @@ mod tests {
             workload: "constant".into(),
             vcpus: 1,
             ring_entries: 4096,
+            others: None,
+            reset_load: None,
             arms: vec![
                 ArmResult {
                     rounds: vec![measured.clone()],
@@ -217,6 +232,25 @@ mod tests {
     }
 
     #[test]
+    fn what_spoils_figures_is_said() {
+        let remark = |others, reset_load| {
+            let result = CellResult {
+                others,
+                reset_load,
+                ..result()
+            };
+            let text = table(&result);
+            (
+                text.contains("others took 12 %"),
+                text.contains("take 3.1 s"),
+            )
+        };
+        assert_eq!(remark(None, None), (false, false));
+        assert_eq!(remark(Some(0.02), Some(0.2)), (false, false));
+        assert_eq!(remark(Some(0.12), Some(3.07)), (true, true));
+    }
+
+    #[test]
     fn columns_line_up() {
         let text = table(&result());
         let table: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
@@ -241,7 +275,13 @@ mod tests {
             measured,
             met,
         };
-        let text = verdicts(&[verdict(true, Some(1.25)), verdict(false, None)]);
+        let mut result = result();
+        result.others = Some(0.4);
+        let text = verdicts(
+            &[verdict(true, Some(1.25)), verdict(false, None)],
+            &[result],
+        );
+        assert!(text.contains("others took up to 40 %"), "{text}");
         assert!(text.starts_with("### Targets: 1 of 2 met\n"), "{text}");
         let line = "| met    | idle   | idle, 2 vCPUs, rings of 4096 | look-first | ≤ 4    | 1.25";
         assert!(text.contains(line), "{text}");
