@@ -3,72 +3,29 @@
 //! Tests on KVM are ignored where it can't be had, and one line on stderr says why; with
 //! `KVM_REQUIRED=1` in the environment they fail instead.
 
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, ExitCode, Stdio};
+mod program;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, ExitCode};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_integration::kvm_available;
-use libtest_mimic::{Arguments, Trial};
 use serde_json::Value;
 
-/// No run here takes longer than a few seconds, or than a minute on a machine with much else to do.
-const LONGEST: Duration = Duration::from_secs(120);
+use program::{Ran, drain, end, tests};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_live-migration");
 
 /// Small enough to be quick, with rings that fill up.
 const SMALL: &str = "--memory-mib 16 --ring-entries 256 --bandwidth-mib 64";
 
-/// What a run left behind.
-struct Ran {
-    status: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
 fn spawn(args: &str) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_live-migration"))
-        .args(args.split_whitespace())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the program was built with this test")
-}
-
-/// Reads all of a pipe on a thread, so that the child never waits for us.
-fn drain(pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
-    thread::spawn(move || {
-        let mut text = String::new();
-        let mut pipe = pipe;
-        pipe.read_to_string(&mut text).expect("its output is UTF-8");
-        text
-    })
-}
-
-fn wait(child: &mut Child, what: &str) -> Option<i32> {
-    let deadline = Instant::now() + LONGEST;
-    loop {
-        if let Some(status) = child.try_wait().expect("a child can be waited for") {
-            return status.code();
-        }
-        if Instant::now() > deadline {
-            child.kill().expect("a child can be killed");
-            panic!("`live-migration {what}` has run for {LONGEST:?}");
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
+    program::spawn(PROGRAM, args)
 }
 
 fn run(args: &str) -> Ran {
-    let mut child = spawn(args);
-    let stdout = drain(child.stdout.take().unwrap());
-    let stderr = drain(child.stderr.take().unwrap());
-    let status = wait(&mut child, args);
-    Ran {
-        status,
-        stdout: stdout.join().unwrap(),
-        stderr: stderr.join().unwrap(),
-    }
+    program::run(PROGRAM, args)
 }
 
 /// Runs with `--json`; all must go well, and the object be all there is on stdout.
@@ -256,15 +213,7 @@ fn interrupt(args: &str, signal: libc::c_int) {
     stdout.read_line(&mut line).unwrap();
     assert!(line.starts_with("backend: "), "{line}");
     thread::sleep(Duration::from_millis(300));
-    let start = Instant::now();
-    // SAFETY: the child has not been waited for, so that its id is still its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
-    assert_eq!(wait(&mut child, &args), Some(130));
-    assert!(
-        start.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        start.elapsed()
-    );
+    assert_eq!(end(&mut child, signal, &args), Some(130));
     assert_eq!(stderr.join().unwrap(), "interrupted\n");
 }
 
@@ -322,16 +271,7 @@ fn kvm_one_signal_ends_it() {
     interrupt("--backend kvm --vcpus 32 --write-rate 1", libc::SIGINT);
 }
 
-type Test = (&'static str, fn());
-
-macro_rules! tests {
-    ($($test:ident),* $(,)?) => { [$((stringify!($test), $test as fn())),*] };
-}
-
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    // They time what they do, and would rather not race each other for the CPUs.
-    arguments.test_threads.get_or_insert(1);
     let everywhere = tests![
         promised_keys_hold_what_they_promise,
         people_get_a_table,
@@ -352,31 +292,5 @@ fn main() -> ExitCode {
         kvm_as_fast_as_it_goes,
         kvm_one_signal_ends_it,
     ];
-    let missing = missing();
-    let required = std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1");
-    if let Some(why) = missing.as_ref().filter(|_| !arguments.list) {
-        let fate = if required { "FAILED" } else { "SKIPPED" };
-        eprintln!("live-migration on KVM {fate}: {why}; KVM_REQUIRED=1 makes this a failure");
-    }
-    let trial = |(name, test): Test| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    };
-    let kvm_trial = |(name, test): Test| match missing.clone() {
-        None => trial((name, test)),
-        Some(why) => Trial::test(name, move || Err(why.into())).with_ignored_flag(!required),
-    };
-    let trials = everywhere.into_iter().map(trial);
-    let trials = trials.chain(on_kvm.into_iter().map(kvm_trial)).collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
-}
-
-/// Why the guest can't run on KVM here, if it can't.
-fn missing() -> Option<String> {
-    if !cfg!(target_arch = "x86_64") {
-        return Some("the guest is x86-64 code".into());
-    }
-    kvm_available().err().map(|error| error.to_string())
+    program::test("live-migration", &everywhere, &on_kvm)
 }

@@ -19,8 +19,9 @@ mod targets;
 mod watchdog;
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,6 +63,15 @@ fn fail(error: &dyn Error) -> ExitCode {
 }
 
 fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
+    // Now, not after minutes of work, is the time to find out that there is no such place.
+    let unwritten = |path: &Path| Unwritten::to(path.display().to_string());
+    let json = match &options.json {
+        Some(path) => Some((path, File::create(path).map_err(unwritten(path))?)),
+        None => None,
+    };
+    if let Some(directory) = &options.svg {
+        fs::create_dir_all(directory).map_err(unwritten(directory))?;
+    }
     let mut results = Vec::new();
     let mut report = |result: CellResult| {
         say(&table::table(&result))?;
@@ -85,9 +95,10 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
     }
     let verdicts = targets::verdicts(&results, options.sim);
     say(&table::verdicts(&verdicts, &results))?;
-    if let Some(path) = &options.json {
+    if let Some((path, mut file)) = json {
         let report = report::Report::new(options, slice_ms, &results, &skipped, &verdicts);
-        fs::write(path, report.json()?).map_err(Unwritten::to(path.display()))?;
+        let text = report.json()?;
+        file.write_all(text.as_bytes()).map_err(unwritten(path))?;
     }
     Ok(())
 }

@@ -1,7 +1,6 @@
 //! What real and simulated runs have in common.
 
 use std::error::Error;
-use std::fmt::Display;
 use std::io;
 
 use kvm_integration::lab::CellResult;
@@ -22,8 +21,8 @@ pub struct Unwritten {
 
 impl Unwritten {
     /// For a result that was to go to `place`.
-    pub fn to(place: impl Display) -> impl FnOnce(io::Error) -> Self {
-        let place = place.to_string();
+    pub fn to(place: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let place = place.into();
         move |source| Self { place, source }
     }
 }

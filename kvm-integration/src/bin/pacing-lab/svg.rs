@@ -29,7 +29,7 @@ pub struct Undrawn {
     why: String,
 }
 
-/// Draws what was sampled of this guest into a file in `directory`, which is made if need be.
+/// Draws what was sampled of this guest into a file in `directory`.
 ///
 /// # Errors
 /// The file can't be written.
@@ -43,7 +43,6 @@ pub fn draw(directory: &Path, result: &CellResult) -> Result<PathBuf, Undrawn> {
         path: path.clone(),
         why,
     };
-    fs::create_dir_all(directory).map_err(|error| undrawn(error.to_string()))?;
     let text = picture(result).map_err(|error| undrawn(error.to_string()))?;
     fs::write(&path, text).map_err(|error| undrawn(error.to_string()))?;
     Ok(path)

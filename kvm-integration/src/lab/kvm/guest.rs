@@ -33,6 +33,7 @@ pub(super) struct Guest {
     dormitory: Arc<Dormitory>,
     hurry: Arc<AtomicBool>,
     running: u32,
+    vm: TinyVm,
 }
 
 impl Guest {
@@ -62,6 +63,7 @@ impl Guest {
             dormitory: Arc::default(),
             hurry: Arc::new(AtomicBool::new(true)),
             running: pattern.running(cell.vcpus),
+            vm,
         };
         let mode = match pattern.is_emulated() {
             true => Mode::Emulated,
@@ -71,7 +73,7 @@ impl Guest {
         for index in 0..cell.vcpus {
             let list = Workload::Walk.addresses(0, index, cell.vcpus, &[region], share as usize);
             let load = Load::new(mode, list).chunk(pattern.chunk());
-            let vcpu = vm.create_vcpu(index, &load)?;
+            let vcpu = this.vm.create_vcpu(index, &load)?;
             let ring = this.log.attach_vcpu(vcpu.fd())?;
             let handler = this.handler(cell, ring, start);
             let thread = VcpuThread::spawn_pinned(vcpu, cores.of_vcpu(index), handler)?;
@@ -128,6 +130,12 @@ impl Guest {
     /// Page stores of all vCPUs so far.
     pub(super) fn stores(&self) -> u64 {
         self.threads.iter().map(VcpuThread::progress).sum()
+    }
+
+    /// Takes the guest's memory away, under its feet.
+    #[cfg(test)]
+    pub(super) fn sabotage(&self) -> Result<(), LabError> {
+        self.vm.remove_slot(SLOT).map_err(LabError::Vm)
     }
 
     /// Whether a vCPU's thread has ended, which none does by itself.

@@ -169,3 +169,77 @@ impl<'a> KvmCell<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::pattern::Pattern;
+
+    /// A small guest; `None`, and a line about it, where there is no KVM.
+    fn start(interrupted: &AtomicBool) -> Option<KvmCell<'_>> {
+        let kvm = match crate::kvm_available() {
+            Ok(kvm) => kvm,
+            Err(why) if std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1") => {
+                panic!("{why}, and KVM_REQUIRED=1")
+            }
+            Err(why) => {
+                eprintln!("laboratory on KVM SKIPPED: {why}");
+                return None;
+            }
+        };
+        let cell = Cell {
+            pattern: Pattern::Constant,
+            vcpus: 2,
+            ring_entries: 512,
+        };
+        Some(KvmCell::start(&kvm, cell, interrupted).expect("a guest"))
+    }
+
+    fn take_turn(cell: &mut KvmCell<'_>, arm: &str) -> Result<Outcome, LabError> {
+        let arm = Arm::named(arm).expect("an arm");
+        let turn = Turn {
+            warm_up: Duration::from_millis(20),
+            measure: Duration::from_millis(50),
+        };
+        cell.take_turn(&arm, turn, true)
+    }
+
+    #[test]
+    fn turns_follow_one_another() {
+        let interrupted = AtomicBool::new(false);
+        let Some(mut cell) = start(&interrupted) else {
+            return;
+        };
+        for arm in ["poll", "qemu", "no-reaper", "poll"] {
+            let outcome = take_turn(&mut cell, arm).expect("a turn");
+            assert!(outcome.measured.entries > 0, "{arm}");
+            assert_eq!(outcome.overruns, 0, "{arm}");
+            let samples = &outcome.samples;
+            assert!(samples.len() > 2, "{arm}");
+            assert!(samples.iter().any(|sample| sample.fullest > 0.0), "{arm}");
+            assert!(samples.iter().all(|sample| sample.fullest < 1.2), "{arm}");
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_fails_ends_the_turn() {
+        let interrupted = AtomicBool::new(false);
+        let Some(mut cell) = start(&interrupted) else {
+            return;
+        };
+        cell.guest.sabotage().expect("the slot goes");
+        let error = take_turn(&mut cell, "fixed").expect_err("a guest without memory");
+        assert!(matches!(error, LabError::Vcpu(_)), "{error:?}");
+    }
+
+    #[test]
+    fn an_interruption_ends_the_turn() {
+        let interrupted = AtomicBool::new(false);
+        let Some(mut cell) = start(&interrupted) else {
+            return;
+        };
+        interrupted.store(true, Ordering::Relaxed);
+        let error = take_turn(&mut cell, "fixed").expect_err("nobody wants more");
+        assert!(matches!(error, LabError::Interrupted), "{error:?}");
+    }
+}
