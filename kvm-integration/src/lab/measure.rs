@@ -21,6 +21,8 @@ pub struct Measured {
     pub entries: u64,
     /// Page stores of the guest, logged or not.
     pub stores: u64,
+    /// CPU time of the vCPUs' threads, in the guest or not; zero if nobody knows.
+    pub vcpu_cpu: Duration,
     /// CPU time of the reaper's thread.
     pub reaper_cpu: Duration,
     /// How much of it went into passes.
@@ -55,6 +57,7 @@ impl<'a> Sum<&'a Measured> for Measured {
             minimum: sum.minimum + one.minimum,
             entries: sum.entries + one.entries,
             stores: sum.stores + one.stores,
+            vcpu_cpu: sum.vcpu_cpu + one.vcpu_cpu,
             reaper_cpu: sum.reaper_cpu + one.reaper_cpu,
             pass_time: sum.pass_time + one.pass_time,
             wakeups: sum.wakeups + one.wakeups,
@@ -91,6 +94,13 @@ impl Measured {
     /// Page stores of the guest a second.
     pub fn stores_per_second(&self) -> f64 {
         self.per_second(self.stores as f64)
+    }
+
+    /// Page stores of the guest a second of its vCPUs' CPU time, which others on the machine don't
+    /// take from it; `None` if nobody knows, or no vCPU ran.
+    pub fn stores_per_cpu_second(&self) -> Option<f64> {
+        let seconds = self.vcpu_cpu.as_secs_f64();
+        (seconds > 1e-3).then(|| self.stores as f64 / seconds)
     }
 
     /// The reaper's CPU time, in percent of a core.

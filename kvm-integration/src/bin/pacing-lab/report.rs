@@ -24,6 +24,7 @@
 //! | `passes`, `minimum_passes` | the reaper's and those of full exits, and the fewest that could have done |
 //! | `entries` | entries harvested |
 //! | `stores` | page stores of the guest |
+//! | `vcpu_cpu_ms` | CPU time of its vCPUs' threads; 0 of a simulated guest |
 //! | `reaper_cpu_ms`, `pass_ms` | CPU time of the reaper's thread; time that its passes took |
 //! | `wakeups`, `reaper_passes` | of the reaper |
 
@@ -94,6 +95,7 @@ struct Figures {
     minimum_passes: f64,
     entries: u64,
     stores: u64,
+    vcpu_cpu_ms: f64,
     reaper_cpu_ms: f64,
     pass_ms: f64,
     wakeups: u64,
@@ -177,6 +179,7 @@ impl Figures {
             minimum_passes: measured.minimum,
             entries: measured.entries,
             stores: measured.stores,
+            vcpu_cpu_ms: ms(measured.vcpu_cpu),
             reaper_cpu_ms: ms(measured.reaper_cpu),
             pass_ms: ms(measured.pass_time),
             wakeups: measured.wakeups,
@@ -206,6 +209,7 @@ mod tests {
             minimum: 2.5,
             entries: 4,
             stores: 5,
+            vcpu_cpu: Duration::from_millis(11),
             reaper_cpu: Duration::from_millis(6),
             pass_time: Duration::from_millis(7),
             wakeups: 8,
@@ -250,7 +254,8 @@ mod tests {
         }
         let figures = json!({
             "seconds": 1.5, "full_exits": 1, "stall_ms": 2.5, "passes": 3, "minimum_passes": 2.5,
-            "entries": 4, "stores": 5, "reaper_cpu_ms": 6.0, "pass_ms": 7.0, "wakeups": 8,
+            "entries": 4, "stores": 5, "vcpu_cpu_ms": 11.0, "reaper_cpu_ms": 6.0, "pass_ms": 7.0,
+            "wakeups": 8,
             "reaper_passes": 9,
         });
         let wanted = json!({

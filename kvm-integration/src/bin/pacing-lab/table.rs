@@ -4,7 +4,7 @@ use kvm_integration::lab::{ArmResult, CellResult, Measured};
 
 use crate::targets::Verdict;
 
-const ARMS: [&str; 12] = [
+const ARMS: [&str; 13] = [
     "arm",
     "full exits/s",
     "stall ms/s",
@@ -13,6 +13,7 @@ const ARMS: [&str; 12] = [
     "stores/s",
     "± %",
     "÷ best",
+    "a CPU second",
     "reaper CPU %",
     "beyond passes %",
     "wake-ups/s",
@@ -91,6 +92,7 @@ fn row(arm: &ArmResult, best: f64) -> Vec<String> {
         figure(all.stores_per_second()),
         spread.map_or_else(|| "-".into(), |spread| format!("{:.0}", spread * 100.0)),
         share.map_or_else(|| "-".into(), |share| format!("{share:.3}")),
+        all.stores_per_cpu_second().map_or("-".into(), figure),
         format!("{:.2}", all.reaper_percent()),
         format!("{:.2}", all.overhead_percent()),
         figure(all.wakeups_per_second()),
@@ -161,6 +163,7 @@ mod tests {
             minimum: 20.0,
             entries: 92_000,
             stores: 1_000_000,
+            vcpu_cpu: Duration::from_millis(1600),
             reaper_cpu: Duration::from_millis(40),
             pass_time: Duration::from_millis(30),
             wakeups: 100,
@@ -205,8 +208,8 @@ mod tests {
         };
         assert_eq!(cells(lines[2]), ARMS);
         let wanted = [
-            "poll", "1.50", "0.50", "1.15", "4000", "500.0 k", "-", "1.000", "2.00", "0.50",
-            "50.0", "5.00",
+            "poll", "1.50", "0.50", "1.15", "4000", "500.0 k", "-", "1.000", "625.0 k", "2.00",
+            "0.50", "50.0", "5.00",
         ];
         assert_eq!(cells(lines[4]), wanted);
         let wanted = [
@@ -218,6 +221,7 @@ mod tests {
             "250.0 k",
             "-",
             "0.500",
+            "-",
             "0.00",
             "0.00",
             "0",

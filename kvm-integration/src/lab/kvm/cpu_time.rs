@@ -22,6 +22,12 @@ impl CpuTime {
         Some(Self { schedstat })
     }
 
+    /// The thread of that kernel id.
+    pub(super) fn of(tid: libc::pid_t) -> Self {
+        let schedstat = format!("/proc/self/task/{tid}/schedstat").into();
+        Self { schedstat }
+    }
+
     /// What it has used so far. `None` if it has ended, or the kernel does not say.
     pub(super) fn read(&self) -> Option<Duration> {
         // Nanoseconds on a CPU, nanoseconds in a queue, turns.

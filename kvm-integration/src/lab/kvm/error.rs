@@ -58,7 +58,7 @@ pub enum LabError {
         source: ReaperError,
     },
     /// The kernel does not say how much CPU time a thread takes.
-    #[error("no CPU time of the reaper's thread can be had from /proc/self/task")]
+    #[error("no CPU time of a thread can be had from /proc/self/task")]
     CpuTime,
     /// The kernel does not say which CPUs there are, or does not start a thread.
     #[error("{call} failed")]

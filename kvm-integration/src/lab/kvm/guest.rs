@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use super::cores::Cores;
+use super::cpu_time::CpuTime;
 use super::error::LabError;
 use super::full::FullExits;
 use crate::host::available_mib;
@@ -130,6 +131,13 @@ impl Guest {
     /// Page stores of all vCPUs so far.
     pub(super) fn stores(&self) -> u64 {
         self.threads.iter().map(VcpuThread::progress).sum()
+    }
+
+    /// CPU time of all vCPUs' threads so far.
+    pub(super) fn cpu(&self) -> Result<Duration, LabError> {
+        let cpu = |thread: &VcpuThread| CpuTime::of(thread.tid()).read();
+        let times = self.threads.iter().map(cpu);
+        times.sum::<Option<Duration>>().ok_or(LabError::CpuTime)
     }
 
     /// Takes the guest's memory away, under its feet.

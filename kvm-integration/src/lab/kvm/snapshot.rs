@@ -16,6 +16,7 @@ pub(super) struct Snapshot {
     full_exits: u64,
     stall: Duration,
     stores: u64,
+    vcpu_cpu: Duration,
     reaper: Counts,
     cpu: Duration,
 }
@@ -38,6 +39,7 @@ impl Snapshot {
             full_exits,
             stall,
             stores: guest.stores(),
+            vcpu_cpu: guest.cpu()?,
             reaper: reaping.counts(),
             cpu,
         })
@@ -57,6 +59,7 @@ impl Snapshot {
             minimum: fills.fold(0.0, f64::max),
             entries: self.stats.entries - before.stats.entries,
             stores: self.stores - before.stores,
+            vcpu_cpu: self.vcpu_cpu - before.vcpu_cpu,
             reaper_cpu: self.cpu - before.cpu,
             pass_time: Duration::from_nanos(self.reaper.pass_ns - before.reaper.pass_ns),
             wakeups: self.reaper.wakeups - before.reaper.wakeups,

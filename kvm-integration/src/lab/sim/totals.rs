@@ -61,6 +61,8 @@ impl Totals {
             pass_time: time(self.pass_time, first.pass_time),
             wakeups: self.wakeups - first.wakeups,
             reaper_passes,
+            // How much of the time a load leaves to others is not modelled.
+            vcpu_cpu: Duration::ZERO,
         }
     }
 }
