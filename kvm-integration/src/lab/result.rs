@@ -42,6 +42,9 @@ pub struct ArmResult {
     pub samples: Vec<Sample>,
 }
 
+/// A share of the machine's CPU time that is not worth a word if others take it.
+const QUIET: f64 = 0.03;
+
 impl ArmResult {
     /// An arm that has had no turn yet.
     pub fn new(arm: &'static str) -> Self {
@@ -82,10 +85,15 @@ impl CellResult {
         self.reset_load.is_some_and(|load| load > CROWDED)
     }
 
-    /// Page stores a second of the arm under which the guest did most.
-    pub fn most_stores_per_second(&self) -> f64 {
-        let stores = self.arms.iter().map(|arm| arm.total().stores_per_second());
-        stores.fold(0.0, f64::max)
+    /// Whether others took so much of the machine that times and rates suffer.
+    pub fn is_disturbed(&self) -> bool {
+        self.others.is_some_and(|others| others > QUIET)
+    }
+
+    /// The highest of a figure that any arm has.
+    pub fn best(&self, figure: impl Fn(&Measured) -> f64) -> f64 {
+        let figures = self.arms.iter().map(|arm| figure(&arm.total()));
+        figures.fold(0.0, f64::max)
     }
 }
 
@@ -147,6 +155,6 @@ mod tests {
         assert_eq!(cell.to_string(), "ramp, 1 vCPU, rings of 256");
         assert!(cell.arm("fixed").is_some());
         assert!(cell.arm("qemu").is_none() && cell.arm("poll").is_none());
-        assert_eq!(cell.most_stores_per_second(), 100.0);
+        assert_eq!(cell.best(Measured::stores_per_second), 100.0);
     }
 }

@@ -22,12 +22,9 @@ const ARMS: [&str; 13] = [
 
 const TARGETS: [&str; 6] = ["", "target", "guest", "arm", "wanted", "measured"];
 
-/// A share of the machine's CPU time that is not worth a word if others take it.
-const QUIET: f64 = 0.03;
-
 /// The table of one guest, under its name.
 pub fn table(result: &CellResult) -> String {
-    let best = result.most_stores_per_second();
+    let best = result.best(Measured::stores_per_second);
     let rows = result.arms.iter().map(|arm| row(arm, best));
     let mut text = format!("### {result}\n\n{}", aligned(&ARMS, rows.collect()));
     for arm in &result.arms {
@@ -38,7 +35,7 @@ pub fn table(result: &CellResult) -> String {
             );
         }
     }
-    if let Some(others) = result.others.filter(|&others| others > QUIET) {
+    if let Some(others) = result.others.filter(|_| result.is_disturbed()) {
         let percent = others * 100.0;
         text += &format!("\nothers took {percent:.0} % of the machine: figures suffer\n");
     }
@@ -68,9 +65,9 @@ pub fn verdicts(verdicts: &[Verdict], results: &[CellResult]) -> String {
     };
     let rows = verdicts.iter().map(row).collect();
     let mut text = format!("### Targets: {met} of {} met\n", verdicts.len());
-    let others = results.iter().filter_map(|result| result.others);
-    let others = others.fold(0.0, f64::max);
-    if others > QUIET {
+    let disturbed = results.iter().filter(|result| result.is_disturbed());
+    let others = disturbed.filter_map(|result| result.others);
+    if let Some(others) = others.reduce(f64::max) {
         let percent = others * 100.0;
         text += &format!("\nothers took up to {percent:.0} % of the machine: figures suffer\n");
     }
