@@ -38,7 +38,7 @@ impl Tuning {
     /// The defaults.
     pub const DEFAULT: Self = Self {
         half_life: Duration::from_secs(5),
-        faster: 1.5,
+        faster: 4.0 / 3.0,
         steps: 20.0,
         deviations: 3.0,
         least: 0.5,
@@ -62,13 +62,12 @@ impl Default for Tuning {
 ///
 /// 1. *Rate.* The highest at which any vCPU logs, now or, with a half-life of seconds, lately. One
 ///    rate for all rings, for vCPUs that share a core log in turns.
-/// 2. *Due* is a ring that would be full before the look after the next, so to say: after one more
-///    step (a part of the time in which a ring fills) at half as much again as that rate, the
-///    lateness of wake-ups, and what a pass takes.
+/// 2. *Due* is a ring that would be full after one more step (a part of the time in which a ring
+///    fills) at a third more than that rate, the lateness of wake-ups, and what a pass takes.
 /// 3. If a ring is due, it is emptied, and with it those that will soon be.
-/// 4. *Sleep* for as long as the fullest ring has room even at half as much again as that rate; not
-///    past a horizon, which doubles from look to look until a full exit or a rate unheard of sets
-///    it back to a fraction of a millisecond.
+/// 4. *Sleep* for as long as the fullest ring has room even at a third more than that rate; not past
+///    a horizon, which doubles from look to look until a full exit or a rate unheard of sets it
+///    back to a fraction of a millisecond.
 #[derive(Debug, Clone)]
 pub struct LookFirst {
     tuning: Tuning,
@@ -262,23 +261,23 @@ mod tests {
         }
     }
 
-    /// The step is 100 ms / 20 = 5 ms, the slack one and a half of it: 7.5 ms, or 300 entries.
+    /// The step is 100 ms / 20 = 5 ms, the slack four thirds of it: 6.667 ms, or 266.7 entries.
     #[test]
     fn a_ring_is_due_when_it_would_be_full_within_the_slack() {
-        for (waiting, due) in [(3699, false), (3700, true), (4000, true), (u64::MAX, true)] {
+        for (waiting, due) in [(3733, false), (3734, true), (4000, true), (u64::MAX, true)] {
             let (reap, _) = look(&mut acquainted(), 0, &[ring(waiting, 0)]);
             assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
         }
     }
 
     #[test]
-    fn it_sleeps_for_as_long_as_there_is_room_at_one_and_a_half_times_the_rate() {
+    fn it_sleeps_for_as_long_as_there_is_room_at_a_third_more_than_the_rate() {
         for (waiting, sleep) in [
-            (0, 66_666),    // of 100 ms
-            (1000, 50_000), // of 75 ms
-            (3400, 10_000), // of 15 ms
-            (3690, 5_166),  // of 7.75 ms
-            (4000, 66_666), // emptied now
+            (0, 75_000),    // of 100 ms
+            (1000, 56_250), // of 75 ms
+            (3400, 11_250), // of 15 ms
+            (3730, 5_062),  // of 6.75 ms
+            (4000, 75_000), // emptied now
         ] {
             let rings = [ring(0, 0), ring(waiting, 0)];
             let (_, wait) = look(&mut acquainted(), 0, &rings);
@@ -299,9 +298,9 @@ mod tests {
             entries: 4000.0,
             last: 100.0,
         };
-        // This time it was not late: mean 1.75 ms, deviation 1.25 ms. The slack is 7.5 ms, 1.75 + 3 x
-        // 1.25 ms, and, with 3,164 entries, 7.91 ms for the pass; they leave 836, or 20.9 ms.
-        for (waiting, due) in [(3163, false), (3164, true)] {
+        // This time it was not late: mean 1.75 ms, deviation 1.25 ms. The slack is 6.667 ms, 1.75 + 3 x
+        // 1.25 ms, and, with 3,194 entries, 7.985 ms for the pass; they leave 806, or 20.15 ms.
+        for (waiting, due) in [(3193, false), (3194, true)] {
             let (reap, _) = look(&mut policy.clone(), 0, &[ring(waiting, 0)]);
             assert_eq!(reap, [due], "{waiting} of {SOFT_LIMIT} entries");
         }
@@ -325,7 +324,7 @@ mod tests {
             (with(100, 9_749.0), false),
             (with(3000, 2_500.0), true),
             (with(3000, 2_499.0), false),
-            (with(3699, 0.0), false), // a hot set that fits
+            (with(3733, 0.0), false), // a hot set that fits
             (with(0, 40_000.0), false),
         ] {
             let alone = look(&mut acquainted(), 0, &[ring]).0;
@@ -346,14 +345,15 @@ mod tests {
             last: 4000.0,
         };
         let rings = |other| [ring(4000, 0), ring(other, 0)];
-        // 100 ms less a pass, by one and a half.
-        assert_eq!(look(&mut policy.clone(), 0, &rings(0)[1..]).1, 63_333);
+        // Three quarters of 100 ms less a pass.
+        assert_eq!(look(&mut policy.clone(), 0, &rings(0)[1..]).1, 71_250);
         // Less two.
         let (reap, wait) = look(&mut policy.clone(), 0, &rings(0));
-        assert_eq!((reap, wait), (vec![true, false], 60_000));
-        // What would be due when the pass is over is taken along: with 7,000 entries to harvest it
-        // takes 8.75 ms, then the slack of 7.5 ms + 8.75 ms begins; 1,000 entries of room are 25 ms.
-        for (waiting, along) in [(2999, false), (3000, true)] {
+        assert_eq!((reap, wait), (vec![true, false], 67_500));
+        // What would be due when the pass is over is taken along: with 7,031 entries to harvest it
+        // takes 8.789 ms, then the slack of 6.667 ms + 8.789 ms begins; 969 entries of room are
+        // 24.2 ms.
+        for (waiting, along) in [(3030, false), (3031, true)] {
             let (reap, _) = look(&mut policy.clone(), 0, &rings(waiting));
             assert_eq!(reap, [true, along], "{waiting} of {SOFT_LIMIT} entries");
         }

@@ -27,7 +27,7 @@ const CONSTANTS: [Constant; 9] = [
         name: "faster",
         set: |tuning, value| tuning.faster = value,
         default: |tuning| tuning.faster,
-        others: &[1.0, 1.2, 2.0],
+        others: &[1.0, 1.2, 1.5, 2.0],
     },
     Constant {
         name: "steps",

@@ -34,11 +34,11 @@ pub struct FullExit {
 
 impl FullExit {
     /// A rate so many times the highest one known is new.
-    pub const NEW: f64 = 1.3;
+    pub const NEW: f64 = 1.15;
 
     /// Whether the guest did something that no policy could have known of: since the last look, or,
     /// where that has led to a pass that was under way, since the one before, this vCPU has logged
-    /// more than 1.3 times as fast as was known by then. Known is how fast the fastest vCPU was
+    /// more than 1.15 times as fast as was known by then. Known is how fast the fastest vCPU was
     /// between two looks, and what this vCPU's full exits have shown since; it fades with a
     /// half-life of five seconds.
     ///
