@@ -19,6 +19,9 @@ const HEAD: u32 = 40;
 /// More points across than this can't be told apart.
 const POINTS: usize = 1400;
 
+/// A logarithm has no zero; and less than this nobody sleeps.
+const SHORTEST_MS: f64 = 0.1;
+
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// A picture could not be drawn.
@@ -64,7 +67,7 @@ fn picture(result: &CellResult) -> Result<String, Box<dyn Error>> {
         let (upper, lower) = root.split_vertically(strips);
         let end = arms.iter().filter_map(|arm| arm.samples.last());
         // The rest is for the names of the lines.
-        let end = end.map(|sample| sample.at).fold(0.1, f64::max) * 1.14;
+        let end = end.map(|sample| sample.at).fold(0.1, f64::max) * 1.18;
         for (number, (area, arm)) in upper
             .split_evenly((arms.len().max(1), 1))
             .iter()
@@ -106,10 +109,11 @@ fn strip(area: &Area<'_>, arm: &ArmResult, number: usize, end: f64) -> Result<()
 
 /// How long the policy sleeps, under all arms.
 fn delays(area: &Area<'_>, arms: &[&ArmResult], end: f64) -> Result<(), Box<dyn Error>> {
-    // A logarithm has no zero; and less than this nobody sleeps.
-    let ms = |sample: &Sample| (sample.delay * 1e3).max(0.1);
-    let lines = lines(arms, |samples| thinned(samples, ms));
-    let scale = (0.1..2000.0).log_scale();
+    let ms = |sample: &Sample| (sample.delay * 1e3).max(SHORTEST_MS);
+    let mut lines = lines(arms, |samples| thinned(samples, ms));
+    // Who has no reaper has no delay.
+    lines.retain(|line| line.points.iter().any(|&(_, ms)| ms > SHORTEST_MS));
+    let scale = (SHORTEST_MS..2000.0).log_scale();
     chart(area, "delay chosen, ms", end, scale, &lines)
 }
 
@@ -239,6 +243,17 @@ mod tests {
             assert!(text.contains(&format!("{arm}: fullest ring")), "{arm}");
         }
         assert!(text.matches("<polyline").count() >= 6);
+    }
+
+    #[test]
+    fn who_never_sleeps_has_no_delay() {
+        let mut result = result(10);
+        let awake = &mut result.arms[1].samples;
+        awake.iter_mut().for_each(|sample| sample.delay = 0.0);
+        let text = picture(&result).unwrap();
+        // A strip, a delay and full exits; or no delay.
+        assert_eq!(text.matches("poll").count(), 3);
+        assert_eq!(text.matches("fixed").count(), 2);
     }
 
     #[test]

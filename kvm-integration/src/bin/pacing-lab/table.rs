@@ -64,6 +64,9 @@ pub fn verdicts(verdicts: &[Verdict], results: &[CellResult]) -> String {
         ]
     };
     let rows = verdicts.iter().map(row).collect();
+    if verdicts.is_empty() {
+        return "### Targets: none for these guests and arms\n".into();
+    }
     let mut text = format!("### Targets: {met} of {} met\n", verdicts.len());
     let disturbed = results.iter().filter(|result| result.is_disturbed());
     let others = disturbed.filter_map(|result| result.others);
@@ -287,6 +290,7 @@ mod tests {
         let line = "| met    | idle   | idle, 2 vCPUs, rings of 4096 | look-first | ≤ 4    | 1.25";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("| MISSED | idle   |"), "{text}");
+        assert!(verdicts(&[], &[]).contains("none"));
     }
 
     #[test]
