@@ -6,6 +6,10 @@
 #[cfg(target_arch = "x86_64")]
 mod bystanders;
 mod options;
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "what is planned is run on x86-64 only")
+)]
 mod plan;
 #[cfg(target_arch = "x86_64")]
 mod real;

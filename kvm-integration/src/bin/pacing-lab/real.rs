@@ -11,7 +11,7 @@ use kvm_ioctls::Kvm;
 
 use crate::bystanders::Bystanders;
 use crate::plan::Plan;
-use crate::run::{Report, Skipped};
+use crate::run::{Report, Skipped, chain};
 use crate::watchdog::Watchdog;
 
 /// What setting up or taking down anything takes at most, on a machine with much else to do.
@@ -99,7 +99,8 @@ impl Run<'_> {
         let outcome = match guest.take_turn(arm, turn, sampled) {
             Ok(outcome) => outcome,
             Err(LabError::Refused { source, .. }) => {
-                let skipped = Skipped::new(arm.name, &source);
+                let why = chain(&source);
+                let skipped = Skipped { arm: arm.name, why };
                 eprintln!("SKIPPED {}: {}", skipped.arm, skipped.why);
                 self.skipped.push(skipped);
                 return Ok(());

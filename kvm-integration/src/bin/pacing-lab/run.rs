@@ -36,14 +36,6 @@ pub struct Skipped {
     pub why: String,
 }
 
-impl Skipped {
-    /// That arm, because of this error.
-    pub fn new(arm: &'static str, error: &dyn Error) -> Self {
-        let why = chain(error);
-        Self { arm, why }
-    }
-}
-
 /// An error and its causes, in one line.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();

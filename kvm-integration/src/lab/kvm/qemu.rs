@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
@@ -51,34 +51,8 @@ impl QemuReaper {
                 let runs = confined.is_ok();
                 // Whoever started it waits for it.
                 let _ = ready.send(confined);
-                if !runs {
-                    return;
-                }
-                let start = Instant::now();
-                let mut pacer = Pacer::new(policy);
-                let mut rings = Vec::new();
-                loop {
-                    log.observe(&mut rings);
-                    let now = start.elapsed();
-                    if let Err(error) = pacer.look(now, false, &mut rings) {
-                        shared.report(error);
-                    }
-                    if !pacer.reap().is_empty() {
-                        match full_exits.reap_all() {
-                            Ok(entries) => pacer.passed(start.elapsed(), entries),
-                            Err(error) => shared.report(error),
-                        }
-                        let took = (start.elapsed() - now).as_nanos() as u64;
-                        shared.passes.fetch_add(1, Ordering::Relaxed);
-                        shared.pass_ns.fetch_add(took, Ordering::Relaxed);
-                    }
-                    let delay = pacer.due().saturating_sub(start.elapsed());
-                    let ns = delay.as_nanos() as u64;
-                    shared.delay_ns.store(ns, Ordering::Relaxed);
-                    shared.wakeups.fetch_add(1, Ordering::Relaxed);
-                    if stopped.recv_timeout(delay) != Err(RecvTimeoutError::Timeout) {
-                        return;
-                    }
+                if runs {
+                    run(&shared, &log, &full_exits, Pacer::new(policy), &stopped);
                 }
             }
         };
@@ -108,6 +82,41 @@ impl QemuReaper {
         error
             .as_deref_mut()
             .map_or_else(|poisoned| poisoned.get_mut().take(), Option::take)
+    }
+}
+
+/// The thread's life. The policy is a clock: what it sees of the rings is for show.
+fn run(
+    shared: &Shared,
+    log: &DirtyLog,
+    full_exits: &FullExits,
+    mut pacer: Pacer,
+    stopped: &Receiver<()>,
+) {
+    let start = Instant::now();
+    let mut rings = Vec::new();
+    loop {
+        log.observe(&mut rings);
+        let now = start.elapsed();
+        if let Err(error) = pacer.look(now, false, &mut rings) {
+            shared.report(error);
+        }
+        if !pacer.reap().is_empty() {
+            match full_exits.reap_all() {
+                Ok(entries) => pacer.passed(start.elapsed(), entries),
+                Err(error) => shared.report(error),
+            }
+            let took = (start.elapsed() - now).as_nanos() as u64;
+            shared.passes.fetch_add(1, Ordering::Relaxed);
+            shared.pass_ns.fetch_add(took, Ordering::Relaxed);
+        }
+        let delay = pacer.due().saturating_sub(start.elapsed());
+        let ns = delay.as_nanos() as u64;
+        shared.delay_ns.store(ns, Ordering::Relaxed);
+        shared.wakeups.fetch_add(1, Ordering::Relaxed);
+        if stopped.recv_timeout(delay) != Err(RecvTimeoutError::Timeout) {
+            return;
+        }
     }
 }
 
