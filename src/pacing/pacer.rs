@@ -17,8 +17,18 @@ const RATE_HALF_LIFE: f64 = 1.0;
 struct Known {
     /// Entries that its vCPU had logged.
     logged: u64,
-    /// Entries per second.
-    rate: f64,
+    /// Entries that it logged lately, and the time that it took: both fade, so that their quotient is
+    /// a mean over what is known, however little that is.
+    entries: f64,
+    seconds: f64,
+}
+
+impl Known {
+    fn fade(&mut self, seconds: f64) {
+        let weight = (-seconds / RATE_HALF_LIFE).exp2();
+        self.entries *= weight;
+        self.seconds = self.seconds * weight + seconds;
+    }
 }
 
 /// Why a pacing policy was replaced.
@@ -185,13 +195,11 @@ impl Pacer {
                 false => 0,
             };
             known.logged = logged;
-            let seconds = elapsed.as_secs_f64();
-            if seconds > 0.0 {
-                let weight = (-seconds / RATE_HALF_LIFE).exp2();
-                let now = ring.logged as f64 / seconds;
-                known.rate = known.rate * weight + now * (1.0 - weight);
+            if index < old {
+                known.fade(elapsed.as_secs_f64());
+                known.entries += ring.logged as f64;
             }
-            ring.rate = known.rate;
+            ring.rate = known.entries / known.seconds.max(1e-6);
         }
         self.reap.clear();
         self.reap.resize(rings.len(), false);
@@ -344,14 +352,22 @@ mod tests {
             rates.lock().unwrap().clone()
         };
         assert_eq!(look(9, &mut [ring(500, 0)]), [0.0]);
-        assert_eq!(look(10, &mut [ring(500, 1000)]), [500.0]);
-        assert_eq!(look(11, &mut [ring(1500, 1000), ring(0, 70)]), [750.0, 0.0]);
-        // Nothing is known of no time.
-        assert_eq!(look(11, &mut [ring(2500, 1000), ring(0, 70)]), [750.0, 0.0]);
+        // At first it is the mean of all that is known.
+        assert_eq!(look(10, &mut [ring(500, 1000)]), [1000.0]);
+        // Half of the first second's 1,000, and 4,000; by half a second and one.
+        let rate = (500.0 + 4000.0) / 1.5;
+        assert_eq!(look(11, &mut [ring(4500, 1000), ring(0, 70)]), [rate, 0.0]);
+        assert_eq!(look(11, &mut [ring(4500, 1000), ring(0, 70)]), [rate, 0.0]);
+        let rate = (125.0 + 1000.0) / (0.375 + 2.0);
         assert_eq!(
-            look(13, &mut [ring(2500, 1000), ring(70, 80)]),
-            [187.5, 30.0]
+            look(13, &mut [ring(4500, 1000), ring(70, 80)]),
+            [rate, 40.0]
         );
+        // What comes in no time is no reason for an endless rate.
+        let rates = look(13, &mut [ring(4600, 1000), ring(70, 80), ring(0, 0)]);
+        assert!(rates[0].is_finite() && rates[0] > rate, "{rates:?}");
+        let rates = look(13, &mut [ring(4600, 1000), ring(70, 80), ring(0, 9)]);
+        assert!(rates[2].is_finite(), "{rates:?}");
     }
 
     #[test]
