@@ -18,6 +18,31 @@ fn run(args: &str) -> Ran {
     program::run(PROGRAM, args)
 }
 
+/// The table is Markdown: a head, a line, and a row for each value.
+fn numbers_are_justified() {
+    let ran = run("--sim --constants --seconds 1");
+    assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+    for number in [
+        "half_life, s",
+        "faster",
+        "steps",
+        "deviations",
+        "least",
+        "along",
+    ] {
+        let rows = ran
+            .stdout
+            .lines()
+            .filter(|line| line.starts_with(&format!("| {number}")));
+        let (default, others): (Vec<_>, Vec<_>) = rows.partition(|row| row.contains(" *"));
+        assert!(
+            default.len() == 1 && others.len() >= 2,
+            "{number}: {}",
+            ran.stdout
+        );
+    }
+}
+
 /// A place for a file of a test's own.
 fn temporary(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
@@ -259,6 +284,7 @@ fn main() -> ExitCode {
         one_signal_ends_a_simulation,
         simulations_repeat_themselves,
         recordings_are_simulated,
+        numbers_are_justified,
         nonsense_is_refused_with_what_is_allowed,
     ];
     let on_kvm = tests![

@@ -67,6 +67,9 @@ fn fail(error: &dyn Error) -> ExitCode {
 }
 
 fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
+    if options.constants {
+        return Ok(say(&table::constants(simulated::constants(options)))?);
+    }
     // Now, not after minutes of work, is the time to find out that there is no such place.
     let unwritten = |path: &Path| Unwritten::to(path.display().to_string());
     let json = match &options.json {

@@ -73,6 +73,12 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "sim")]
     pub seed: u64,
 
+    /// Simulates look-first with one of its numbers changed, under loads that tempt it to mistakes,
+    /// and says what each of them is good for
+    #[arg(long, requires = "sim",
+          conflicts_with_all = ["workloads", "vcpus", "ring_entries", "arms", "json", "svg", "trace"])]
+    pub constants: bool,
+
     /// Simulates what this file has recorded, a line for each change of a vCPU's page stores per
     /// second: `seconds,vcpu,rate`
     #[arg(long, value_name = "FILE", requires = "sim",
@@ -150,6 +156,8 @@ pub mod tests {
             "--sim --rounds 3",
             "--sim --slice-ms 100",
             "--sim --trace file --vcpus 3",
+            "--constants",
+            "--sim --constants --arm fixed",
             "--json",
             "now",
         ] {

@@ -12,7 +12,9 @@ use std::thread;
 use std::time::Duration;
 
 use kvm_dirty_ring::error::PolicyError;
-use kvm_integration::lab::sim::{Guest, Load, Outcome, Recording, RecordingError, Scenario, run};
+use kvm_integration::lab::sim::{
+    Guest, Load, Outcome, Recording, RecordingError, Scenario, constants, run,
+};
 use kvm_integration::lab::{Arm, ArmResult, CellResult};
 
 use crate::options::Options;
@@ -22,8 +24,8 @@ use crate::run::Report;
 const VCPUS: [u32; 3] = [64, 256, 1024];
 const RING_ENTRIES: u32 = 4096;
 /// What is run unless told otherwise.
-const WORKLOADS: [&str; 8] = [
-    "constant", "trickle", "bursts", "sliced", "skew", "hot-set", "idle", "fast",
+const WORKLOADS: [&str; 9] = [
+    MODERATE, "constant", "trickle", "bursts", "sliced", "skew", "hot-set", "idle", "fast",
 ];
 /// As `constant`, but of a guest that resets can keep up with however many vCPUs it has.
 const MODERATE: &str = "moderate";
@@ -258,6 +260,11 @@ pub fn simulate(
         report(result)?;
     }
     Ok(())
+}
+
+/// What each number of look-first is good for.
+pub fn constants(options: &Options) -> impl Iterator<Item = constants::Row> {
+    constants::rows(options.seed, Duration::from_secs(options.seconds))
 }
 
 /// Simulates the arms, as many at a time as there are cores. The threads are not waited for: a long

@@ -1,5 +1,6 @@
 //! Figures for people: tables that are aligned, and Markdown, too.
 
+use kvm_integration::lab::sim::constants;
 use kvm_integration::lab::{ArmResult, CellResult, Measured};
 
 use crate::targets::Verdict;
@@ -18,6 +19,14 @@ const ARMS: [&str; 13] = [
     "beyond passes %",
     "wake-ups/s",
     "a pass",
+];
+
+const CONSTANTS: [&str; 5] = [
+    "number",
+    "value",
+    "full exits/min",
+    "passes ÷ min",
+    "wake-ups/s",
 ];
 
 const TARGETS: [&str; 6] = ["", "target", "guest", "arm", "wanted", "measured"];
@@ -75,6 +84,21 @@ pub fn verdicts(verdicts: &[Verdict], results: &[CellResult]) -> String {
         text += &format!("\nothers took up to {percent:.0} % of the machine: figures suffer\n");
     }
     text + "\n" + &aligned(&TARGETS, rows)
+}
+
+/// What look-first does with one of its numbers changed; a star marks the default.
+pub fn constants(rows: impl Iterator<Item = constants::Row>) -> String {
+    let row = |row: constants::Row| {
+        let star = if row.is_default { " *" } else { "" };
+        vec![
+            row.name.into(),
+            format!("{}{star}", figure(row.value)),
+            figure(row.full_exits),
+            format!("{:.3}", row.passes),
+            format!("{:.0}", row.wakeups),
+        ]
+    };
+    aligned(&CONSTANTS, rows.map(row).collect())
 }
 
 fn row(arm: &ArmResult, best: f64) -> Vec<String> {
