@@ -55,34 +55,39 @@ impl Alarm {
         self.bell.notify_all();
     }
 
-    /// Waits for the alarm until `until`, if there is such a time; until `deaf` for a command only.
+    /// Waits for a command.
     #[cfg(not(all(test, feature = "loom")))]
-    pub(crate) fn wait(&self, deaf: Instant, until: Option<Instant>) -> Heard {
+    pub(crate) fn wait_for_command(&self) {
+        let mut rung = lock(&self.rung);
+        while !rung.command {
+            rung = crate::sync::wait(&self.bell, rung);
+        }
+        *rung = Rung::default();
+    }
+
+    /// Waits for the alarm until `until`; until `deaf` for a command only.
+    #[cfg(not(all(test, feature = "loom")))]
+    pub(crate) fn wait(&self, deaf: Instant, until: Instant) -> Heard {
         let mut rung = lock(&self.rung);
         let heard = loop {
             let now = Instant::now();
             if rung.command {
                 break Heard::Command;
             }
-            if until.is_some_and(|until| now >= until) {
+            if now >= until {
                 break Heard::Nothing;
             }
             rung.listening = now >= deaf;
             if rung.full && rung.listening {
                 break Heard::Full;
             }
-            let next = match (rung.listening, until) {
-                (true, until) => until,
-                (false, Some(until)) => Some(until.min(deaf)),
-                (false, None) => Some(deaf),
+            let next = if rung.listening {
+                until
+            } else {
+                until.min(deaf)
             };
-            rung = match next {
-                Some(next) => {
-                    let woken = self.bell.wait_timeout(rung, next - now);
-                    woken.unwrap_or_else(PoisonError::into_inner).0
-                }
-                None => crate::sync::wait(&self.bell, rung),
-            };
+            let woken = self.bell.wait_timeout(rung, next - now);
+            rung = woken.unwrap_or_else(PoisonError::into_inner).0;
         };
         // Whoever looks now sees what all of them have to show.
         *rung = Rung::default();
@@ -110,12 +115,12 @@ mod tests {
         let now = Instant::now();
         alarm.full();
         alarm.full();
-        assert_eq!(alarm.wait(now, Some(now + LONG)), Heard::Full);
-        assert_eq!(alarm.wait(now, Some(soon())), Heard::Nothing);
+        assert_eq!(alarm.wait(now, now + LONG), Heard::Full);
+        assert_eq!(alarm.wait(now, soon()), Heard::Nothing);
         alarm.full();
         alarm.command();
-        assert_eq!(alarm.wait(now, None), Heard::Command);
-        assert_eq!(alarm.wait(now, Some(soon())), Heard::Nothing);
+        assert_eq!(alarm.wait(now, now + LONG), Heard::Command);
+        assert_eq!(alarm.wait(now, soon()), Heard::Nothing);
     }
 
     #[test]
@@ -127,7 +132,7 @@ mod tests {
             let alarm = Arc::new(Alarm::default());
             let sleeper = thread::spawn({
                 let alarm = Arc::clone(&alarm);
-                move || alarm.wait(Instant::now(), Some(Instant::now() + LONG))
+                move || alarm.wait(Instant::now(), Instant::now() + LONG)
             });
             while !lock(&alarm.rung).listening {
                 thread::yield_now();
@@ -142,15 +147,32 @@ mod tests {
         let alarm = Alarm::default();
         alarm.full();
         let deaf = soon();
-        assert_eq!(alarm.wait(deaf, Some(Instant::now() + LONG)), Heard::Full);
+        assert_eq!(alarm.wait(deaf, Instant::now() + LONG), Heard::Full);
         assert!(Instant::now() >= deaf, "it was heard");
         alarm.full();
         // Whoever looks when time is up sees what there was to hear.
         let (until, deaf) = (soon(), Instant::now() + LONG);
-        assert_eq!(alarm.wait(deaf, Some(until)), Heard::Nothing);
-        assert_eq!(alarm.wait(Instant::now(), Some(soon())), Heard::Nothing);
+        assert_eq!(alarm.wait(deaf, until), Heard::Nothing);
+        assert_eq!(alarm.wait(Instant::now(), soon()), Heard::Nothing);
         // An order is heard at any time.
         alarm.command();
-        assert_eq!(alarm.wait(Instant::now() + LONG, None), Heard::Command);
+        let later = Instant::now() + LONG;
+        assert_eq!(alarm.wait(later, later), Heard::Command);
+    }
+
+    #[test]
+    fn a_full_exit_is_nothing_to_who_waits_for_a_command() {
+        let alarm = Arc::new(Alarm::default());
+        let sleeper = thread::spawn({
+            let alarm = Arc::clone(&alarm);
+            move || alarm.wait_for_command()
+        });
+        for _ in 0..100 {
+            alarm.full();
+            thread::yield_now();
+        }
+        assert!(!sleeper.is_finished());
+        alarm.command();
+        sleeper.join().unwrap();
     }
 }

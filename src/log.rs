@@ -298,8 +298,9 @@ impl DirtyLog {
 
     /// Replaces what is in `rings` by what a [pacing](crate::pacing) policy is to be shown of each
     /// ring, in the order in which the vCPUs were attached. It reads about a dozen flags a ring,
-    /// one if the ring is empty; no thread waits for it, and it waits for none. By the time it
-    /// returns, vCPUs may have logged more.
+    /// one if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only
+    /// while slots or vCPUs are added or removed may it wait a moment. By the time it returns, vCPUs
+    /// may have logged more.
     pub fn observe(&self, rings: &mut Vec<RingObservation>) {
         rings.clear();
         let layout = self.inner.harvester.layout();
@@ -379,13 +380,13 @@ impl VcpuRing {
     pub fn on_full(&mut self) -> Result<(), ResetError> {
         let start = Instant::now();
         let result = self.make_room();
-        let counts = &self.vcpu.counts;
-        counts.full_exits.add(1);
-        counts.stall_ns.add(start.elapsed().as_nanos() as u64);
+        let stall = start.elapsed().as_nanos() as u64;
+        self.vcpu.counts.stall_ns.add(stall);
         result
     }
 
-    /// Whether at least `count` entries wait in the ring to be harvested: one load.
+    /// Whether at least `count` entries wait in the ring to be harvested: one load of a flag. True of
+    /// a moment during the call: others may take them meanwhile, and the vCPU may log more.
     pub fn at_least(&self, count: u32) -> bool {
         self.vcpu.at_least(count)
     }
@@ -412,12 +413,14 @@ impl VcpuRing {
         let alone = self.vcpu.taken() == self.taken;
         let taken = pass.harvest(&self.vcpu);
         self.taken = self.vcpu.taken();
-        // By now this ring is empty; the others are the reaper's business.
-        self.inner.alarm.full();
         if alone && taken.alone {
             let entries = self.inner.ring_entries;
             self.vcpu.learn_soft_limit(taken.entries, entries);
         }
+        self.vcpu.counts.full_exits.add(1);
+        // By now this ring is empty; the others are the reaper's business. It is to see all of the
+        // above when it looks, which may be before our reset is done.
+        self.inner.alarm.full();
         // Where the ring was empty, another pass has taken its entries: that one's reset is what
         // the vCPU waits for.
         pass.reset_all()?.publish();

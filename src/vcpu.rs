@@ -72,7 +72,16 @@ impl Vcpu {
     /// Whether at least `count` entries wait in the ring; any thread may ask at any time, and
     /// nobody waits for it.
     pub(crate) fn at_least(&self, count: u32) -> bool {
-        self.gauge(self.taken()).at_least(count)
+        let mut taken = self.taken();
+        loop {
+            let at_least = self.gauge(taken).at_least(count);
+            // From a head that has moved on, what was taken long ago would count.
+            let now = self.taken();
+            if now == taken {
+                return at_least;
+            }
+            taken = now;
+        }
     }
 
     /// Entries that wait in the ring, and entries taken from it so far: together they are what the

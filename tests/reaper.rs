@@ -75,7 +75,9 @@ fn it_empties_the_rings() {
 
 #[test]
 fn a_full_exit_wakes_it() {
-    let (_vm, log, vcpu, mut ring) = machine();
+    let (vm, log, vcpu, mut ring) = machine();
+    // The reaper looks while the vCPU still waits for its reset.
+    vm.on_reset(|_| thread::sleep(Duration::from_millis(10)));
     let (spy, seen) = Spy::sleepy(false);
     let reaper = Reaper::spawn(&log, spy).unwrap();
     assert_eq!(seen.recv_timeout(PATIENCE), Ok(0));
@@ -83,7 +85,7 @@ fn a_full_exit_wakes_it() {
     ring.on_full().unwrap();
     // Long, and yet less than the policy's delay.
     let woken = seen.recv_timeout(Duration::from_secs(9));
-    assert!(woken.is_ok());
+    assert_eq!(woken, Ok(1), "what has woken it");
     reaper.stop().unwrap();
 }
 
@@ -297,6 +299,36 @@ fn it_counts_what_it_does() {
     reaper.stop().unwrap();
 }
 
+/// Policies that panic even as they go: when they are replaced, or when their time is over.
+#[test]
+fn policies_may_go_with_a_bang() {
+    struct Bang {
+        decides: bool,
+    }
+    impl Pacing for Bang {
+        fn decide(&mut self, _: &Observation<'_>, _: &mut [bool]) -> Duration {
+            assert!(self.decides, "a policy's panic, which the test is about");
+            Duration::from_secs(10)
+        }
+    }
+    impl Drop for Bang {
+        fn drop(&mut self) {
+            panic!("another");
+        }
+    }
+    let (_vm, log, vcpu, _ring) = machine();
+    for decides in [false, true] {
+        let reaper = Reaper::spawn(&log, Bang { decides }).unwrap();
+        wait_until(|| reaper.stats().looks > 0);
+        reaper.set_policy(OFTEN);
+        vcpu.write(RAM, 0).unwrap();
+        wait_until(|| vcpu.used() == 0);
+        assert!(reaper.is_running());
+        let error = reaper.stop();
+        assert_eq!(error.is_err(), !decides, "{error:?}");
+    }
+}
+
 #[test]
 fn one_that_cannot_keep_up_says_so() {
     let (vm, log, vcpu, _ring) = machine();
@@ -331,12 +363,20 @@ fn task(name: &str) -> std::path::PathBuf {
 #[test]
 fn operators_name_place_and_prioritise_it() {
     let (_vm, log, _vcpu, _ring) = machine();
-    let builder = Reaper::builder().name("reaper-of-17").cpus([0]);
+    // One that we may run on.
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let cpus = own
+        .lines()
+        .find_map(|l| l.strip_prefix("Cpus_allowed_list:\t"));
+    let cpu = cpus.unwrap().split([',', '-']).next().unwrap();
+    let builder = Reaper::builder().name("reaper-of-17");
+    let builder = builder.cpus([cpu.parse().unwrap()]);
     let reaper = builder.priority(Priority::Nice(7)).spawn(&log, OFTEN);
     let reaper = reaper.unwrap();
     let task = task("reaper-of-17");
     let status = std::fs::read_to_string(task.join("status")).unwrap();
-    assert!(status.contains("\nCpus_allowed_list:\t0\n"), "{status}");
+    let place = format!("\nCpus_allowed_list:\t{cpu}\n");
+    assert!(status.contains(&place), "{status}");
     let stat = std::fs::read_to_string(task.join("stat")).unwrap();
     // Fields from the state on, which is the third: nice is the nineteenth.
     let (_, fields) = stat.rsplit_once(") ").unwrap();

@@ -27,14 +27,14 @@ impl Default for Fixed {
 
 impl Pacing for Fixed {
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
-        if self.clock.passes(seen.elapsed) {
+        if self.clock.passes(seen) {
             reap.fill(true);
         }
         self.clock.left()
     }
 }
 
-/// A delay between passes that looks in between do not disturb.
+/// A delay between passes, from the end of one on, that looks in between do not disturb.
 #[derive(Debug, Clone)]
 pub(super) struct Period {
     pub(super) length: Duration,
@@ -47,8 +47,10 @@ impl Period {
         Self { length, gone }
     }
 
-    /// Lets `elapsed` pass. Whether the period is over; then another begins.
-    pub(super) fn passes(&mut self, elapsed: Duration) -> bool {
+    /// Lets the time since the look before pass. Whether the period is over; then another begins.
+    pub(super) fn passes(&mut self, seen: &Observation<'_>) -> bool {
+        let pass = seen.last_pass.map_or(Duration::ZERO, |pass| pass.took);
+        let elapsed = seen.elapsed.saturating_sub(pass);
         self.gone = self.gone.saturating_add(elapsed);
         let over = self.gone >= self.length;
         if over {
@@ -67,7 +69,7 @@ impl Period {
 #[cfg(all(test, not(feature = "loom")))]
 pub(super) mod tests {
     use super::*;
-    use crate::pacing::RingObservation;
+    use crate::pacing::{PassCost, RingObservation};
 
     /// Drives a policy that empties all rings on a clock of its own, from pass to pass.
     pub(in crate::pacing) struct AtEachPass<P> {
@@ -124,6 +126,30 @@ pub(super) mod tests {
         assert_eq!(decide(1), (true, 100));
         assert_eq!(decide(99), (false, 1));
         assert_eq!(decide(500), (true, 100));
+    }
+
+    /// The delay is what is slept, however long passes take and whoever looks meanwhile.
+    #[test]
+    fn the_period_begins_when_the_pass_is_over() {
+        let ms = Duration::from_millis;
+        for looks in [&[1600][..], &[900, 700], &[600, 999, 1]] {
+            let mut policy = Fixed::default();
+            policy.decide(&Observation::new(ms(0), &[]), &mut []);
+            let mut reap = [false];
+            policy.decide(&Observation::new(ms(1000), &[]), &mut reap);
+            assert_eq!(reap, [true]);
+            for (number, &look) in looks.iter().enumerate() {
+                let mut seen = Observation::new(ms(look), &[]);
+                // The pass took 600 ms.
+                seen.last_pass = (number == 0).then_some(PassCost {
+                    took: ms(600),
+                    entries: 1,
+                });
+                let mut reap = [false];
+                policy.decide(&seen, &mut reap);
+                assert_eq!(reap, [number + 1 == looks.len()], "{looks:?}");
+            }
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl Default for HalveAndCreep {
 
 impl Pacing for HalveAndCreep {
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
-        if self.clock.passes(seen.elapsed) {
+        if self.clock.passes(seen) {
             reap.fill(true);
             let found = found(seen);
             let delay = &mut self.clock.length;

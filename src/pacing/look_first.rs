@@ -2,35 +2,35 @@
 
 use core::time::Duration;
 
-use super::{Observation, Pacing, PassCost, RingObservation};
+use super::{LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
 
 /// Each number that [`LookFirst`] goes by. `docs/pacing.md` shows what other values do.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Tuning {
     /// Time in which the highest rate seen loses half its weight: long enough for the next burst to
-    /// come while the last one is remembered.
+    /// come while the last one is remembered. At least 1 ms.
     pub half_life: Duration,
     /// How many times the highest rate seen a vCPU may log at by the next look. What is faster is a
-    /// surprise, and may cost a full exit.
+    /// surprise, and may cost a full exit. 1 to 10.
     pub faster: f64,
     /// Steps into which the time to fill a ring is divided. Looks are at least one apart; more of
-    /// them mean more looks, and rings that are emptied later.
+    /// them mean more looks, and rings that are emptied later. 1 to 1,000.
     pub steps: f64,
-    /// Deviations of the wake-ups' lateness, above its mean, that are reckoned with.
+    /// Deviations of the wake-ups' lateness, above its mean, that are reckoned with. 0 to 100.
     pub deviations: f64,
-    /// Share of the soft limit below which a ring is not emptied, however late wake-ups are.
+    /// Share of the soft limit below which a ring is not emptied, however late wake-ups are. 0 to 1.
     pub least: f64,
     /// A ring grows if its own vCPU would fill it within so many times the time in which the fastest
-    /// fills one; then it is taken along. One that holds a hot set does not.
+    /// fills one; then it is taken along. One that holds a hot set does not. 0 to 1,000.
     pub along: f64,
     /// The rate, in entries per second, that is reckoned with when nothing is known: after the
     /// start, a full exit, or a surprise. It is halved from look to look. Faster than any vCPU
-    /// logs, so that the first look finds room left.
+    /// logs, so that the first look finds room left. A thousand to a thousand million.
     pub first_sight: f64,
-    /// Shortest time between two looks.
+    /// Shortest time between two looks, not below [`SHORTEST_LOOK`].
     pub shortest: Duration,
-    /// Longest time between two looks.
+    /// Longest time between two looks, not above [`LONGEST_LOOK`].
     pub longest: Duration,
 }
 
@@ -47,6 +47,29 @@ impl Tuning {
         shortest: Duration::from_micros(100),
         longest: Duration::from_secs(1),
     };
+}
+
+impl Tuning {
+    /// Every number within the range that its documentation names.
+    fn sane(self) -> Self {
+        let within = |value: f64, least: f64, default: f64, most: f64| match value.is_nan() {
+            true => default,
+            false => value.clamp(least, most),
+        };
+        let default = Self::DEFAULT;
+        let shortest = self.shortest.clamp(SHORTEST_LOOK, LONGEST_LOOK);
+        Self {
+            half_life: self.half_life.max(Duration::from_millis(1)),
+            faster: within(self.faster, 1.0, default.faster, 10.0),
+            steps: within(self.steps, 1.0, default.steps, 1000.0),
+            deviations: within(self.deviations, 0.0, default.deviations, 100.0),
+            least: within(self.least, 0.0, default.least, 1.0),
+            along: within(self.along, 0.0, default.along, 1000.0),
+            first_sight: within(self.first_sight, 1e3, default.first_sight, 1e9),
+            shortest,
+            longest: self.longest.clamp(shortest, LONGEST_LOOK),
+        }
+    }
 }
 
 impl Default for Tuning {
@@ -81,10 +104,10 @@ pub struct LookFirst {
 }
 
 impl LookFirst {
-    /// The policy with numbers of your own.
-    pub const fn new(tuning: Tuning) -> Self {
+    /// The policy with numbers of your own; those that make no sense are moved to where they do.
+    pub fn new(tuning: Tuning) -> Self {
         Self {
-            tuning,
+            tuning: tuning.sane(),
             peak: 0.0,
             late: Lateness {
                 mean: 0.0,
@@ -169,7 +192,9 @@ impl Pacing for LookFirst {
         }
         let safe = (left - busy - late - pass) / tuning.faster;
         let sleep = safe.max(step).min(self.horizon).min(longest).max(shortest);
-        Duration::try_from_secs_f64(sleep).unwrap_or(tuning.longest)
+        let sleep = Duration::try_from_secs_f64(sleep).unwrap_or(tuning.longest);
+        // Seconds in floating point may be a nanosecond off.
+        sleep.clamp(tuning.shortest, tuning.longest)
     }
 }
 
@@ -433,6 +458,37 @@ mod tests {
         seen.lateness = None;
         policy.decide(&seen, &mut [false]);
         assert_eq!(late(&policy), (0.007, 0.005));
+    }
+
+    /// Whatever its numbers, it empties a full ring and asks for times within bounds.
+    #[test]
+    fn numbers_without_sense_do_no_harm() {
+        let numbers = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 0.0, 1e300];
+        let times = [Duration::ZERO, Duration::from_nanos(1), Duration::MAX];
+        for number in numbers {
+            for time in times {
+                let tuning = Tuning {
+                    half_life: time,
+                    faster: number,
+                    steps: number,
+                    deviations: number,
+                    least: number,
+                    along: number,
+                    first_sight: number,
+                    shortest: time,
+                    longest: time,
+                };
+                let mut policy = LookFirst::new(tuning);
+                for us in [0, 1000, 1000, 5_000_000] {
+                    let mut reap = [false];
+                    let rings = [growing(SOFT_LIMIT)];
+                    let seen = Observation::new(Duration::from_micros(us), &rings);
+                    let wait = policy.decide(&seen, &mut reap);
+                    assert!((SHORTEST_LOOK..=LONGEST_LOOK).contains(&wait), "{tuning:?}");
+                    assert_eq!(reap, [true], "{tuning:?}");
+                }
+            }
+        }
     }
 
     #[test]

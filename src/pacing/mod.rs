@@ -121,7 +121,7 @@ impl<'a> Observation<'a> {
 /// What a pass has cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PassCost {
-    /// From its decision to its end: harvest, reset and publication.
+    /// From the look that decided on it to its end: harvest, reset and publication.
     pub took: Duration,
     /// Entries that it found.
     pub entries: u64,
@@ -135,7 +135,8 @@ pub struct RingObservation {
     pub entries: u64,
     /// Entries at which the vCPU stops: supposed, until a full exit has shown it.
     pub soft_limit: u64,
-    /// Entries that wait in the ring to be harvested.
+    /// Entries that wait in the ring to be harvested. The kernel also counts those that are harvested
+    /// and not yet reset, of which there are any for long only after a failed reset.
     pub waiting: u64,
     /// Entries harvested so far, by whomever.
     pub taken: u64,

@@ -35,7 +35,7 @@ impl Known {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PolicyError {
-    /// It panicked.
+    /// It panicked. A program that is built with `panic = "abort"` has ended instead.
     #[error("the pacing policy panicked")]
     Panicked,
     /// It asked for times out of bounds, many times in a row.
@@ -109,8 +109,14 @@ impl Pacer {
 
     /// Goes on with another policy, which is to look at once.
     pub fn set_policy(&mut self, policy: impl Pacing + 'static) {
-        self.policy = Box::new(policy);
+        self.replace(Box::new(policy));
         self.restart();
+    }
+
+    fn replace(&mut self, policy: Box<dyn Pacing>) {
+        let old = core::mem::replace(&mut self.policy, policy);
+        // It may panic once more as it goes.
+        discard(catch_unwind(AssertUnwindSafe(|| drop(old))));
     }
 
     /// Goes on after a pause: what happened meanwhile says nothing about the guest's pace.
@@ -147,11 +153,11 @@ impl Pacer {
         };
         self.last_look = Some(now);
         let asked = self.ask(&seen);
-        let asked = asked.inspect_err(|_| {
-            self.policy = Box::new(Fixed::default());
+        if asked.is_err() {
+            self.replace(Box::new(Fixed::default()));
             // Nobody knows how long it has been.
             self.reap.fill(true);
-        });
+        }
         let wait = *asked.as_ref().unwrap_or(&Duration::from_secs(1));
         self.wait = wait.clamp(SHORTEST_LOOK, LONGEST_LOOK);
         self.due = now.saturating_add(self.wait);
@@ -209,7 +215,11 @@ impl Pacer {
     fn ask(&mut self, seen: &Observation<'_>) -> Result<Duration, PolicyError> {
         let (policy, reap) = (&mut self.policy, &mut self.reap[..]);
         let decide = AssertUnwindSafe(|| policy.decide(seen, reap));
-        let asked = catch_unwind(decide).map_err(|_| PolicyError::Panicked)?;
+        let asked = catch_unwind(decide);
+        let asked = asked.map_err(|panic| {
+            discard(Err(panic));
+            PolicyError::Panicked
+        })?;
         if (SHORTEST_LOOK..=LONGEST_LOOK).contains(&asked) {
             self.out_of_bounds = 0;
         } else {
@@ -219,6 +229,13 @@ impl Pacer {
             true => Ok(asked),
             false => Err(PolicyError::OutOfBounds { asked }),
         }
+    }
+}
+
+/// Gets rid of a panic, whose payload may panic itself when dropped: it is leaked.
+fn discard(result: std::thread::Result<()>) {
+    if let Err(panic) = result {
+        core::mem::forget(panic);
     }
 }
 

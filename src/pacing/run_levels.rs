@@ -81,7 +81,7 @@ impl Pacing for RunLevels {
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
         let full_exits = seen.full_exits();
         let before = *self.full_exits.get_or_insert(full_exits);
-        if self.clock.passes(seen.elapsed) {
+        if self.clock.passes(seen) {
             reap.fill(true);
             self.full_exits = Some(full_exits);
             self.adjust(found(seen), full_exits != before);

@@ -18,8 +18,9 @@ pub use thread::Priority;
 
 /// A running reaper. It stops when this is dropped.
 ///
-/// Its thread blocks every signal, and sleeps without timer slack. A vCPU that stops on a full ring
-/// wakes it; one that stops within half a millisecond of that does not once more.
+/// Its thread blocks every signal but the C library's own, and sleeps without timer slack. A vCPU
+/// that stops on a full ring wakes it; whoever stops within half a millisecond of that wakes it
+/// when that time is over, all together once.
 #[derive(Debug)]
 pub struct Reaper {
     log: DirtyLog,
@@ -231,9 +232,12 @@ impl Reaper {
 
     /// Goes on with another policy, which looks at the rings soon after this returns.
     pub fn set_policy(&self, policy: impl Pacing + 'static) {
-        let policy = Box::new(policy);
-        self.control
-            .order(&self.log, |orders| orders.policy = Some(policy));
+        let mut policy: Option<Box<dyn Pacing>> = Some(Box::new(policy));
+        let ours = &mut policy;
+        // One that was never looked at goes when nobody waits for it.
+        self.control.order(&self.log, |orders| {
+            core::mem::swap(&mut orders.policy, ours)
+        });
     }
 
     /// Makes no more passes until [`resume`](Self::resume); one under way is awaited. Full exits and
@@ -295,19 +299,22 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         if orders.stop {
             return;
         }
-        if let Some(policy) = orders.policy.take() {
+        let policy = orders.policy.take();
+        orders.idle = orders.paused;
+        let paused = orders.paused;
+        // The policy before may do anything when it is dropped.
+        drop(orders);
+        if let Some(policy) = policy {
             pacer.set_policy(policy);
         }
-        orders.idle = orders.paused;
-        if orders.idle {
-            drop(orders);
+        if paused {
             control.obeyed.notify_all();
             pacer.restart();
-            // Whatever it hears, only an order ends the pause.
-            alarm.wait(Instant::now(), None);
+            load = Load::default();
+            alarm.wait_for_command();
+            heard = Heard::Command;
             continue;
         }
-        drop(orders);
 
         let now = start.elapsed();
         log.observe(&mut rings);
@@ -323,6 +330,7 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         if let Err(error) = pacer.look(now, heard != Heard::Nothing, &mut rings) {
             control.report(error);
         }
+        let decided = start.elapsed();
         let mut took = Duration::ZERO;
         if !pacer.reap().is_empty() {
             let entries = log.reap_rings(pacer.reap()).unwrap_or_else(|error| {
@@ -331,19 +339,23 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
             });
             let end = start.elapsed();
             pacer.passed(end, entries);
-            took = end - now;
+            took = end - decided;
             counts.passes.add(1);
             counts.entries.add(entries);
             counts.pass_ns.add(took.as_nanos() as u64);
         }
         let due = pacer.due();
-        let delay = due.saturating_sub(start.elapsed());
-        counts.delay_ns.set(delay.as_nanos() as u64);
-        counts.saturated.set(load.is_heavy(took, delay).into());
-        heard = alarm.wait(deaf, Some(start + due));
+        let asleep = start.elapsed();
+        counts
+            .delay_ns
+            .set(due.saturating_sub(asleep).as_nanos() as u64);
+        heard = alarm.wait(deaf, start + due);
+        let awake = start.elapsed();
         if heard == Heard::Full {
-            deaf = Instant::now() + DEAF;
+            deaf = start + awake + DEAF;
         }
+        let is_heavy = load.is_heavy(took, awake - asleep);
+        counts.saturated.set(is_heavy.into());
     }
 }
 
@@ -357,9 +369,12 @@ struct Load {
 impl Load {
     /// Takes in one turn. Whether most of the time of late goes into passes.
     fn is_heavy(&mut self, busy: Duration, idle: Duration) -> bool {
-        const FADING: f64 = 0.9;
-        self.busy = self.busy * FADING + busy.as_secs_f64();
-        self.idle = self.idle * FADING + idle.as_secs_f64();
+        /// Seconds after which a turn has half its weight.
+        const HALF_LIFE: f64 = 0.25;
+        let (busy, idle) = (busy.as_secs_f64(), idle.as_secs_f64());
+        let weight = (-(busy + idle) / HALF_LIFE).exp2();
+        self.busy = self.busy * weight + busy;
+        self.idle = self.idle * weight + idle;
         self.busy > 0.5 * (self.busy + self.idle)
     }
 }

@@ -143,7 +143,6 @@ impl<'a> Vcpu<'a> {
     pub(super) fn resume(&mut self) {
         if let Some(since) = self.stopped.take() {
             self.stalled += self.at - since;
-            self.full_exits += 1;
         }
     }
 

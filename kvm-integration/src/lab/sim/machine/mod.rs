@@ -123,6 +123,7 @@ impl<'a> Machine<'a> {
             return;
         }
         vcpu.stopped = Some(now);
+        vcpu.full_exits += 1;
         let (rate, logged) = (vcpu.rate(), vcpu.logged());
         let own = self.known[index].by(now);
         let sights = self.reaper.iter().flat_map(|reaper| &reaper.sights);
