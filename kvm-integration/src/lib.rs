@@ -38,11 +38,13 @@
 //! ```
 
 pub mod host;
+pub mod interrupt;
 pub mod lab;
 pub mod machine;
 pub mod memory;
 pub mod migration;
 pub mod policy;
+mod random;
 pub mod rate;
 pub mod stamp;
 pub mod workload;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::memory::PAGE_SIZE;
+use crate::random::SplitMix64;
 
 /// A run of guest pages that is there to be dirtied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,30 +155,6 @@ fn address(regions: &[Region], mut index: u64) -> u64 {
         index -= region.pages;
     }
     unreachable!("an index is below the number of pages of all regions");
-}
-
-/// Steele, Lea and Flood's SplitMix64: all the randomness a list of pages needs.
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, evenly enough.
-    fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
-    }
-
-    fn shuffle(&mut self, list: &mut [u64]) {
-        for last in (1..list.len()).rev() {
-            list.swap(last, self.below(last as u64 + 1) as usize);
-        }
-    }
 }
 
 #[cfg(test)]

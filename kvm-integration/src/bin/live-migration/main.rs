@@ -12,20 +12,16 @@ mod report;
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::Parser;
+use kvm_integration::interrupt::{INTERRUPTED, watch_signals};
 use kvm_integration::migration::{Limits, MigrationError, Outcome, migrate};
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use options::Options;
 use progress::Bars;
 use report::Report;
 
-/// As a shell reports the end by SIGINT.
-const INTERRUPTED: u8 = 130;
 /// What one may call a short downtime; a round that takes the link no longer is a small one.
 const SMALL: Duration = Duration::from_millis(50);
 
@@ -89,18 +85,6 @@ fn run(options: &Options) -> Result<Outcome, Box<dyn Error>> {
         writeln!(io::stdout(), "{}", report.json()?).map_err(Unwritten)?;
     }
     Ok(outcome)
-}
-
-/// A flag that SIGINT or SIGTERM sets.
-fn watch_signals() -> io::Result<Arc<AtomicBool>> {
-    let interrupted = Arc::<AtomicBool>::default();
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: only a second signal finds the flag set, and ends the program at once.
-        let flag = || Arc::clone(&interrupted);
-        signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED.into(), flag())?;
-        signal_hook::flag::register(signal, flag())?;
-    }
-    Ok(interrupted)
 }
 
 #[cfg(test)]

@@ -27,13 +27,12 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
 use kvm_integration::Host;
+use kvm_integration::interrupt::{INTERRUPTED, watch_signals};
 use kvm_integration::lab::CellResult;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use options::Options;
 use plan::Plan;
@@ -41,9 +40,6 @@ use plan::Plan;
 use real::measure;
 use run::{Unwritten, chain};
 use simulated::{SimPlan, simulate};
-
-/// As a shell reports the end by SIGINT.
-const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -121,16 +117,4 @@ fn measure(
     _: &mut run::Report<'_>,
 ) -> Result<Vec<run::Skipped>, Box<dyn Error>> {
     Err("the guest is x86-64 code and this machine is not: choose --sim".into())
-}
-
-/// A flag that SIGINT or SIGTERM sets.
-fn watch_signals() -> io::Result<Arc<AtomicBool>> {
-    let interrupted = Arc::<AtomicBool>::default();
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: only a second signal finds the flag set, and ends the program at once.
-        let flag = || Arc::clone(&interrupted);
-        signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED.into(), flag())?;
-        signal_hook::flag::register(signal, flag())?;
-    }
-    Ok(interrupted)
 }

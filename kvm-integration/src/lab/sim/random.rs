@@ -1,27 +1,22 @@
-//! Random numbers that are the same each time.
+//! Random numbers as the simulation needs them.
 
-/// Steele, Lea and Flood's SplitMix64.
+use crate::random::SplitMix64;
+
+/// A stream of them.
 #[derive(Debug, Clone)]
-pub(super) struct Random(u64);
+pub(super) struct Random(SplitMix64);
 
 impl Random {
     /// The stream `stream` of `seed`: streams have nothing to do with one another.
     pub(super) fn new(seed: u64, stream: u64) -> Self {
-        let start = Self(seed).next();
-        Self(Self(start ^ stream).next())
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        let start = SplitMix64(seed).next();
+        let start = SplitMix64(start ^ stream).next();
+        Self(SplitMix64(start))
     }
 
     /// A number from 0 up to and not including 1.
     pub(super) fn share(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.0.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// A number that is 1 on average and at most `spread` off.

@@ -1,0 +1,26 @@
+//! How a program of this workspace is told to end early.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+/// The exit status then, as a shell reports the end by SIGINT.
+pub const INTERRUPTED: u8 = 130;
+
+/// A flag that SIGINT or SIGTERM sets; a second signal ends the program at once.
+///
+/// # Errors
+/// The kernel refused a signal's handler.
+pub fn watch_signals() -> io::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::<AtomicBool>::default();
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: only a second signal finds the flag set.
+        let shared = || Arc::clone(&interrupted);
+        flag::register_conditional_shutdown(signal, INTERRUPTED.into(), shared())?;
+        flag::register(signal, shared())?;
+    }
+    Ok(interrupted)
+}
