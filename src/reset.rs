@@ -26,7 +26,7 @@ pub(crate) struct ResetGate {
 /// Resets are numbered from 1 in the order in which they start.
 #[derive(Default)]
 struct State {
-    /// Rings being harvested.
+    /// Passes that harvest.
     harvests: usize,
     /// A reset runs, or waits for the last harvest to end.
     in_flight: bool,

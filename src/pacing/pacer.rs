@@ -116,7 +116,10 @@ impl Pacer {
     fn replace(&mut self, policy: Box<dyn Pacing>) {
         let old = core::mem::replace(&mut self.policy, policy);
         // It may panic once more as it goes.
-        discard(catch_unwind(AssertUnwindSafe(|| drop(old))));
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(old))) {
+            // So may its payload: it is leaked.
+            core::mem::forget(panic);
+        }
     }
 
     /// Goes on after a pause: what happened meanwhile says nothing about the guest's pace.
@@ -217,7 +220,7 @@ impl Pacer {
         let decide = AssertUnwindSafe(|| policy.decide(seen, reap));
         let asked = catch_unwind(decide);
         let asked = asked.map_err(|panic| {
-            discard(Err(panic));
+            core::mem::forget(panic);
             PolicyError::Panicked
         })?;
         if (SHORTEST_LOOK..=LONGEST_LOOK).contains(&asked) {
@@ -229,13 +232,6 @@ impl Pacer {
             true => Ok(asked),
             false => Err(PolicyError::OutOfBounds { asked }),
         }
-    }
-}
-
-/// Gets rid of a panic, whose payload may panic itself when dropped: it is leaked.
-fn discard(result: std::thread::Result<()>) {
-    if let Err(panic) = result {
-        core::mem::forget(panic);
     }
 }
 
