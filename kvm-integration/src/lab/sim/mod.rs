@@ -26,7 +26,6 @@ mod queue;
 mod random;
 mod reaper;
 mod recording;
-pub mod scale;
 mod scenario;
 mod sight;
 #[cfg(test)]

@@ -191,26 +191,6 @@ fn a_fifo_reaper_has_a_lateness_of_its_own() {
 }
 
 #[test]
-fn tables_have_a_row_for_each_size_and_arm() {
-    let scenario = Scenario {
-        time: ms(500),
-        ..Scenario::new(1, Load::Skew { rate: 1e6 })
-    };
-    let arms = ["fixed", "qemu"].map(|name| Arm::named(name).unwrap());
-    let rows: Vec<_> = scale::rows(&scenario, &scale::SIZES, &arms).collect();
-    let names: Vec<_> = rows.iter().map(|row| (row.vcpus, row.arm)).collect();
-    let sizes = [64, 256, 1024].into_iter();
-    let expected: Vec<_> = sizes
-        .flat_map(|size| [(size, "fixed"), (size, "qemu")])
-        .collect();
-    assert_eq!(names, expected);
-    for row in rows {
-        assert_eq!(row.outcome.rings.len(), row.vcpus);
-        assert_eq!(row.cells()[..2], [row.vcpus.to_string(), row.arm.into()]);
-    }
-}
-
-#[test]
 fn a_hot_set_logs_once_a_pass_and_is_fast_in_between() {
     let load = Load::HotSet { pages: 1000 };
     let scenario = plain(2, load);
