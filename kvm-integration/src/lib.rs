@@ -37,6 +37,7 @@
 //! # fn main() {}
 //! ```
 
+pub mod guestperf;
 pub mod host;
 pub mod interrupt;
 pub mod lab;
