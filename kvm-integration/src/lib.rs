@@ -37,6 +37,11 @@
 //! # fn main() {}
 //! ```
 
+pub mod bystanders;
+#[cfg(target_arch = "x86_64")]
+mod cores;
+#[cfg(target_arch = "x86_64")]
+mod cpu_time;
 pub mod guestperf;
 pub mod host;
 pub mod interrupt;
@@ -44,16 +49,20 @@ pub mod lab;
 pub mod machine;
 pub mod memory;
 pub mod migration;
+pub mod page_set;
 pub mod policy;
 mod random;
 pub mod rate;
 pub mod stamp;
+pub mod watchdog;
 pub mod workload;
 
 #[cfg(target_arch = "x86_64")]
 pub mod kick;
 #[cfg(target_arch = "x86_64")]
 pub mod program;
+#[cfg(target_arch = "x86_64")]
+pub mod stress;
 #[cfg(target_arch = "x86_64")]
 pub mod thread;
 #[cfg(target_arch = "x86_64")]
@@ -68,6 +77,8 @@ pub use workload::{Region, UnknownWorkload, Workload};
 
 #[cfg(target_arch = "x86_64")]
 pub use program::{Load, Mode};
+#[cfg(target_arch = "x86_64")]
+pub use stress::Stress;
 #[cfg(target_arch = "x86_64")]
 pub use thread::{Action, VcpuThread, pause_all};
 #[cfg(target_arch = "x86_64")]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
@@ -119,6 +120,19 @@ impl GuestMemory {
         let word = self.word(offset);
         // SAFETY: as in read_u64; the mapping is writable, and nobody holds a reference to it.
         unsafe { word.write_volatile(value) }
+    }
+
+    /// Takes the word at `offset` away, leaving 0, in one step beside a guest that writes it.
+    ///
+    /// # Panics
+    /// If `offset` is not a multiple of 8 or is out of bounds.
+    pub fn take_u64(&self, offset: u64) -> u64 {
+        let word = self.word(offset);
+        // SAFETY: as in read_u64; the mapping is writable, and all accesses to a word that is taken
+        // are by this and by the guest.
+        let word = unsafe { AtomicU64::from_ptr(word) };
+        // Relaxed: the word is a number by itself.
+        word.swap(0, Ordering::Relaxed)
     }
 
     /// Copies bytes into the memory, as a loader would.

@@ -135,12 +135,16 @@ pub(crate) fn registers(index: u32, load: &Load, places: &Places) -> kvm_regs {
         r9: u64::from(load.chunk > 0) | u64::from(load.pass_exits) << 1,
         r13: stamp_offset(index),
         r11: stamp(index, 1),
-        // Bit 1 is always set. At CPL 3 `out` needs IOPL 3 (bits 12 and 13).
-        rflags: match load.mode {
-            Mode::Native => 0x3002,
-            Mode::Emulated => 0x2,
-        },
+        rflags: flags(load.mode),
         ..Default::default()
+    }
+}
+
+/// Bit 1 is always set. At CPL 3 `out` needs IOPL 3 (bits 12 and 13).
+pub(crate) fn flags(mode: Mode) -> u64 {
+    match mode {
+        Mode::Native => 0x3002,
+        Mode::Emulated => 0x2,
     }
 }
 

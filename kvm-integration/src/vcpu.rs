@@ -7,7 +7,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::kick::ImmediateExit;
 use crate::memory::GuestMemory;
-use crate::program::{self, CHUNK_PORT, Load, PASS_PORT, Places};
+use crate::program::{self, CHUNK_PORT, Mode, PASS_PORT, Places};
 use crate::vm::{VmError, VmInner};
 
 /// Why the guest left, if all is well.
@@ -102,6 +102,12 @@ impl Progress {
     pub fn passes(&self) -> u64 {
         self.boot.read_u64(self.offset + 8)
     }
+
+    /// Under [`Stress`](crate::stress::Stress): the longest time between two pages since the last
+    /// call of this, in ticks of the time-stamp counter.
+    pub fn take_longest_gap(&self) -> u64 {
+        self.boot.take_u64(self.offset + 16)
+    }
 }
 
 /// A vCPU that waits for a thread to run it. It keeps its machine alive.
@@ -128,7 +134,8 @@ impl TinyVcpu {
         vm: Arc<VmInner>,
         boot: &Arc<GuestMemory>,
         index: u32,
-        load: &Load,
+        mode: Mode,
+        registers: &kvm_regs,
         places: &Places,
     ) -> Result<Self, VmError> {
         let failed = |call| VmError::kvm(call, format!("vCPU {index}"));
@@ -140,10 +147,9 @@ impl TinyVcpu {
         // page tables itself, it faults on those that map more than 64 GiB.
         fd.set_cpuid2(&vm.cpuid).map_err(failed("KVM_SET_CPUID2"))?;
         let mut sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        program::enter_long_mode(&mut sregs, load.mode, places);
+        program::enter_long_mode(&mut sregs, mode, places);
         fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-        let regs = program::registers(index, load, places);
-        fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+        fd.set_regs(registers).map_err(failed("KVM_SET_REGS"))?;
         let immediate_exit = ImmediateExit::map(&fd, vm.fd.run_size())
             .map_err(|source| VmError::MapRun { index, source })?;
         Ok(Self {

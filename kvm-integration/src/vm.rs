@@ -5,11 +5,11 @@
 //! | page | holds |
 //! |---|---|
 //! | 0 | nothing: `kvm_pvm` ends a guest that executes `out` in its page 0 |
-//! | 1 | the code |
+//! | 1 | the code: at its start that of [`program`](crate::program), halfway that of [`stress`](crate::stress) |
 //! | 2, 3 | PML4 and PDPT |
 //! | 4 … 515 | a page directory for each of the 512 GiB |
 //! | 516 … 547 | each vCPU's progress |
-//! | 1024 … | each vCPU's list |
+//! | 1024 … | each vCPU's list, or its random buffer |
 //!
 //! Addresses are mapped one to one by pages of 2 MiB. Every table entry has its accessed and dirty
 //! bits set already, or the CPU would set them, dirtying pages of the tables.
@@ -18,12 +18,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
-use crate::program::{CODE, Load, MAX_VCPUS, Places};
+use crate::program::{self, CODE, Load, MAX_VCPUS, Mode, Places};
+use crate::stress::{self, Stress};
 use crate::vcpu::TinyVcpu;
 
 /// The slot of code, page tables, progress and lists.
@@ -36,6 +37,8 @@ pub const HIGHEST_GPA: u64 = 512 << 30;
 pub const LIST_CAPACITY: usize = 1 << 20;
 
 const ENTRY: u64 = 1;
+/// Bytes from there.
+const STRESS_ENTRY: u64 = PAGE_SIZE / 2;
 const PML4: u64 = 2;
 const PDPT: u64 = 3;
 const DIRECTORIES: u64 = 4;
@@ -200,6 +203,7 @@ impl TinyVm {
         };
         let boot = Arc::new(GuestMemory::new(pages)?);
         boot.write_bytes(ENTRY * PAGE_SIZE, CODE);
+        boot.write_bytes(ENTRY * PAGE_SIZE + STRESS_ENTRY, stress::CODE);
         boot.write_u64(PML4 * PAGE_SIZE, (PDPT * PAGE_SIZE) | TABLE);
         for gib in 0..HIGHEST_GPA >> 30 {
             let directory = (DIRECTORIES + gib) * PAGE_SIZE;
@@ -302,12 +306,6 @@ impl TinyVm {
     /// The index or the list is out of bounds, or KVM refuses.
     pub fn create_vcpu(&self, index: u32, load: &Load) -> Result<TinyVcpu, VmError> {
         let inner = &self.inner;
-        if index >= inner.vcpus {
-            return Err(VmError::VcpuIndex {
-                index,
-                vcpus: inner.vcpus,
-            });
-        }
         let (entries, capacity) = (load.list.len(), inner.list_capacity);
         if !(1..=capacity).contains(&entries) || entries as u64 % load.granule() != 0 {
             return Err(VmError::List {
@@ -317,15 +315,70 @@ impl TinyVm {
                 capacity,
             });
         }
-        let places = Places {
-            code: ENTRY * PAGE_SIZE,
+        let places = self.places(index, 0)?;
+        let registers = program::registers(index, load, &places);
+        let words = load.list.iter().copied();
+        self.create(index, load.mode, &registers, &places, words)
+    }
+
+    /// The same under memory stress. The lists' capacity must do for the random buffer, of 1,023
+    /// words.
+    ///
+    /// # Errors
+    /// The index is out of bounds, the capacity is too small, or KVM refuses.
+    pub fn create_stressed_vcpu(&self, index: u32, stress: &Stress) -> Result<TinyVcpu, VmError> {
+        let capacity = self.inner.list_capacity;
+        if capacity < stress::RANDOM_WORDS {
+            let entries = stress::RANDOM_WORDS;
+            return Err(VmError::List {
+                index,
+                entries,
+                chunk: 0,
+                capacity,
+            });
+        }
+        let places = self.places(index, STRESS_ENTRY)?;
+        let (registers, words) = (stress.registers(&places), stress.random_words());
+        self.create(index, Mode::Native, &registers, &places, words)
+    }
+
+    fn places(&self, index: u32, entry: u64) -> Result<Places, VmError> {
+        let VmInner {
+            vcpus,
+            list_capacity,
+            ..
+        } = *self.inner;
+        if index >= vcpus {
+            return Err(VmError::VcpuIndex { index, vcpus });
+        }
+        Ok(Places {
+            code: ENTRY * PAGE_SIZE + entry,
             page_tables: PML4 * PAGE_SIZE,
-            list: LISTS * PAGE_SIZE + u64::from(index) * capacity as u64 * 8,
+            list: LISTS * PAGE_SIZE + u64::from(index) * list_capacity as u64 * 8,
             progress: (PROGRESS + u64::from(index)) * PAGE_SIZE,
-        };
-        let vcpu = TinyVcpu::new(Arc::clone(inner), &inner.boot, index, load, &places)?;
-        for (&gpa, at) in load.list.iter().zip((places.list..).step_by(8)) {
-            inner.boot.write_u64(at, gpa);
+        })
+    }
+
+    /// Makes a vCPU that finds `words` at its list's place.
+    fn create(
+        &self,
+        index: u32,
+        mode: Mode,
+        registers: &kvm_regs,
+        places: &Places,
+        words: impl Iterator<Item = u64>,
+    ) -> Result<TinyVcpu, VmError> {
+        let inner = &self.inner;
+        let vcpu = TinyVcpu::new(
+            Arc::clone(inner),
+            &inner.boot,
+            index,
+            mode,
+            registers,
+            places,
+        )?;
+        for (word, at) in words.zip((places.list..).step_by(8)) {
+            inner.boot.write_u64(at, word);
         }
         Ok(vcpu)
     }

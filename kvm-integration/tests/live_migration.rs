@@ -28,14 +28,16 @@ fn run(args: &str) -> Ran {
     program::run(PROGRAM, args)
 }
 
-/// Runs with `--json`; all must go well, and the object be all there is on stdout.
+/// Runs with `--json`; all must go well, and the object be all there is on stdout. A guest that writes
+/// anything is asked more than once what.
 fn json(args: &str) -> Value {
-    let ran = run(&format!("{args} --json"));
+    let ran = run(&format!("{args} --downtime-ms 0 --json"));
     assert_eq!(ran.status, Some(0), "{args}: {}{}", ran.stderr, ran.stdout);
     assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
     let object: Value = serde_json::from_str(&ran.stdout).expect("the line is JSON");
     assert_eq!(object["mismatched_pages"], 0, "{args}: {object}");
-    assert!(number(&object, "rounds") >= 3.0, "{args}: {object}");
+    let enough = number(&object, "rounds") >= 3.0 || number(&object, "guest_stores") < 10.0;
+    assert!(enough, "{args}: {object}");
     object
 }
 
@@ -156,6 +158,7 @@ fn nonsense_is_refused_with_what_is_allowed() {
         ),
         ("--write-rate=-1", "--write-rate <PAGES>"),
         ("--max-rounds 0", "1..=1000"),
+        ("--downtime-ms 60001", "0..=60000"),
         ("--frobnicate", "--help"),
     ] {
         let ran = run(args);

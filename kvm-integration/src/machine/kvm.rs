@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvm_dirty_ring::{DirtyLog, VcpuRing};
 use kvm_ioctls::Kvm;
 
-use super::{GuestSlot, Machine, MachineError, Setup};
+use super::{Guest, GuestSlot, Machine, MachineError, Setup};
 use crate::program::{Load, Mode};
 use crate::rate::{Dormitory, Throttle};
 use crate::thread::{Action, VcpuThread, pause_all};
@@ -85,7 +85,9 @@ impl Machine for KvmMachine {
     fn log(&self) -> &DirtyLog {
         &self.log
     }
+}
 
+impl Guest for KvmMachine {
     fn slots(&self) -> &[GuestSlot] {
         &self.slots
     }

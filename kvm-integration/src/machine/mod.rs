@@ -30,11 +30,8 @@ const LOOKS_PER_SECOND: f64 = 100.0;
 /// The most stores between two of these looks.
 const MAX_CHUNK: f64 = 4096.0;
 
-/// A machine whose vCPUs run from its making until it is paused or dropped.
-pub trait Machine {
-    /// The log of everything its vCPUs write.
-    fn log(&self) -> &DirtyLog;
-
+/// A guest whose vCPUs run from its making until it is paused or dropped.
+pub trait Guest {
     /// Its memory, slot by slot.
     fn slots(&self) -> &[GuestSlot];
 
@@ -57,6 +54,12 @@ pub trait Machine {
     fn resume(&mut self);
 }
 
+/// A guest with dirty rings.
+pub trait Machine: Guest {
+    /// The log of everything its vCPUs write.
+    fn log(&self) -> &DirtyLog;
+}
+
 /// A logged slot and what is behind it.
 #[derive(Debug, Clone)]
 pub struct GuestSlot {
@@ -69,7 +72,7 @@ pub struct GuestSlot {
 }
 
 impl GuestSlot {
-    fn new(id: SlotId, region: Region) -> Result<Self, MachineError> {
+    pub(crate) fn new(id: SlotId, region: Region) -> Result<Self, MachineError> {
         let memory = Arc::new(GuestMemory::new(region.pages)?);
         Ok(Self { id, region, memory })
     }

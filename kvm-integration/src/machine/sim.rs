@@ -10,7 +10,7 @@ use kvm_dirty_ring::error::ResetError;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, VcpuRing};
 
-use super::{GuestSlot, Machine, MachineError, Setup};
+use super::{Guest, GuestSlot, Machine, MachineError, Setup};
 use crate::memory::PAGE_SIZE;
 use crate::rate::{Dormitory, Throttle};
 use crate::stamp::{stamp, stamp_offset};
@@ -78,7 +78,7 @@ impl SimMachine {
         for index in 0..setup.vcpus {
             let vcpu = vm.add_vcpu();
             let ring = this.log.attach_ring(vcpu.ring_memory());
-            let guest = Guest {
+            let guest = Program {
                 index,
                 ring: ring.map_err(|source| MachineError::Attach { index, source })?,
                 vcpu,
@@ -103,7 +103,9 @@ impl Machine for SimMachine {
     fn log(&self) -> &DirtyLog {
         &self.log
     }
+}
 
+impl Guest for SimMachine {
     fn slots(&self) -> &[GuestSlot] {
         &self.slots
     }
@@ -162,7 +164,7 @@ impl fmt::Debug for SimMachine {
 }
 
 impl Thread {
-    fn spawn(guest: Guest) -> Result<Self, MachineError> {
+    fn spawn(guest: Program) -> Result<Self, MachineError> {
         let index = guest.index;
         let shared = Arc::<Shared>::default();
         let end_guard = EndGuard(Arc::clone(&shared));
@@ -216,7 +218,7 @@ impl Drop for EndGuard {
 }
 
 /// What runs on one vCPU.
-struct Guest {
+struct Program {
     index: u32,
     vcpu: SimVcpu,
     ring: VcpuRing,
@@ -226,7 +228,7 @@ struct Guest {
     throttle: Throttle,
 }
 
-impl Guest {
+impl Program {
     /// The tiny guest's loop.
     fn run(mut self, shared: &Shared) -> Result<(), ResetError> {
         let mut stores = 0;

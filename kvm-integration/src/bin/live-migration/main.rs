@@ -16,14 +16,11 @@ use std::time::Duration;
 
 use clap::Parser;
 use kvm_integration::interrupt::{INTERRUPTED, watch_signals};
-use kvm_integration::migration::{Limits, MigrationError, Outcome, migrate};
+use kvm_integration::migration::{Destination, Limits, MigrationError, Outcome, Rings, migrate};
 
 use options::Options;
 use progress::Bars;
 use report::Report;
-
-/// What one may call a short downtime; a round that takes the link no longer is a small one.
-const SMALL: Duration = Duration::from_millis(50);
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -71,15 +68,24 @@ fn run(options: &Options) -> Result<Outcome, Box<dyn Error>> {
     let limits = Limits {
         bandwidth_mib: options.bandwidth_mib,
         max_rounds: options.max_rounds,
-        small: SMALL,
+        downtime: Duration::from_millis(options.downtime_ms),
     };
-    let policy = options.pacing.make();
+    let destination = Destination::new(machine.slots())?;
+    let log = machine.log().clone();
+    let mut rings = Rings::start(&log, options.pacing.make())?;
     let mut bars = Bars::default();
-    let outcome = migrate(&mut *machine, policy, &limits, &interrupted, &mut bars)?;
+    let outcome = migrate(
+        &mut *machine,
+        &mut rings,
+        &destination,
+        &limits,
+        &interrupted,
+        &mut bars,
+    )?;
     drop(bars);
     drop(machine);
 
-    let report = Report::new(options, backend.name(), &outcome);
+    let report = Report::new(options, backend.name(), &outcome, &log.stats());
     say(&report.table(&outcome))?;
     if options.json {
         writeln!(io::stdout(), "{}", report.json()?).map_err(Unwritten)?;

@@ -15,9 +15,9 @@ const PAGES_PER_MIB: u64 = 256;
 /// compares both in the end, byte for byte.
 ///
 /// The guest writes its memory all the time. Round 0 copies all of it; each further round asks
-/// `sync` what was written meanwhile and copies that. When a round was small, the vCPUs stop, and
-/// the rest is copied. Exit status: 0 if both sides are equal, 1 if not, 2 if it could not be
-/// tried, 130 if interrupted.
+/// `sync` what was written meanwhile and copies that, until it is so little that the vCPUs can stop
+/// for it. Exit status: 0 if both sides are equal, 1 if not, 2 if it could not be tried, 130 if
+/// interrupted.
 #[derive(Debug, Clone, Parser)]
 #[command(version)]
 pub struct Options {
@@ -56,6 +56,12 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 12,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,
+
+    /// The guest is stopped once the link would take no longer than this for what is left, in
+    /// milliseconds, up to 60000; 0: once nothing is left, or at the most rounds
+    #[arg(long, value_name = "MS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(..=60_000))]
+    pub downtime_ms: u64,
 
     /// When the reaper empties the rings
     #[arg(long, value_enum, default_value_t = Policy::LookFirst)]
@@ -185,6 +191,7 @@ mod tests {
             "--write-rate 1000000001",
             "--bandwidth-mib 1000001",
             "--max-rounds 0",
+            "--downtime-ms 60001",
             "--seed x",
             "--backend qemu",
             "--pacing qemu",

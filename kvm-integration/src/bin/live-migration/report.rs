@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use kvm_dirty_ring::Stats;
 use kvm_integration::Host;
 use kvm_integration::migration::{Outcome, Round, mib};
 use serde::Serialize;
@@ -23,6 +24,7 @@ pub struct Report {
     write_rate: u64,
     bandwidth_mib: u64,
     max_rounds: u32,
+    downtime_limit_ms: u64,
     rounds: usize,
     converged: bool,
     pages_total: u64,
@@ -53,8 +55,7 @@ struct RoundReport {
 
 impl Report {
     /// Sums up.
-    pub fn new(options: &Options, backend: &'static str, outcome: &Outcome) -> Self {
-        let stats = &outcome.stats;
+    pub fn new(options: &Options, backend: &'static str, outcome: &Outcome, stats: &Stats) -> Self {
         let stall: u64 = stats.vcpus.iter().map(|vcpu| vcpu.stall_ns).sum();
         Self {
             backend,
@@ -68,6 +69,7 @@ impl Report {
             write_rate: options.write_rate,
             bandwidth_mib: options.bandwidth_mib,
             max_rounds: options.max_rounds,
+            downtime_limit_ms: options.downtime_ms,
             rounds: outcome.rounds.len(),
             converged: outcome.converged,
             pages_total: outcome.pages_total,
@@ -164,7 +166,8 @@ impl Report {
                 self.rounds,
                 match self.converged {
                     true => "converged",
-                    false => "not converged: the limit came before a small round",
+                    false =>
+                        "not converged: the limit came before the rest fitted into the downtime",
                 }
             ),
         )?;

@@ -3,8 +3,6 @@
 //! Exit status: 0 if it ran, 2 for a usage error or where something that is needed is missing, 130
 //! if interrupted.
 
-#[cfg(target_arch = "x86_64")]
-mod bystanders;
 mod options;
 #[cfg_attr(
     not(target_arch = "x86_64"),
@@ -19,8 +17,6 @@ mod simulated;
 mod svg;
 mod table;
 mod targets;
-#[cfg(target_arch = "x86_64")]
-mod watchdog;
 
 use std::error::Error;
 use std::fs::{self, File};

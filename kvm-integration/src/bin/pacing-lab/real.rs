@@ -9,10 +9,10 @@ use kvm_integration::lab::kvm::{KvmCell, LabError};
 use kvm_integration::lab::{Arm, ArmResult, Cell, CellResult};
 use kvm_ioctls::Kvm;
 
-use crate::bystanders::Bystanders;
 use crate::plan::Plan;
 use crate::run::{Report, Skipped, chain};
-use crate::watchdog::Watchdog;
+use kvm_integration::bystanders::Bystanders;
+use kvm_integration::watchdog::Watchdog;
 
 /// What setting up or taking down anything takes at most, on a machine with much else to do.
 const LONGEST: Duration = Duration::from_secs(60);

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
-use super::cores::Cores;
-use super::cpu_time::CpuTime;
 use super::error::LabError;
 use super::full::FullExits;
+use crate::cores::Cores;
+use crate::cpu_time::CpuTime;
 use crate::host::available_mib;
 use crate::lab::cell::Cell;
 use crate::lab::rhythm::Gait;

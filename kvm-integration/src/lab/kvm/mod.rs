@@ -3,8 +3,6 @@
 //! Each cell is one guest that runs all the time. The arms take turns: the rings are emptied, the
 //! arm's reaper starts, has some time to settle, and is then watched.
 
-mod cores;
-mod cpu_time;
 mod error;
 mod full;
 mod guest;
@@ -26,8 +24,8 @@ use super::arm::Arm;
 use super::cell::Cell;
 use super::measure::{Measured, Sample};
 use super::turn::Turn;
-use cores::Cores;
-use cpu_time::CpuTime;
+use crate::cores::Cores;
+use crate::cpu_time::CpuTime;
 use guest::Guest;
 use reaping::Reaping;
 use snapshot::Snapshot;

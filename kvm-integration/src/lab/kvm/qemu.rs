@@ -11,9 +11,9 @@ use kvm_dirty_ring::DirtyLog;
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Pacer, Pacing};
 
-use super::cores::confine;
 use super::full::FullExits;
 use super::reaping::Counts;
+use crate::cores::confine;
 
 /// The running thread; it stops when this is dropped.
 #[derive(Debug)]

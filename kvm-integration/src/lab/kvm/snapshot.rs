@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::Stats;
 
-use super::cpu_time::CpuTime;
 use super::error::LabError;
 use super::guest::Guest;
 use super::reaping::{Counts, Reaping};
+use crate::cpu_time::CpuTime;
 use crate::lab::measure::Measured;
 
 pub(super) struct Snapshot {

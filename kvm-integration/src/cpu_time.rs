@@ -6,13 +6,13 @@ use std::time::Duration;
 
 /// A thread of this process.
 #[derive(Debug, Clone)]
-pub(super) struct CpuTime {
+pub(crate) struct CpuTime {
     schedstat: PathBuf,
 }
 
 impl CpuTime {
     /// The thread of that name, of which Linux keeps 15 bytes; `None` if there is none.
-    pub(super) fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         let tasks = fs::read_dir("/proc/self/task").ok()?;
         let found = tasks.flatten().map(|task| task.path()).find(|task| {
             let comm = fs::read_to_string(task.join("comm"));
@@ -23,13 +23,13 @@ impl CpuTime {
     }
 
     /// The thread of that kernel id.
-    pub(super) fn of(tid: libc::pid_t) -> Self {
+    pub(crate) fn of(tid: libc::pid_t) -> Self {
         let schedstat = format!("/proc/self/task/{tid}/schedstat").into();
         Self { schedstat }
     }
 
     /// What it has used so far. `None` if it has ended, or the kernel does not say.
-    pub(super) fn read(&self) -> Option<Duration> {
+    pub(crate) fn read(&self) -> Option<Duration> {
         // Nanoseconds on a CPU, nanoseconds in a queue, turns.
         let text = fs::read_to_string(&self.schedstat).ok()?;
         let on_cpu = text.split_whitespace().next()?;

@@ -7,10 +7,10 @@ use std::io;
 
 /// The CPUs that this process may use, in order.
 #[derive(Debug, Clone)]
-pub(super) struct Cores(Vec<usize>);
+pub(crate) struct Cores(Vec<usize>);
 
 impl Cores {
-    pub(super) fn detect() -> io::Result<Self> {
+    pub(crate) fn detect() -> io::Result<Self> {
         // SAFETY: cpu_set_t is an array of integers, for which zeroes are a valid value.
         let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
         // SAFETY: 0 is the calling thread, and the pointer is to a set of the size given.
@@ -27,12 +27,12 @@ impl Cores {
     }
 
     /// Where vCPU `index` runs: they take turns.
-    pub(super) fn of_vcpu(&self, index: u32) -> usize {
+    pub(crate) fn of_vcpu(&self, index: u32) -> usize {
         self.0[index as usize % self.0.len()]
     }
 
     /// Where the reaper may run: beside the `vcpus` vCPUs if there is room, else anywhere.
-    pub(super) fn of_reaper(&self, vcpus: u32) -> &[usize] {
+    pub(crate) fn of_reaper(&self, vcpus: u32) -> &[usize] {
         match self.0.get(vcpus as usize..) {
             None | Some([]) => &self.0,
             Some(free) => free,
@@ -41,7 +41,7 @@ impl Cores {
 }
 
 /// Keeps the calling thread on these CPUs, which are some of those that were detected.
-pub(super) fn confine(cpus: &[usize]) -> io::Result<()> {
+pub(crate) fn confine(cpus: &[usize]) -> io::Result<()> {
     // SAFETY: as in `detect`.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     for &cpu in cpus {

@@ -1,0 +1,147 @@
+//! The way to the copy, and the copy.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_dirty_ring::{Run, SlotId};
+
+use super::{MigrationError, Observer};
+use crate::machine::GuestSlot;
+use crate::memory::{GuestMemory, MemoryError};
+use crate::rate::TokenBucket;
+
+/// Pages sent between two looks at the clock and at whether to go on.
+const PIECE: u64 = 64;
+/// The longest sleep between two looks at whether to go on.
+const LONGEST_SLEEP: Duration = Duration::from_millis(20);
+
+/// Where a guest is migrated to: as much memory as it has, slot by slot.
+#[derive(Debug)]
+pub struct Destination(Vec<GuestMemory>);
+
+impl Destination {
+    /// For these slots. A page takes room when it arrives.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn new(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
+        Self::made(slots, GuestMemory::new)
+    }
+
+    /// The same with all room taken, so that none of it shows when pages arrive.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn prefaulted(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
+        Self::made(slots, GuestMemory::prefaulted)
+    }
+
+    fn made(
+        slots: &[GuestSlot],
+        make: fn(u64) -> Result<GuestMemory, MemoryError>,
+    ) -> Result<Self, MemoryError> {
+        let copies = slots.iter().map(|slot| make(slot.region.pages));
+        copies.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+pub(super) struct Link<'a> {
+    slots: Vec<GuestSlot>,
+    /// As many as `slots`.
+    copies: &'a [GuestMemory],
+    bucket: Option<TokenBucket>,
+    interrupted: &'a AtomicBool,
+    observer: &'a mut dyn Observer,
+}
+
+impl<'a> Link<'a> {
+    pub(super) fn new(
+        slots: &[GuestSlot],
+        destination: &'a Destination,
+        bandwidth_mib: u64,
+        interrupted: &'a AtomicBool,
+        observer: &'a mut dyn Observer,
+    ) -> Self {
+        let pages_per_second = bandwidth_mib as f64 * 256.0;
+        Self {
+            slots: slots.to_vec(),
+            copies: &destination.0,
+            bucket: TokenBucket::new(pages_per_second),
+            interrupted,
+            observer,
+        }
+    }
+
+    /// All that there is to send.
+    pub(super) fn whole(&self) -> Vec<Run> {
+        let whole = |slot: &GuestSlot| Run {
+            slot: slot.id,
+            first_page: 0,
+            pages: slot.memory.pages(),
+        };
+        self.slots.iter().map(whole).collect()
+    }
+
+    /// Sends the runs, `pages` pages in all. How long it took.
+    pub(super) fn send(
+        &mut self,
+        round: usize,
+        pages: u64,
+        running: bool,
+        runs: impl Iterator<Item = Run>,
+    ) -> Result<Duration, MigrationError> {
+        let start = Instant::now();
+        self.observer.begin(round, pages, running);
+        for run in runs {
+            let at = self.slots.iter().position(|slot| slot.id == run.slot);
+            let at = at.expect("the tracker names slots of the machine's only");
+            let end = run.first_page + run.pages;
+            for first in (run.first_page..end).step_by(PIECE as usize) {
+                let pages = PIECE.min(end - first);
+                let memory = &self.slots[at].memory;
+                memory.copy_run(first, pages, &self.copies[at]);
+                self.observer.sent(pages);
+                self.keep_pace(pages)?;
+            }
+        }
+        Ok(start.elapsed())
+    }
+
+    fn keep_pace(&mut self, pages: u64) -> Result<(), MigrationError> {
+        let until = self.bucket.as_mut().and_then(|bucket| bucket.take(pages));
+        loop {
+            self.go_on()?;
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            match left {
+                None | Some(Duration::ZERO) => return Ok(()),
+                Some(left) => thread::sleep(left.min(LONGEST_SLEEP)),
+            }
+        }
+    }
+
+    fn go_on(&self) -> Result<(), MigrationError> {
+        // Relaxed: nothing comes with it.
+        match self.interrupted.load(Ordering::Relaxed) {
+            true => Err(MigrationError::Interrupted),
+            false => Ok(()),
+        }
+    }
+
+    /// Compares every page of every slot, byte for byte: how many differ, and the first that does.
+    pub(super) fn compare(&self) -> Result<(u64, Option<(SlotId, u64)>), MigrationError> {
+        let (mut count, mut first) = (0, None);
+        for (slot, copy) in self.slots.iter().zip(self.copies) {
+            for page in 0..slot.memory.pages() {
+                if page % PIECE == 0 {
+                    self.go_on()?;
+                }
+                if slot.memory.page_differs(page, copy) {
+                    count += 1;
+                    first.get_or_insert((slot.id, page));
+                }
+            }
+        }
+        Ok((count, first))
+    }
+}
