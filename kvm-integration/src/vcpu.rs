@@ -188,6 +188,18 @@ impl TinyVcpu {
         self.fd.get_regs().map_err(failed)
     }
 
+    /// Ticks a second of its time-stamp counter.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn tsc_hz(&self) -> Result<f64, VmError> {
+        let failed = VmError::kvm("KVM_GET_TSC_KHZ", format!("vCPU {}", self.index));
+        self.fd
+            .get_tsc_khz()
+            .map(|khz| f64::from(khz) * 1e3)
+            .map_err(failed)
+    }
+
     pub(crate) fn immediate_exit(&self) -> &Arc<ImmediateExit> {
         &self.immediate_exit
     }

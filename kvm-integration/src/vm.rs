@@ -291,6 +291,18 @@ impl TinyVm {
             .set_region(id, slot, slot.memory.bytes(), log_flag(logged))
     }
 
+    /// Which pages of slot `id` were written since the last call, a bit each: `KVM_GET_DIRTY_LOG`.
+    /// They are protected again.
+    ///
+    /// # Errors
+    /// There is no such slot, or KVM refuses: ENOENT if the slot is not logged, ENXIO where dirty
+    /// rings are enabled.
+    pub fn dirty_bitmap(&self, id: u32) -> Result<Vec<u64>, VmError> {
+        let memory = self.slot_memory(id).ok_or(VmError::NoSlot { id })?;
+        let bitmap = self.inner.fd.get_dirty_log(id, memory.bytes() as usize);
+        bitmap.map_err(VmError::kvm("KVM_GET_DIRTY_LOG", format!("slot {id}")))
+    }
+
     /// The memory of slot `id`.
     pub fn slot_memory(&self, id: u32) -> Option<Arc<GuestMemory>> {
         self.inner

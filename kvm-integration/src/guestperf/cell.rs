@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::memory::PAGE_SIZE;
+use crate::workload::Region;
+
 /// One guest, which every arm migrates in turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Cell {
@@ -15,6 +18,19 @@ pub struct Cell {
     pub stress_mib: u64,
     /// The size of each ring.
     pub ring_entries: u32,
+}
+
+impl Cell {
+    /// What vCPU `index` stresses, where the memory begins at `gpa`: pages that no other does.
+    pub fn share(&self, index: u32, gpa: u64) -> Region {
+        let pages = self.stress_mib << 20 >> PAGE_SIZE.ilog2();
+        let bound = |index: u32| pages * u64::from(index) / u64::from(self.vcpus);
+        let first = bound(index);
+        Region {
+            gpa: gpa + first * PAGE_SIZE,
+            pages: bound(index + 1) - first,
+        }
+    }
 }
 
 impl fmt::Display for Cell {
@@ -30,5 +46,27 @@ impl fmt::Display for Cell {
             f,
             "{vcpus} {noun}, {memory_mib} MiB, {stress_mib} MiB stressed, rings of {ring_entries}"
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_all_of_the_stressed_memory() {
+        let cell = Cell {
+            vcpus: 3,
+            memory_mib: 9,
+            stress_mib: 5,
+            ring_entries: 256,
+        };
+        let mut gpa = 1 << 30;
+        for index in 0..3 {
+            let share = cell.share(index, 1 << 30);
+            assert_eq!(share.gpa, gpa);
+            gpa += share.pages * PAGE_SIZE;
+        }
+        assert_eq!(gpa, (1 << 30) + (5 << 20));
     }
 }

@@ -4,16 +4,7 @@ use std::time::Duration;
 
 use kvm_dirty_ring::pacing::{Fixed, HalveAndCreep, LookFirst, Observation, Pacing, RunLevels};
 
-/// Who empties what when a vCPU stops on a full ring.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// The crate's: the vCPU empties its own ring, without a lock that others wait for, and wakes
-    /// the reaper.
-    OwnRing,
-    /// QEMU's: the vCPU takes the lock that the reaper takes, too, and empties every ring. Nobody
-    /// wakes the reaper.
-    AllRings,
-}
+use crate::shape::Shape;
 
 /// One way to keep rings from filling up.
 #[derive(Debug, Clone, Copy)]

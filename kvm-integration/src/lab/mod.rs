@@ -13,7 +13,8 @@ pub mod turn;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 
-pub use arm::{Arm, Shape};
+pub use crate::shape::Shape;
+pub use arm::Arm;
 pub use cell::Cell;
 pub use measure::{Measured, Sample};
 pub use pattern::Pattern;

@@ -12,11 +12,13 @@ mod report;
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::Parser;
-use kvm_integration::interrupt::{INTERRUPTED, watch_signals};
+use kvm_integration::interrupt::watch_signals;
 use kvm_integration::migration::{Destination, Limits, MigrationError, Outcome, Rings, migrate};
+use kvm_integration::output::{self, Unwritten, exit_status, fail, say};
 
 use options::Options;
 use progress::Bars;
@@ -24,43 +26,27 @@ use report::Report;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match run(&options) {
-        Ok(outcome) => ExitCode::from(status(outcome.mismatched_pages)),
-        Err(error) => {
-            if let Some(MigrationError::Interrupted) = error.downcast_ref() {
-                eprintln!("interrupted");
-                return ExitCode::from(INTERRUPTED);
-            }
-            eprint!("error: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprint!(": {error}");
-                cause = error.source();
-            }
-            eprintln!();
-            ExitCode::from(2)
-        }
-    }
+    let interrupted = match watch_signals() {
+        Ok(interrupted) => interrupted,
+        Err(error) => return fail(&error),
+    };
+    let result = run(&options, &interrupted);
+    let status = result.map(|outcome| ExitCode::from(status(outcome.mismatched_pages)));
+    exit_status(status, &interrupted)
 }
-
-/// Nobody may take silence for success.
-#[derive(Debug, thiserror::Error)]
-#[error("the result could not be written: see where the output goes")]
-struct Unwritten(#[source] io::Error);
 
 /// The exit status of a migration that came to its end.
 fn status(mismatched_pages: u64) -> u8 {
     u8::from(mismatched_pages > 0)
 }
 
-fn run(options: &Options) -> Result<Outcome, Box<dyn Error>> {
-    let interrupted = watch_signals()?;
+fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn Error>> {
     options.check_memory()?;
     let (backend, why) = backend::choose(options.backend)?;
     // With --json nothing but the object is for stdout.
     let say = |text: &str| match options.json {
-        true => writeln!(io::stderr(), "{text}").map_err(Unwritten),
-        false => writeln!(io::stdout(), "{text}").map_err(Unwritten),
+        true => writeln!(io::stderr(), "{text}").map_err(Unwritten::to("stderr")),
+        false => say(text),
     };
     say(&why)?;
     let setup = options.setup();
@@ -79,7 +65,7 @@ fn run(options: &Options) -> Result<Outcome, Box<dyn Error>> {
         &mut rings,
         &destination,
         &limits,
-        &interrupted,
+        interrupted,
         &mut bars,
     )?;
     drop(bars);
@@ -88,7 +74,7 @@ fn run(options: &Options) -> Result<Outcome, Box<dyn Error>> {
     let report = Report::new(options, backend.name(), &outcome, &log.stats());
     say(&report.table(&outcome))?;
     if options.json {
-        writeln!(io::stdout(), "{}", report.json()?).map_err(Unwritten)?;
+        output::say(&report.json()?)?;
     }
     Ok(outcome)
 }

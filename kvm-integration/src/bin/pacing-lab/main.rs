@@ -20,21 +20,21 @@ mod targets;
 
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
 use kvm_integration::Host;
-use kvm_integration::interrupt::{INTERRUPTED, watch_signals};
+use kvm_integration::interrupt::watch_signals;
 use kvm_integration::lab::CellResult;
+use kvm_integration::output::{Unwritten, exit_status, fail, say};
 
 use options::Options;
 use plan::Plan;
 #[cfg(target_arch = "x86_64")]
 use real::measure;
-use run::{Unwritten, chain};
 use simulated::{SimPlan, simulate};
 
 fn main() -> ExitCode {
@@ -43,19 +43,8 @@ fn main() -> ExitCode {
         Ok(interrupted) => interrupted,
         Err(error) => return fail(&error),
     };
-    match run(&options, &interrupted) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) if interrupted.load(Ordering::Relaxed) => {
-            eprintln!("interrupted");
-            ExitCode::from(INTERRUPTED)
-        }
-        Err(error) => fail(&*error),
-    }
-}
-
-fn fail(error: &dyn Error) -> ExitCode {
-    eprintln!("error: {}", chain(error));
-    ExitCode::from(2)
+    let result = run(&options, &interrupted).map(|()| ExitCode::SUCCESS);
+    exit_status(result, &interrupted)
 }
 
 fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
@@ -100,10 +89,6 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
         file.write_all(text.as_bytes()).map_err(unwritten(path))?;
     }
     Ok(())
-}
-
-fn say(text: &str) -> Result<(), Unwritten> {
-    writeln!(io::stdout(), "{text}").map_err(Unwritten::to("stdout"))
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use kvm_integration::kvm_available;
 use kvm_integration::lab::kvm::{KvmCell, LabError};
 use kvm_integration::lab::{Arm, ArmResult, Cell, CellResult};
+use kvm_integration::output::chain;
 use kvm_ioctls::Kvm;
 
 use crate::plan::Plan;
-use crate::run::{Report, Skipped, chain};
+use crate::run::{Report, Skipped};
 use kvm_integration::bystanders::Bystanders;
 use kvm_integration::watchdog::Watchdog;
 

@@ -8,7 +8,6 @@ use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use super::error::LabError;
-use super::full::FullExits;
 use crate::cores::Cores;
 use crate::cpu_time::CpuTime;
 use crate::host::available_mib;
@@ -17,6 +16,7 @@ use crate::lab::rhythm::Gait;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::program::{Load, Mode};
 use crate::rate::Dormitory;
+use crate::shape::full::FullExits;
 use crate::thread::{Action, VcpuThread};
 use crate::vcpu::Exit;
 use crate::vm::TinyVm;

@@ -4,9 +4,7 @@
 //! arm's reaper starts, has some time to settle, and is then watched.
 
 mod error;
-mod full;
 mod guest;
-mod qemu;
 mod reaping;
 mod sampler;
 mod snapshot;

@@ -6,9 +6,10 @@ use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::{DirtyLog, Priority, Reaper};
 
 use super::error::LabError;
-use super::full::FullExits;
-use super::qemu::QemuReaper;
-use crate::lab::arm::{Arm, Shape};
+use crate::lab::arm::Arm;
+use crate::shape::Shape;
+use crate::shape::full::FullExits;
+use crate::shape::qemu::{Counts, QemuReaper};
 
 /// The thread's name, by which its CPU time is found.
 pub(super) const NAME: &str = "lab-reaper";
@@ -27,16 +28,6 @@ pub(super) enum Reaping {
     Qemu(QemuReaper),
 }
 
-/// What it has done so far.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Counts {
-    pub(super) wakeups: u64,
-    pub(super) passes: u64,
-    pub(super) pass_ns: u64,
-    /// How long it sleeps just now.
-    pub(super) delay_ns: u64,
-}
-
 impl Reaping {
     pub(super) fn start(
         arm: &Arm,
@@ -44,7 +35,7 @@ impl Reaping {
         full_exits: &Arc<FullExits>,
         cpus: &[usize],
     ) -> Result<Self, LabError> {
-        full_exits.set_all_rings(arm.shape == Shape::AllRings);
+        full_exits.set_shape(arm.shape);
         let Some(policy) = arm.policy else {
             return Ok(Self::Nobody);
         };

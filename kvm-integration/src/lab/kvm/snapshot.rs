@@ -6,9 +6,10 @@ use kvm_dirty_ring::Stats;
 
 use super::error::LabError;
 use super::guest::Guest;
-use super::reaping::{Counts, Reaping};
+use super::reaping::Reaping;
 use crate::cpu_time::CpuTime;
 use crate::lab::measure::Measured;
+use crate::shape::qemu::Counts;
 
 pub(super) struct Snapshot {
     at: Instant,

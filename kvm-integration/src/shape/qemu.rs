@@ -12,15 +12,24 @@ use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Pacer, Pacing};
 
 use super::full::FullExits;
-use super::reaping::Counts;
 use crate::cores::confine;
 
 /// The running thread; it stops when this is dropped.
 #[derive(Debug)]
-pub(super) struct QemuReaper {
+pub(crate) struct QemuReaper {
     shared: Arc<Shared>,
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What a reaper has done so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counts {
+    pub(crate) wakeups: u64,
+    pub(crate) passes: u64,
+    pub(crate) pass_ns: u64,
+    /// How long it sleeps just now.
+    pub(crate) delay_ns: u64,
 }
 
 #[derive(Debug, Default)]
@@ -33,7 +42,7 @@ struct Shared {
 }
 
 impl QemuReaper {
-    pub(super) fn spawn(
+    pub(crate) fn spawn(
         name: &str,
         log: &DirtyLog,
         full_exits: &Arc<FullExits>,
@@ -67,7 +76,7 @@ impl QemuReaper {
         Ok(this)
     }
 
-    pub(super) fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
             wakeups: read(&self.shared.wakeups),
@@ -77,7 +86,7 @@ impl QemuReaper {
         }
     }
 
-    pub(super) fn take_error(&self) -> Option<ReaperError> {
+    pub(crate) fn take_error(&self) -> Option<ReaperError> {
         let mut error = self.shared.error.lock();
         error
             .as_deref_mut()

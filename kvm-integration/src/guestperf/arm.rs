@@ -1,0 +1,89 @@
+//! What is compared: ways to track what a guest writes.
+
+use crate::policy::Policy;
+use crate::shape::Shape;
+
+/// One way to track.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arm {
+    /// Its name, in tables and on the command line.
+    pub name: &'static str,
+    /// What it is.
+    pub tracking: Tracking,
+}
+
+/// Who knows what was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tracking {
+    /// KVM's bitmap, by `KVM_GET_DIRTY_LOG`: no rings, no reaper, no full exits.
+    Bitmap,
+    /// Dirty rings, emptied by a reaper of that policy, and at full exits in that shape.
+    Rings(Shape, Policy),
+}
+
+/// The crate's own way, to which the others are compared.
+pub const OURS: &str = "look-first";
+
+impl Arm {
+    /// Every arm, in the order in which they are shown.
+    pub const ALL: [Self; 11] = [
+        Self {
+            name: "bitmap",
+            tracking: Tracking::Bitmap,
+        },
+        Self::rings("fixed", Shape::OwnRing, Policy::Fixed),
+        Self::rings(
+            "run-levels-as-posted",
+            Shape::OwnRing,
+            Policy::RunLevelsAsPosted,
+        ),
+        Self::rings("run-levels", Shape::OwnRing, Policy::RunLevels),
+        Self::rings("halve-and-creep", Shape::OwnRing, Policy::HalveAndCreep),
+        Self::rings(OURS, Shape::OwnRing, Policy::LookFirst),
+        Self::rings("qemu-fixed", Shape::AllRings, Policy::Fixed),
+        Self::rings(
+            "qemu-run-levels-as-posted",
+            Shape::AllRings,
+            Policy::RunLevelsAsPosted,
+        ),
+        Self::rings("qemu-run-levels", Shape::AllRings, Policy::RunLevels),
+        Self::rings(
+            "qemu-halve-and-creep",
+            Shape::AllRings,
+            Policy::HalveAndCreep,
+        ),
+        Self::rings("qemu-look-first", Shape::AllRings, Policy::LookFirst),
+    ];
+
+    const fn rings(name: &'static str, shape: Shape, policy: Policy) -> Self {
+        Self {
+            name,
+            tracking: Tracking::Rings(shape, policy),
+        }
+    }
+
+    /// The arm of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|arm| arm.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_say_policy_and_shape() {
+        for arm in Arm::ALL {
+            assert_eq!(Arm::named(arm.name), Some(arm));
+            if let Tracking::Rings(shape, policy) = arm.tracking {
+                let prefix = match shape {
+                    Shape::OwnRing => "",
+                    Shape::AllRings => "qemu-",
+                };
+                assert_eq!(arm.name, format!("{prefix}{}", policy.name()));
+            }
+        }
+        assert!(Arm::named(OURS).is_some());
+    }
+}

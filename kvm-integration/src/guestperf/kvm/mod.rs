@@ -1,0 +1,308 @@
+//! Migrations of a guest on real KVM.
+//!
+//! A cell has two guests that share their memory and run in turns: one with dirty rings, and one
+//! without, for KVM knows either rings or bitmaps. They go on from migration to migration; only
+//! their logging starts and stops.
+
+mod error;
+mod guest;
+mod sampler;
+mod tracking;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+
+pub use error::GuestperfError;
+
+use super::analysis::{Felt, Reading, samples};
+use super::arm::{Arm, Tracking};
+use super::cell::Cell;
+use super::result::{Figures, Migration, Phases, Round};
+use crate::cores::{Cores, confine};
+use crate::host::available_mib;
+use crate::machine::Guest;
+use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::migration::{Destination, Limits, Outcome, migrate};
+use guest::StressedGuest;
+use sampler::{Raw, Sampler};
+use tracking::{ArmTracker, Delay};
+
+/// How often it is looked whether all is well.
+const WATCH: Duration = Duration::from_millis(20);
+/// How long a guest may take to be through all its pages; a slower one is measured as it is.
+const LONGEST_TOUR: Duration = Duration::from_secs(20);
+
+/// A cell whose guests are ready.
+#[derive(Debug)]
+pub struct KvmCell<'a> {
+    ringed: StressedGuest,
+    plain: StressedGuest,
+    destination: Destination,
+    cores: Cores,
+    interrupted: &'a AtomicBool,
+}
+
+impl<'a> KvmCell<'a> {
+    /// Makes the guests. The calling thread, which is the one to migrate them, is from then on kept
+    /// off the vCPUs' cores if there are others.
+    ///
+    /// # Errors
+    /// KVM, the log or the kernel's memory management refused something.
+    pub fn new(
+        kvm: &Kvm,
+        cell: &Cell,
+        interrupted: &'a AtomicBool,
+    ) -> Result<Self, GuestperfError> {
+        let wanted = 2 * cell.memory_mib;
+        if let Some(available) = available_mib().filter(|&available| available < wanted) {
+            return Err(GuestperfError::TooLarge { wanted, available });
+        }
+        let cores = Cores::detect().map_err(GuestperfError::os("sched_getaffinity"))?;
+        // A fault of the host's own would look like a slow guest.
+        let memory = Arc::new(GuestMemory::prefaulted(
+            cell.memory_mib << 20 >> PAGE_SIZE.ilog2(),
+        )?);
+        let guest = |with_rings| StressedGuest::new(kvm, cell, &memory, with_rings, &cores);
+        let (ringed, plain) = (guest(true)?, guest(false)?);
+        let destination = Destination::prefaulted(ringed.slots())?;
+        Ok(Self {
+            ringed,
+            plain,
+            destination,
+            cores,
+            interrupted,
+        })
+    }
+
+    /// A quiet phase, a migration as `arm` tracks it, and a quiet phase again.
+    ///
+    /// # Errors
+    /// A vCPU, the reaper or the migration failed, or `interrupted` was set.
+    pub fn migrate(
+        &mut self,
+        arm: &Arm,
+        quiet: Duration,
+        limits: &Limits,
+    ) -> Result<Migration, GuestperfError> {
+        let guest = match arm.tracking {
+            Tracking::Bitmap => &mut self.plain,
+            Tracking::Rings(..) => &mut self.ringed,
+        };
+        let cpus = self.cores.of_reaper(guest.progress().len() as u32);
+        let mut run = Run {
+            guest,
+            destination: &self.destination,
+            cores: &self.cores,
+            interrupted: self.interrupted,
+            delay: Delay::default(),
+        };
+        let over = AtomicBool::new(false);
+        run.guest.resume();
+        let result = run.settle().and_then(|()| {
+            let sampler = Sampler::new(run.guest, &run.delay);
+            thread::scope(|scope| {
+                let sampler = scope.spawn(|| {
+                    // Where it may not be, it is late, and knows by its clock.
+                    let _ = confine(cpus);
+                    sampler.run(&over)
+                });
+                let phases = scope.spawn(|| {
+                    confine(cpus).map_err(GuestperfError::os("sched_setaffinity"))?;
+                    run.phases(arm, quiet, limits)
+                });
+                let done = phases.join().expect("a migration does not panic");
+                over.store(true, Ordering::Relaxed);
+                let readings = sampler.join().expect("a sampler does not panic");
+                Ok((done?, readings))
+            })
+        });
+        // Whatever happened: the other guest needs the memory.
+        let paused = run.guest.pause();
+        let (done, readings) = result?;
+        paused?;
+        done.sum_up(&readings).ok_or(GuestperfError::Unseen)
+    }
+}
+
+/// A migration and what is around it.
+struct Run<'a> {
+    guest: &'a mut StressedGuest,
+    destination: &'a Destination,
+    cores: &'a Cores,
+    interrupted: &'a AtomicBool,
+    delay: Delay,
+}
+
+impl Run<'_> {
+    /// Waits until each vCPU has been everywhere: what the last migration has protected is then
+    /// writable again.
+    fn settle(&mut self) -> Result<(), GuestperfError> {
+        // The pass under way may have begun long ago.
+        let enough = self.guest.passes() + 2;
+        let start = Instant::now();
+        while self.guest.passes() < enough && start.elapsed() < LONGEST_TOUR {
+            self.watch(WATCH)?;
+        }
+        Ok(())
+    }
+
+    fn phases(
+        &mut self,
+        arm: &Arm,
+        quiet: Duration,
+        limits: &Limits,
+    ) -> Result<Done, GuestperfError> {
+        self.watch(quiet)?;
+        let before = Counts::read(self.guest);
+        let begun = Instant::now();
+        self.guest.set_logged(true)?;
+        let mut tracker = ArmTracker::start(arm, self.guest, self.cores, &self.delay)?;
+        let outcome = migrate(
+            self.guest,
+            &mut tracker,
+            self.destination,
+            limits,
+            self.interrupted,
+            &mut (),
+        )?;
+        let mut counts = Counts::read(self.guest).since(before);
+        counts.resets += tracker.bitmap.ioctls.load(Ordering::Relaxed);
+        counts.entries += tracker.bitmap.pages.load(Ordering::Relaxed);
+        self.guest.set_logged(false)?;
+        self.delay.store(0, Ordering::Relaxed);
+        let resumed = Instant::now();
+        self.guest.resume();
+        self.watch(quiet)?;
+        Ok(Done {
+            begun,
+            resumed,
+            ended: Instant::now(),
+            outcome,
+            counts,
+            reaper_cpu: tracker.reaper_cpu,
+        })
+    }
+
+    /// Waits, unless a vCPU ends or the caller wants no more.
+    fn watch(&mut self, time: Duration) -> Result<(), GuestperfError> {
+        let end = Instant::now() + time;
+        loop {
+            if self.interrupted.load(Ordering::Relaxed) {
+                return Err(GuestperfError::Interrupted);
+            }
+            self.guest.check()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            thread::sleep(left.min(WATCH));
+        }
+    }
+}
+
+/// What is counted since the guest was made.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    full_exits: u64,
+    full_exit_time: Duration,
+    resets: u64,
+    entries: u64,
+}
+
+impl Counts {
+    fn read(guest: &StressedGuest) -> Self {
+        let Some(rings) = &guest.rings else {
+            return Self::default();
+        };
+        let (full_exits, full_exit_time) = rings.full_exits.counts();
+        let stats = rings.log.stats();
+        Self {
+            full_exits,
+            full_exit_time,
+            resets: stats.resets,
+            entries: stats.entries,
+        }
+    }
+
+    fn since(&self, before: Self) -> Self {
+        Self {
+            full_exits: self.full_exits - before.full_exits,
+            full_exit_time: self.full_exit_time - before.full_exit_time,
+            resets: self.resets - before.resets,
+            entries: self.entries - before.entries,
+        }
+    }
+}
+
+/// All that is known of a migration when it is over.
+struct Done {
+    begun: Instant,
+    resumed: Instant,
+    ended: Instant,
+    outcome: Outcome,
+    counts: Counts,
+    reaper_cpu: Duration,
+}
+
+impl Done {
+    /// `None` if the readings don't show how fast the guest was.
+    fn sum_up(&self, raw: &[Raw]) -> Option<Migration> {
+        let outcome = &self.outcome;
+        let zero = raw.first()?.0;
+        let arrived = outcome.start + outcome.total;
+        // It stands still while both sides are compared.
+        let clock = |at: Instant| {
+            let still = at.clamp(arrived, self.resumed) - arrived;
+            (at.saturating_duration_since(zero) - still).as_secs_f64()
+        };
+        let phases = Phases {
+            begin: clock(self.begun),
+            stop: clock(arrived - outcome.downtime),
+            resume: clock(arrived),
+            end: clock(self.ended),
+        };
+        let read = |(at, reading): &Raw| {
+            let seen = *at <= arrived || *at >= self.resumed;
+            seen.then(|| Reading {
+                at: clock(*at),
+                ..reading.clone()
+            })
+        };
+        let readings: Vec<Reading> = raw.iter().filter_map(read).collect();
+        let felt = Felt::new(&readings, &phases)?;
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let rounds = outcome.rounds.iter().map(|round| Round {
+            pages: round.pages,
+            running: round.running,
+            begin: clock(outcome.start + round.begin),
+            seconds: (round.sync + round.send).as_secs_f64(),
+        });
+        Some(Migration {
+            figures: Figures {
+                quiet_ms_per_gb: felt.quiet_ms_per_gb,
+                median_ms_per_gb: felt.median_ms_per_gb,
+                worst_ms_per_gb: felt.worst_ms_per_gb,
+                drop_seconds: felt.drop_seconds,
+                longest_stall_ms: felt.longest_stall_ms,
+                full_exits: self.counts.full_exits,
+                full_exit_ms: ms(self.counts.full_exit_time),
+                resets: self.counts.resets,
+                entries: self.counts.entries,
+                guest_pages_per_second: felt.pages_per_second,
+                reaper_cpu_ms: ms(self.reaper_cpu),
+                pages_sent: outcome.pages_sent(),
+                downtime_ms: ms(outcome.downtime),
+                total_seconds: (arrived - self.begun).as_secs_f64(),
+                converged: outcome.converged,
+                missed_pages: outcome.mismatched_pages,
+            },
+            rounds: rounds.collect(),
+            phases,
+            samples: samples(&readings, &phases),
+        })
+    }
+}
