@@ -21,6 +21,11 @@ pub struct Cell {
 }
 
 impl Cell {
+    /// Whether there can be such a guest: it stresses memory that it has, and a page of each vCPU's.
+    pub fn is_possible(&self) -> bool {
+        self.stress_mib <= self.memory_mib && self.share(0, 0).pages > 0
+    }
+
     /// What vCPU `index` stresses, where the memory begins at `gpa`: pages that no other does.
     pub fn share(&self, index: u32, gpa: u64) -> Region {
         let pages = self.stress_mib << 20 >> PAGE_SIZE.ilog2();

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use kvm_integration::interrupt::watch_signals;
-use kvm_integration::migration::{Destination, Limits, MigrationError, Outcome, Rings, migrate};
+use kvm_integration::migration::{Destination, Limits, Outcome, Rings, migrate};
 use kvm_integration::output::{self, Unwritten, exit_status, fail, say};
 
 use options::Options;

@@ -1,0 +1,99 @@
+//! The run itself.
+
+use std::error::Error;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use kvm_integration::bystanders::Bystanders;
+use kvm_integration::guestperf::kvm::{GuestperfError, KvmCell};
+use kvm_integration::guestperf::{ArmResult, Cell, CellResult};
+use kvm_integration::kvm_available;
+use kvm_integration::watchdog::Watchdog;
+use kvm_ioctls::Kvm;
+
+use crate::plan::Plan;
+
+/// What anything takes on top of what it should, on a machine with much else to do.
+const SLACK: Duration = Duration::from_secs(90);
+
+/// Takes in what came of a guest.
+pub type Report<'a> = dyn FnMut(CellResult) -> Result<(), Box<dyn Error>> + 'a;
+
+/// Runs the plan, and reports guest by guest.
+///
+/// # Errors
+/// KVM can't be had, a guest could not be made or migrated, or `interrupted` was set.
+pub fn measure(
+    plan: &Plan,
+    interrupted: &AtomicBool,
+    report: &mut Report<'_>,
+) -> Result<(), Box<dyn Error>> {
+    let run = Run {
+        plan,
+        kvm: kvm_available()?,
+        interrupted,
+        watchdog: Watchdog::start()?,
+    };
+    let minutes = plan.duration().as_secs_f64() / 60.0;
+    let guests = plan.cells.len();
+    eprintln!("{guests} guests, {minutes:.1} minutes or less");
+    for (number, cell) in (1..).zip(&plan.cells) {
+        eprintln!("{number}/{guests}: {cell}");
+        report(run.cell(cell)?)?;
+    }
+    Ok(())
+}
+
+struct Run<'a> {
+    plan: &'a Plan,
+    kvm: Kvm,
+    interrupted: &'a AtomicBool,
+    watchdog: Watchdog,
+}
+
+impl Run<'_> {
+    fn cell(&self, cell: &Cell) -> Result<CellResult, GuestperfError> {
+        let Plan { arms, repeat, .. } = self.plan;
+        self.watchdog.allow(SLACK, &cell.to_string());
+        let mut guest = KvmCell::new(&self.kvm, cell, self.interrupted)?;
+        let bystanders = Bystanders::watch();
+        let bar = progress(u64::from(*repeat) * arms.len() as u64);
+        let mut results: Vec<_> = arms
+            .iter()
+            .map(|arm| ArmResult {
+                arm: arm.name,
+                migrations: Vec::new(),
+            })
+            .collect();
+        for round in 0..*repeat as usize {
+            for place in 0..arms.len() {
+                // No arm always comes after the same other one.
+                let place = (place + round) % arms.len();
+                let arm = &arms[place];
+                bar.set_message(arm.name);
+                let longest = self.plan.longest(cell) + SLACK;
+                self.watchdog
+                    .allow(longest, &format!("{cell}, {}", arm.name));
+                let migration = guest.migrate(arm, self.plan.quiet, &self.plan.limits)?;
+                results[place].migrations.push(migration);
+                bar.inc(1);
+            }
+        }
+        bar.finish_and_clear();
+        self.watchdog.allow(SLACK, &cell.to_string());
+        drop(guest);
+        Ok(CellResult {
+            cell: *cell,
+            others: bystanders.and_then(|bystanders| bystanders.share()),
+            arms: results,
+        })
+    }
+}
+
+/// Drawn on stderr, if that is a terminal.
+fn progress(migrations: u64) -> ProgressBar {
+    let style =
+        ProgressStyle::with_template("[{bar:40}] {pos:>3} / {len} migrations, {eta} left: {msg}");
+    ProgressBar::new(migrations).with_style(style.expect("the template is a constant that works"))
+}

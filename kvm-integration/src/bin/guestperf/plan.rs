@@ -1,0 +1,236 @@
+//! What is run: guests, and the arms that migrate each.
+
+use std::time::Duration;
+
+use kvm_integration::guestperf::{Arm, Cell};
+use kvm_integration::migration::Limits;
+
+use crate::options::Options;
+
+/// vCPUs, memory and stressed memory in MiB, entries of a ring.
+type Guest = (u32, u64, u64, u32);
+
+/// One whose pages pass through its rings again and again, and one whose pages fit.
+const QUICK: [Guest; 2] = [(2, 1024, 96, 4096), (2, 1024, 256, 65536)];
+
+const DEFAULT: [Guest; 6] = [
+    (1, 1024, 96, 4096),
+    (1, 1024, 96, 65536),
+    (2, 1024, 96, 1024),
+    (2, 1024, 256, 4096),
+    (2, 1024, 256, 65536),
+    (8, 1024, 512, 65536),
+];
+
+/// The grid of a full run, and of one where some numbers are asked for and others not.
+const VCPUS: [u32; 3] = [1, 2, 8];
+const MEMORY_MIB: [u64; 2] = [1024, 4096];
+const STRESS_MIB: [u64; 3] = [96, 256, 768];
+const RING_ENTRIES: [u32; 3] = [1024, 4096, 65536];
+
+/// QEMU today and ours, each in the crate's shape and in QEMU's, and what there was before rings.
+const QUICK_ARMS: [&str; 5] = [
+    "bitmap",
+    "fixed",
+    "look-first",
+    "qemu-fixed",
+    "qemu-look-first",
+];
+
+/// What a link without a limit takes, in MiB per second, as far as one can tell beforehand.
+const FASTEST_LINK: u64 = 2000;
+/// For the guests of a cell to be made.
+const SETUP: Duration = Duration::from_secs(5);
+/// For a guest to get over a migration, and to be compared with its copy.
+const SETTLES: Duration = Duration::from_millis(600);
+
+/// A run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The guests.
+    pub cells: Vec<Cell>,
+    /// The arms, in the order in which they are shown.
+    pub arms: Vec<Arm>,
+    /// How often each arm migrates each guest.
+    pub repeat: u32,
+    /// How long each quiet phase takes.
+    pub quiet: Duration,
+    /// How far migrations go.
+    pub limits: Limits,
+}
+
+/// No guest is left.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no guest is left: the stressed memory must not exceed the memory, and do for each vCPU")]
+pub struct NoGuest;
+
+impl Plan {
+    /// What the command line asks for.
+    ///
+    /// # Errors
+    /// That is nothing.
+    pub fn new(options: &Options) -> Result<Self, NoGuest> {
+        let cells = cells(options);
+        if cells.is_empty() {
+            return Err(NoGuest);
+        }
+        let arms = match (&options.arms[..], options.quick) {
+            ([], false) => Arm::ALL.to_vec(),
+            ([], true) => QUICK_ARMS
+                .iter()
+                .filter_map(|name| Arm::named(name))
+                .collect(),
+            (given, _) => given.to_vec(),
+        };
+        Ok(Self {
+            cells,
+            arms,
+            repeat: options.repeat.unwrap_or(if options.quick { 2 } else { 3 }),
+            quiet: Duration::from_millis(options.quiet_ms),
+            limits: Limits {
+                bandwidth_mib: options.bandwidth_mib,
+                max_rounds: options.max_rounds,
+                downtime: Duration::from_millis(options.downtime_ms),
+            },
+        })
+    }
+
+    /// How long a migration of `cell` takes at most, if the link takes what it should.
+    pub fn longest(&self, cell: &Cell) -> Duration {
+        let bandwidth = match self.limits.bandwidth_mib {
+            0 => FASTEST_LINK,
+            limited => limited,
+        };
+        // Round 0, the others, and the rest.
+        let mib = cell.memory_mib + u64::from(self.limits.max_rounds) * cell.stress_mib;
+        let link = Duration::from_secs_f64(mib as f64 / bandwidth as f64);
+        2 * self.quiet + SETTLES + link
+    }
+
+    /// How long all of it takes at most, on a machine with nothing else to do.
+    pub fn duration(&self) -> Duration {
+        let turns = self.repeat * self.arms.len() as u32;
+        let cells = self.cells.iter();
+        cells.map(|cell| SETUP + self.longest(cell) * turns).sum()
+    }
+}
+
+/// The guests: where numbers are asked for, those and all of the grid's others; else the list's.
+fn cells(options: &Options) -> Vec<Cell> {
+    let Options {
+        vcpus,
+        memory_mib,
+        stress_mib,
+        ring_entries,
+        ..
+    } = options;
+    let asked = !(vcpus.is_empty()
+        && memory_mib.is_empty()
+        && stress_mib.is_empty()
+        && ring_entries.is_empty());
+    let list = match (asked || options.full, options.quick) {
+        (false, true) => QUICK.to_vec(),
+        (false, false) => DEFAULT.to_vec(),
+        (true, _) => grid(options),
+    };
+    let cell = |(vcpus, memory_mib, stress_mib, ring_entries)| Cell {
+        vcpus,
+        memory_mib,
+        stress_mib,
+        ring_entries,
+    };
+    let cells = list.into_iter().map(cell);
+    cells.filter(Cell::is_possible).collect()
+}
+
+fn grid(options: &Options) -> Vec<Guest> {
+    /// What is asked for; else what is typical, or everything.
+    fn or<T: Copy>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
+        match (given, full) {
+            ([], true) => grid.to_vec(),
+            ([], false) => vec![typical],
+            _ => given.to_vec(),
+        }
+    }
+    let full = options.full;
+    let mut list = Vec::new();
+    for &vcpus in &or(&options.vcpus, &VCPUS, 2, full) {
+        for &memory in &or(&options.memory_mib, &MEMORY_MIB, 1024, full) {
+            for &stress in &or(&options.stress_mib, &STRESS_MIB, 96, full) {
+                for &ring in &or(&options.ring_entries, &RING_ENTRIES, 4096, full) {
+                    list.push((vcpus, memory, stress, ring));
+                }
+            }
+        }
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::tests::parse;
+
+    fn plan(args: &str) -> Plan {
+        Plan::new(&parse(args).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn runs_take_no_longer_than_promised() {
+        assert!(plan("--quick").duration() < Duration::from_secs(3 * 60));
+        assert!(plan("").duration() < Duration::from_secs(20 * 60));
+    }
+
+    #[test]
+    fn a_run_has_every_arm_and_a_quick_one_both_shapes() {
+        assert_eq!(plan("").arms, Arm::ALL);
+        assert_eq!(plan("--full").arms, Arm::ALL);
+        let names: Vec<_> = plan("--quick").arms.iter().map(|arm| arm.name).collect();
+        assert_eq!(names, QUICK_ARMS);
+        assert_eq!(plan("--quick --arm bitmap").arms.len(), 1);
+    }
+
+    #[test]
+    fn lists_are_possible_and_the_grid_is_whole() {
+        assert_eq!(plan("").cells.len(), DEFAULT.len());
+        assert_eq!(plan("--quick").cells.len(), QUICK.len());
+        assert_eq!(plan("--full").cells.len(), 3 * 2 * 3 * 3);
+    }
+
+    #[test]
+    fn filters_choose_or_multiply() {
+        let cells = |args| {
+            let cells = plan(args).cells.into_iter();
+            let cells = cells.map(|c| (c.vcpus, c.memory_mib, c.stress_mib, c.ring_entries));
+            cells.collect::<Vec<_>>()
+        };
+        assert_eq!(cells("--vcpus 3"), [(3, 1024, 96, 4096)]);
+        assert_eq!(
+            cells("--stress-mib 8 --stress-mib 16 --ring-entries 512"),
+            [(2, 1024, 8, 512), (2, 1024, 16, 512)]
+        );
+        // What can't be stressed is left out.
+        assert_eq!(
+            cells("--memory-mib 50 --stress-mib 40 --stress-mib 60").len(),
+            1
+        );
+        assert_eq!(cells("--full --vcpus 1").len(), 18);
+        let none = parse("--memory-mib 50 --stress-mib 60").unwrap();
+        assert_eq!(Plan::new(&none).unwrap_err(), NoGuest);
+    }
+
+    #[test]
+    fn a_migration_is_bounded_by_its_rounds() {
+        let plan = plan("--max-rounds 3 --bandwidth-mib 100 --quiet-ms 500");
+        let cell = Cell {
+            vcpus: 1,
+            memory_mib: 400,
+            stress_mib: 200,
+            ring_entries: 256,
+        };
+        assert_eq!(
+            plan.longest(&cell),
+            Duration::from_millis(10_000 + 1000 + 600)
+        );
+    }
+}

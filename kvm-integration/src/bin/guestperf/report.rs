@@ -1,0 +1,185 @@
+//! The file that `--json` writes.
+//!
+//! One object:
+//!
+//! | key | holds |
+//! |---|---|
+//! | `schema` | 1: it changes when the meaning of a key does |
+//! | `host` | `kvm`, `kernel`, `cores`, `cpu`: the machine that it ran on |
+//! | `settings` | `repeat`, `quiet_ms`, `bandwidth_mib` (a second; 0: no limit), `downtime_ms`, `max_rounds` |
+//! | `missed_pages` | of all migrations |
+//! | `cells` | for each guest `vcpus`, `memory_mib`, `stress_mib`, `ring_entries`, `others` (the share of the machine's CPU time that others took, or null), and `arms` |
+//! | `verdicts` | how `look-first` compares with the best arm, and with the best that has rings |
+//!
+//! An arm has its name, `arm`, `missed_pages`, and `migrations`. A migration has `figures`, `rounds`,
+//! `phases` and `samples`, all with the keys of the library's `guestperf::result`, where units are
+//! said.
+
+use kvm_integration::Host;
+use kvm_integration::guestperf::{ArmResult, Cell, CellResult, Migration};
+use serde::Serialize;
+
+use crate::plan::Plan;
+use crate::verdict::Verdict;
+
+/// Changes when the meaning of a key does.
+const SCHEMA: u32 = 1;
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    schema: u32,
+    host: HostFacts<'a>,
+    settings: Settings,
+    missed_pages: u64,
+    cells: Vec<CellFacts<'a>>,
+    verdicts: &'a [Verdict],
+}
+
+#[derive(Debug, Serialize)]
+struct HostFacts<'a> {
+    kvm: &'a str,
+    kernel: &'a str,
+    cores: usize,
+    cpu: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+struct Settings {
+    repeat: u32,
+    quiet_ms: u128,
+    bandwidth_mib: u64,
+    downtime_ms: u128,
+    max_rounds: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct CellFacts<'a> {
+    #[serde(flatten)]
+    cell: &'a Cell,
+    others: Option<f64>,
+    arms: Vec<ArmFacts<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ArmFacts<'a> {
+    arm: &'a str,
+    missed_pages: u64,
+    migrations: &'a [Migration],
+}
+
+impl<'a> CellFacts<'a> {
+    fn new(result: &'a CellResult) -> Self {
+        Self {
+            cell: &result.cell,
+            others: result.others,
+            arms: result.arms.iter().map(ArmFacts::new).collect(),
+        }
+    }
+}
+
+impl<'a> ArmFacts<'a> {
+    fn new(result: &'a ArmResult) -> Self {
+        Self {
+            arm: result.arm,
+            missed_pages: result.missed_pages(),
+            migrations: &result.migrations,
+        }
+    }
+}
+
+/// Pages that any migration missed.
+pub fn missed_pages(results: &[CellResult]) -> u64 {
+    let arms = results.iter().flat_map(|cell| &cell.arms);
+    arms.map(ArmResult::missed_pages).sum()
+}
+
+/// The file's text.
+///
+/// # Errors
+/// None that is known of.
+pub fn json(
+    host: &Host,
+    plan: &Plan,
+    results: &[CellResult],
+    verdicts: &[Verdict],
+) -> serde_json::Result<String> {
+    let report = Report {
+        schema: SCHEMA,
+        host: HostFacts {
+            kvm: &host.kvm_kind,
+            kernel: &host.kernel,
+            cores: host.cores,
+            cpu: &host.cpu,
+        },
+        settings: Settings {
+            repeat: plan.repeat,
+            quiet_ms: plan.quiet.as_millis(),
+            bandwidth_mib: plan.limits.bandwidth_mib,
+            downtime_ms: plan.limits.downtime.as_millis(),
+            max_rounds: plan.limits.max_rounds,
+        },
+        missed_pages: missed_pages(results),
+        cells: results.iter().map(CellFacts::new).collect(),
+        verdicts,
+    };
+    serde_json::to_string(&report).map(|text| text + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::options::tests::parse;
+    use crate::tests::{cell_result, figures};
+    use crate::verdict::verdicts;
+
+    /// Whoever reads these files relies on every key.
+    #[test]
+    fn the_shape_is_the_documented_one() {
+        let results = [cell_result(&[
+            ("bitmap", &[figures()]),
+            ("look-first", &[figures()]),
+        ])];
+        let plan = Plan::new(&parse("--quick --repeat 5").unwrap()).unwrap();
+        let text = super::json(&Host::detect(), &plan, &results, &verdicts(&results)).unwrap();
+        let mut value: Value = serde_json::from_str(&text).unwrap();
+        let host = value["host"].take();
+        assert!(host["kvm"].is_string() && host["kernel"].is_string() && host["cpu"].is_string());
+        assert!(host["cores"].is_u64());
+        let settings = json!({
+            "repeat": 5, "quiet_ms": 800, "bandwidth_mib": 500, "downtime_ms": 300, "max_rounds": 2,
+        });
+        assert_eq!(value["settings"], settings);
+        assert_eq!(
+            (&value["schema"], &value["missed_pages"]),
+            (&json!(1), &json!(0))
+        );
+        let cell = &value["cells"][0];
+        assert_eq!(cell["vcpus"], 2);
+        assert_eq!(cell["others"], 0.25);
+        let figures = json!({
+            "quiet_ms_per_gb": 50.0, "median_ms_per_gb": 400.0, "worst_ms_per_gb": 900.0,
+            "drop_seconds": 1.5, "longest_stall_ms": 7.0, "full_exits": 12, "full_exit_ms": 3.0,
+            "resets": 5, "entries": 1000, "guest_pages_per_second": 1e6, "reaper_cpu_ms": 20.0,
+            "pages_sent": 30_000, "downtime_ms": 250.0, "total_seconds": 2.8, "converged": true,
+            "missed_pages": 0,
+        });
+        let arm = json!({
+            "arm": "look-first",
+            "missed_pages": 0,
+            "migrations": [{
+                "figures": figures,
+                "rounds": [{"pages": 7, "running": true, "begin": 1.0, "seconds": 0.5}],
+                "phases": {"begin": 1.0, "stop": 2.0, "resume": 2.5, "end": 3.5},
+                "samples": [{"at": 0.5, "ms_per_gb": null, "full_exits": 0, "delay_ms": 2.0}],
+            }],
+        });
+        assert_eq!(cell["arms"][1], arm);
+        let verdict = &value["verdicts"][0];
+        assert_eq!(verdict["measure"], "drop s");
+        let best = json!({"arm": "bitmap", "value": 1.5, "reached": true});
+        assert_eq!(verdict["best"], best);
+        assert_eq!(verdict["ring_entries"], 4096);
+    }
+}
