@@ -82,6 +82,21 @@ pub fn kvm_available() -> Result<Kvm, HostError> {
     Ok(kvm)
 }
 
+/// KVM for a test of this crate's own; `None`, and a line about it, where there is none.
+#[cfg(test)]
+pub(crate) fn kvm_for_test(what: &str) -> Option<Kvm> {
+    match kvm_available() {
+        Ok(kvm) => Some(kvm),
+        Err(why) if std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1") => {
+            panic!("{why}, and KVM_REQUIRED=1")
+        }
+        Err(why) => {
+            eprintln!("{what} on KVM SKIPPED: {why}");
+            None
+        }
+    }
+}
+
 /// The names of all vendor modules present, joined by `+`: nearly always just one.
 fn kvm_kind() -> String {
     let mut kinds: Vec<String> = fs::read_dir("/sys/module")

@@ -3,6 +3,7 @@
 //! Exit status: 0 if no page was missed, 1 if any was, 2 for a usage error or where something that
 //! is needed is missing, 130 if interrupted.
 
+mod html;
 #[cfg(target_arch = "x86_64")]
 mod measure;
 mod options;
@@ -63,8 +64,8 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn 
     if let Some(json) = json {
         json.write(&report::json(&host, &plan, &results, &verdicts)?)?;
     }
-    if let Some(_html) = html {
-        todo!();
+    if let Some(html) = html {
+        html.write(&html::page(&host, &plan.facts(), &results, &verdicts)?)?;
     }
     let missed = report::missed_pages(&results);
     Ok(ExitCode::from(status(missed)))

@@ -95,6 +95,28 @@ impl Plan {
         })
     }
 
+    /// What is to be known of it beside the results.
+    pub fn facts(&self) -> [(&'static str, String); 4] {
+        let Limits {
+            bandwidth_mib,
+            max_rounds,
+            downtime,
+        } = self.limits;
+        let link = match bandwidth_mib {
+            0 => "as fast as it goes".into(),
+            limit => format!("{limit} MiB/s"),
+        };
+        [
+            ("link", link),
+            ("downtime limit", format!("{} ms", downtime.as_millis())),
+            (
+                "rounds at most",
+                format!("{max_rounds}, then the guest is stopped"),
+            ),
+            ("migrations", format!("{} of each arm", self.repeat)),
+        ]
+    }
+
     /// How long a migration of `cell` takes at most, if the link takes what it should.
     pub fn longest(&self, cell: &Cell) -> Duration {
         let bandwidth = match self.limits.bandwidth_mib {

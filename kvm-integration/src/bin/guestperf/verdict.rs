@@ -8,14 +8,37 @@ const WITHIN: f64 = 1.05;
 /// The arm that has no rings.
 const BITMAP: &str = "bitmap";
 
-/// What operators ask for: name, figure, and what is too little to tell apart.
-const MEASURES: [(&str, fn(&Figures) -> f64, f64); 4] = [
-    // A reading comes each 20 ms.
-    ("drop s", |figures| figures.drop_seconds, 0.02),
-    ("worst ms/GB", |figures| figures.worst_ms_per_gb, 0.0),
-    // Threads that share a core wait for one another for some milliseconds.
-    ("longest stall ms", |figures| figures.longest_stall_ms, 4.0),
-    ("total s", |figures| figures.total_seconds, 0.0),
+/// What operators ask for.
+struct Measure {
+    name: &'static str,
+    of: fn(&Figures) -> f64,
+    /// Too little to tell apart.
+    noise: f64,
+}
+
+const MEASURES: [Measure; 4] = [
+    Measure {
+        name: "drop s",
+        of: |figures| figures.drop_seconds,
+        // A sample comes each 20 ms.
+        noise: 0.02,
+    },
+    Measure {
+        name: "worst ms/GB",
+        of: |figures| figures.worst_ms_per_gb,
+        noise: 0.0,
+    },
+    Measure {
+        name: "longest stall ms",
+        of: |figures| figures.longest_stall_ms,
+        // Threads that share a core wait for one another so long.
+        noise: 4.0,
+    },
+    Measure {
+        name: "total s",
+        of: |figures| figures.total_seconds,
+        noise: 0.0,
+    },
 ];
 
 /// How the crate's own way compares with others in a cell, by one measure.
@@ -51,9 +74,8 @@ pub fn verdicts(results: &[CellResult]) -> Vec<Verdict> {
 }
 
 fn of_cell(result: &CellResult) -> Vec<Verdict> {
-    let measures = MEASURES.iter();
-    let verdict = |&(measure, figure, noise): &(&'static str, fn(&Figures) -> f64, f64)| {
-        let median = |arm: &ArmResult| Some((arm.arm, arm.spread(figure)?.median));
+    let verdict = |measure: &Measure| {
+        let median = |arm: &ArmResult| Some((arm.arm, arm.spread(measure.of)?.median));
         let ours = result.arms.iter().find(|arm| arm.arm == OURS);
         let (_, ours) = ours.and_then(median)?;
         let best = |rings_only: bool| {
@@ -65,12 +87,12 @@ fn of_cell(result: &CellResult) -> Vec<Verdict> {
             best.map(|(arm, value)| Best {
                 arm,
                 value,
-                reached: ours <= WITHIN * value || ours <= value + noise,
+                reached: ours <= WITHIN * value || ours <= value + measure.noise,
             })
         };
         Some(Verdict {
             cell: result.cell,
-            measure,
+            measure: measure.name,
             ours,
             best: best(false)?,
             best_of_rings: best(true)?,
@@ -78,7 +100,7 @@ fn of_cell(result: &CellResult) -> Vec<Verdict> {
     };
     match result.arms.len() {
         0 | 1 => Vec::new(),
-        _ => measures.filter_map(verdict).collect(),
+        _ => MEASURES.iter().filter_map(verdict).collect(),
     }
 }
 

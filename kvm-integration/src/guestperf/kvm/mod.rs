@@ -306,3 +306,152 @@ impl Done {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guestperf::arm::OURS;
+    use crate::migration::{Tracker, TrackerError};
+    use crate::page_set::PageSet;
+
+    const CELL: Cell = Cell {
+        vcpus: 2,
+        memory_mib: 8,
+        stress_mib: 4,
+        ring_entries: 256,
+    };
+    const LIMITS: Limits = Limits {
+        bandwidth_mib: 100,
+        max_rounds: 3,
+        downtime: Duration::from_millis(1),
+    };
+    const QUIET: Duration = Duration::from_millis(100);
+
+    #[test]
+    fn every_arm_brings_all_pages_and_tells_what_it_cost() {
+        let Some(kvm) = crate::host::kvm_for_test("guestperf") else {
+            return;
+        };
+        let interrupted = AtomicBool::new(false);
+        let mut cell = KvmCell::new(&kvm, &CELL, &interrupted).unwrap();
+        for arm in Arm::ALL {
+            let migration = cell.migrate(&arm, QUIET, &LIMITS).unwrap();
+            let Migration {
+                figures,
+                rounds,
+                phases,
+                samples,
+            } = &migration;
+            let name = arm.name;
+            assert_eq!(figures.missed_pages, 0, "{name}");
+            // 4 MiB are written in no time, and the link takes 0.1 MiB in a millisecond.
+            assert!(!figures.converged, "{name}");
+            let (sent, running): (Vec<_>, Vec<_>) = rounds
+                .iter()
+                .map(|round| (round.pages, round.running))
+                .unzip();
+            assert_eq!(running, [true, true, true, false], "{name}");
+            assert_eq!(sent[0], 2048, "{name}");
+            assert!(
+                sent[1..].iter().all(|&pages| (1..=1024).contains(&pages)),
+                "{name}"
+            );
+            assert_eq!(figures.pages_sent, sent.iter().sum::<u64>(), "{name}");
+            assert!(
+                figures.entries >= sent[1..].iter().sum(),
+                "{name}: {figures:?}"
+            );
+            let rings = matches!(arm.tracking, Tracking::Rings(..));
+            // Rings of 256 hold no 1,024 pages.
+            assert!(!rings || figures.resets > 4, "{name}: {figures:?}");
+            assert!(
+                rings || (figures.resets, figures.full_exits) == (4, 0),
+                "{name}"
+            );
+            let fixed = name.ends_with("fixed");
+            assert!(!fixed || figures.full_exits > 0, "{name}");
+            assert!(!fixed || figures.full_exit_ms > 0.0, "{name}");
+            assert_eq!(
+                samples.iter().any(|sample| sample.delay_ms.is_some()),
+                rings,
+                "{name}"
+            );
+
+            let Phases {
+                begin,
+                stop,
+                resume,
+                end,
+            } = *phases;
+            assert!(
+                begin >= 0.1 && begin < stop && stop < resume,
+                "{name}: {phases:?}"
+            );
+            assert!(end >= resume + 0.1, "{name}: {phases:?}");
+            assert!(samples.is_sorted_by(|a, b| a.at <= b.at), "{name}");
+            assert!(
+                (figures.total_seconds - (resume - begin)).abs() < 1e-6,
+                "{name}"
+            );
+            assert!(
+                (figures.downtime_ms / 1e3 - (resume - stop)).abs() < 1e-6,
+                "{name}"
+            );
+            assert!(
+                figures.drop_seconds <= stop - begin + 1e-6,
+                "{name}: {figures:?}"
+            );
+            assert!(figures.worst_ms_per_gb > figures.quiet_ms_per_gb, "{name}");
+            let last = samples.last().unwrap();
+            assert_eq!(last.full_exits, figures.full_exits, "{name}");
+            assert!(last.ms_per_gb.is_some(), "{name}: it goes on afterwards");
+        }
+    }
+
+    #[test]
+    fn a_page_that_nobody_told_of_is_missed() {
+        /// Says that nothing was written.
+        struct Silent;
+        impl Tracker for Silent {
+            fn sync(&mut self, _dirty: &mut PageSet) -> Result<(), TrackerError> {
+                Ok(())
+            }
+
+            fn quiesce(&mut self) -> Result<(), TrackerError> {
+                Ok(())
+            }
+        }
+        let Some(kvm) = crate::host::kvm_for_test("guestperf") else {
+            return;
+        };
+        let interrupted = AtomicBool::new(false);
+        let mut cell = KvmCell::new(&kvm, &CELL, &interrupted).unwrap();
+        cell.plain.resume();
+        let guest = &mut cell.plain;
+        let outcome = migrate(
+            guest,
+            &mut Silent,
+            &cell.destination,
+            &LIMITS,
+            &interrupted,
+            &mut (),
+        );
+        // Every stressed page but those two that are under way has changed since it was sent.
+        assert!(outcome.unwrap().mismatched_pages >= 1022);
+    }
+
+    #[test]
+    fn an_interruption_ends_it_and_the_guest_stands_still() {
+        let Some(kvm) = crate::host::kvm_for_test("guestperf") else {
+            return;
+        };
+        let interrupted = AtomicBool::new(true);
+        let mut cell = KvmCell::new(&kvm, &CELL, &interrupted).unwrap();
+        let arm = Arm::named(OURS).unwrap();
+        let error = cell.migrate(&arm, QUIET, &LIMITS).unwrap_err();
+        assert!(matches!(error, GuestperfError::Interrupted), "{error}");
+        let stores = cell.ringed.stores();
+        thread::sleep(Duration::from_millis(10));
+        assert_eq!(cell.ringed.stores(), stores);
+    }
+}

@@ -173,16 +173,7 @@ mod tests {
 
     /// A small guest; `None`, and a line about it, where there is no KVM.
     fn start(interrupted: &AtomicBool) -> Option<KvmCell<'_>> {
-        let kvm = match crate::kvm_available() {
-            Ok(kvm) => kvm,
-            Err(why) if std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1") => {
-                panic!("{why}, and KVM_REQUIRED=1")
-            }
-            Err(why) => {
-                eprintln!("laboratory on KVM SKIPPED: {why}");
-                return None;
-            }
-        };
+        let kvm = crate::host::kvm_for_test("laboratory")?;
         let cell = Cell {
             pattern: Pattern::Constant,
             vcpus: 2,

@@ -9,6 +9,7 @@ mod palette;
 mod points;
 mod table;
 mod text;
+mod verdicts;
 
 #[cfg(test)]
 mod synthetic;
@@ -22,13 +23,15 @@ use self::column::{Column, FELT, SPENT};
 pub use self::frame::Undrawn;
 use self::palette::Palette;
 use self::text::escaped;
+use crate::verdict::Verdict;
 
 /// Readable in light and dark, narrow and wide, and on paper.
 const STYLE: &str = include_str!("style.css");
 
 const TITLE: &str = "What the guest feels of its migration";
 
-/// All results on one page: on what machine, under which facts, what came of each cell.
+/// All results on one page: on what machine, under which facts, how ours compares, what came of each
+/// cell.
 ///
 /// # Errors
 /// A chart can't be drawn.
@@ -36,6 +39,7 @@ pub fn page(
     host: &Host,
     title_facts: &[(&str, String)],
     results: &[CellResult],
+    verdicts: &[Verdict],
 ) -> Result<String, Undrawn> {
     let palette = Palette::of(results);
     let mut html = format!(
@@ -54,6 +58,7 @@ pub fn page(
          Medians; marked as in the tables below.</p>\n<div class=\"wide\">\n{}</div>\n</section>\n",
         table::at_a_glance(results, &palette)
     );
+    html += &verdicts::section(verdicts);
     html += &legend(&palette);
     for (number, result) in results.iter().enumerate() {
         html += &cell::section(number, result, &palette)?;
@@ -88,9 +93,9 @@ fn verdict(results: &[CellResult]) -> String {
 fn introduction() -> String {
     let mut html = String::from(
         "<section>\n<h2>What is measured</h2>\n\
-         <p>A guest XORs its memory, page by page, with a random page, as fast as it can. It is \
-         left alone for a while, then migrated by pre-copy, then left alone again. Its progress \
-         is sampled all the while. The arms take turns at the same guest. An arm is bitmap mode, \
+         <p>Each vCPU of a guest XORs its share of the stressed memory with random bytes, page by \
+         page, as fast as it can. The guest is left alone for a while, then migrated by pre-copy, \
+         then left alone again. Its progress is sampled all the while. The arms take turns. An arm is bitmap mode, \
          or dirty rings under a pacing policy; those called <i>qemu-</i> have QEMU's shape, in \
          which one lock is held by whoever empties rings, and a full exit empties every ring. A \
          GB is 2<sup>30</sup> bytes.</p>\n<details open>\n<summary>The figures</summary>\n\

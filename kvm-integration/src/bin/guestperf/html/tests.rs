@@ -17,7 +17,7 @@ fn host() -> Host {
 
 fn drawn(results: &[CellResult]) -> String {
     let facts = [("bandwidth", "<1 GB/s> & more".to_string())];
-    page(&host(), &facts, results).unwrap()
+    page(&host(), &facts, results, &[]).unwrap()
 }
 
 /// What lies between the opening and the closing tags of all charts.
