@@ -92,7 +92,7 @@ pub struct Round {
     pub seconds: f64,
 }
 
-/// When what happened, in seconds since the first sample.
+/// When what happened, in seconds since the first quiet phase began.
 ///
 /// After the last page was sent both sides are compared, with the guest still stopped. The clock
 /// stands still for that.

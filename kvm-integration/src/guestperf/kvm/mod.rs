@@ -103,6 +103,7 @@ impl<'a> KvmCell<'a> {
         let over = AtomicBool::new(false);
         run.guest.resume();
         let result = run.settle().and_then(|()| {
+            let zero = Instant::now();
             let sampler = Sampler::new(run.guest, &run.delay);
             thread::scope(|scope| {
                 let sampler = scope.spawn(|| {
@@ -117,14 +118,14 @@ impl<'a> KvmCell<'a> {
                 let done = phases.join().expect("a migration does not panic");
                 over.store(true, Ordering::Relaxed);
                 let readings = sampler.join().expect("a sampler does not panic");
-                Ok((done?, readings))
+                Ok(done?.sum_up(zero, &readings))
             })
         });
         // Whatever happened: the other guest needs the memory.
         let paused = run.guest.pause();
-        let (done, readings) = result?;
+        let migration = result?;
         paused?;
-        done.sum_up(&readings).ok_or(GuestperfError::Unseen)
+        migration.ok_or(GuestperfError::Unseen)
     }
 }
 
@@ -249,10 +250,9 @@ struct Done {
 }
 
 impl Done {
-    /// `None` if the readings don't show how fast the guest was.
-    fn sum_up(&self, raw: &[Raw]) -> Option<Migration> {
+    /// On a clock that begins at `zero`. `None` if the readings don't show how fast the guest was.
+    fn sum_up(&self, zero: Instant, raw: &[Raw]) -> Option<Migration> {
         let outcome = &self.outcome;
-        let zero = raw.first()?.0;
         let arrived = outcome.start + outcome.total;
         // It stands still while both sides are compared.
         let clock = |at: Instant| {
@@ -343,7 +343,7 @@ mod tests {
                 samples,
             } = &migration;
             let name = arm.name;
-            assert_eq!(figures.missed_pages, 0, "{name}");
+            assert_eq!(figures.missed_pages, 0, "{name}: pages were missed");
             // 4 MiB are written in no time, and the link takes 0.1 MiB in a millisecond.
             assert!(!figures.converged, "{name}");
             let (sent, running): (Vec<_>, Vec<_>) = rounds
