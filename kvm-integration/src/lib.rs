@@ -50,6 +50,7 @@ pub mod machine;
 pub mod markdown;
 pub mod memory;
 pub mod migration;
+pub mod order;
 pub mod output;
 pub mod page_set;
 pub mod policy;

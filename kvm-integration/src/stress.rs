@@ -2,8 +2,9 @@
 //! of the memory with random bytes, page by page, 8 bytes at a time, over and over.
 //!
 //! The random bytes are a page-sized window into a buffer, which moves on by 8 bytes with each pass:
-//! with one and the same page, every second pass would undo the one before, and a stale copy of a
-//! page would look whole.
+//! with one and the same page, every second pass would undo the one before, and half of all stale
+//! copies of a page would look whole. As it is, a page looks again as it did 1,024 passes before,
+//! when each of the 512 windows has been there twice, and at no time in between.
 //!
 //! | register | holds |
 //! |---|---|

@@ -34,12 +34,14 @@ pub(crate) struct Felt {
 }
 
 impl Felt {
-    /// From readings in order of time, of which two at least are from the quiet phase before and
-    /// two from the migration; `None` if they aren't.
+    /// From readings in order of time, among them one at the migration's begin and one when the
+    /// guest is to stop; `None` if there is no other one of the quiet phase before.
     pub(crate) fn new(readings: &[Reading], phases: &Phases) -> Option<Self> {
+        // From the last reading that is not later than `from` on.
         let between = |from: f64, to: f64| -> &[Reading] {
-            let begin = readings.partition_point(|reading| reading.at < from);
+            let begin = readings.partition_point(|reading| reading.at <= from);
             let end = readings.partition_point(|reading| reading.at <= to);
+            let begin = begin.saturating_sub(1);
             readings.get(begin..end).unwrap_or_default()
         };
         let quiet = median(&Steps::of(between(0.0, phases.begin)))?;
@@ -51,14 +53,15 @@ impl Felt {
         });
         let (first, last) = (migration.first()?, migration.last()?);
         let pages = last.pages.iter().sum::<u64>() - first.pages.iter().sum::<u64>();
-        // A gap is read when it is over, so the first reading's is the quiet phase's.
+        // The reading at the begin took the quiet phase's gaps away.
         let gaps = migration[1..].iter().map(|reading| reading.gap);
+        let stall = gaps.fold(standing(migration), f64::max);
         Some(Self {
             quiet_ms_per_gb: quiet,
             median_ms_per_gb: median(&steps)?,
             worst_ms_per_gb: worst(migration)?,
-            drop_seconds: dropped.map(|step| step.seconds).sum(),
-            longest_stall_ms: gaps.fold(0.0, f64::max) * 1e3,
+            drop_seconds: dropped.fold(0.0, |sum, step| sum + step.seconds),
+            longest_stall_ms: stall * 1e3,
             pages_per_second: pages as f64 / (last.at - first.at),
         })
     }
@@ -104,14 +107,29 @@ impl Steps {
     }
 }
 
-/// `None` without steps. One in which nothing was done took for ever.
+/// `None` without steps. One in which nothing was done counts as if it was a page.
 fn median(steps: &[Steps]) -> Option<f64> {
-    let speeds = steps.iter().map(|step| step.ms_per_gb.unwrap_or(f64::MAX));
+    let speeds = steps
+        .iter()
+        .map(|step| step.ms_per_gb.unwrap_or(step.seconds * 1e3 * GB));
     Spread::of(speeds.collect()).map(|spread| spread.median)
 }
 
-/// The longest that any vCPU took for a GB, from any reading on, in milliseconds. Of a vCPU that
-/// has not done one in all the time, how long it would have taken for one at that pace.
+/// The longest that any vCPU was seen at one and the same page, in seconds: what it would have
+/// said of that, had it not been stopped first.
+fn standing(readings: &[Reading]) -> f64 {
+    let vcpus = readings.first().map_or(0, |reading| reading.pages.len());
+    let of = |vcpu: usize| {
+        let same = readings.chunk_by(|a, b| a.pages[vcpu] == b.pages[vcpu]);
+        let times = same.map(|same| same[same.len() - 1].at - same[0].at);
+        times.fold(0.0, f64::max)
+    };
+    (0..vcpus).map(of).fold(0.0, f64::max)
+}
+
+/// The longest that any vCPU took for a GB, from any reading on, in milliseconds. A GB that it was
+/// not through with in the end took at least until then. Of a vCPU that has not done one in all the
+/// time, how long it would have taken for one at that pace.
 fn worst(readings: &[Reading]) -> Option<f64> {
     let vcpus = readings.first()?.pages.len();
     let of = |vcpu: usize| {
@@ -125,24 +143,29 @@ fn worst(readings: &[Reading]) -> Option<f64> {
 }
 
 fn slowest(points: &[(f64, f64)]) -> Option<f64> {
+    let (first, last) = (points.first()?, points.last()?);
+    let done = last.1 - first.1;
+    if done < GB {
+        return Some((last.0 - first.0) * GB / done.max(1.0) * 1e3);
+    }
     let mut end = 0;
-    let mut worst = None::<f64>;
+    let mut worst = 0.0_f64;
     for &(begin, pages) in points {
         let goal = pages + GB;
         while end < points.len() && points[end].1 < goal {
             end += 1;
         }
-        if end == points.len() {
-            break;
-        }
-        // It was done somewhere between two readings.
-        let ((t0, p0), (t1, p1)) = (points[end - 1], points[end]);
-        let at = t0 + (t1 - t0) * (goal - p0) / (p1 - p0);
-        worst = Some(worst.unwrap_or(0.0).max(at - begin));
+        let at = match points.get(end) {
+            None => last.0,
+            Some((t1, p1)) => {
+                // It was done somewhere between two readings.
+                let (t0, p0) = points[end - 1];
+                t0 + (t1 - t0) * (goal - p0) / (p1 - p0)
+            }
+        };
+        worst = worst.max(at - begin);
     }
-    let (first, last) = (points.first()?, points.last()?);
-    let whole = || (last.0 - first.0) * GB / (last.1 - first.1).max(1.0);
-    Some(worst.unwrap_or_else(whole) * 1e3)
+    Some(worst * 1e3)
 }
 
 #[cfg(test)]
@@ -165,7 +188,7 @@ mod tests {
                 .zip(*step)
                 .for_each(|(sum, more)| *sum += more);
             readings.push(Reading {
-                at: f64::from(n) * 0.1,
+                at: f64::from(n) / 10.0,
                 pages: pages.clone(),
                 gap: f64::from(n) * 0.01,
                 full_exits: n as u64 * 3,
@@ -176,11 +199,18 @@ mod tests {
     }
 
     const PHASES: Phases = Phases {
-        begin: 0.31,
-        stop: 0.91,
+        begin: 0.3,
+        stop: 0.9,
         resume: 1.0,
         end: 1.3,
     };
+
+    /// Of one vCPU.
+    fn felt(steps: &[u64]) -> Felt {
+        let steps: Vec<_> = steps.iter().map(|step| [*step]).collect();
+        let steps: Vec<&[u64]> = steps.iter().map(|step| &step[..]).collect();
+        Felt::new(&readings(&steps), &PHASES).unwrap()
+    }
 
     fn near(a: f64, b: f64) {
         assert!((a - b).abs() < 1e-6 * b.abs().max(1.0), "{a} is not {b}");
@@ -190,19 +220,26 @@ mod tests {
     fn what_is_felt_is_what_happened() {
         let gb = GB as u64;
         // Quiet: a GB each 100 ms. Then half, a third, nothing, and as before again.
-        let steps = [gb, gb, gb, gb, gb / 2, gb / 3, 0, gb, gb, 7, gb, gb, gb];
-        let steps: Vec<_> = steps.iter().map(|step| [*step]).collect();
-        let steps: Vec<&[u64]> = steps.iter().map(|step| &step[..]).collect();
-        let felt = Felt::new(&readings(&steps), &PHASES).unwrap();
+        let felt = felt(&[gb, gb, gb, gb, gb / 2, gb / 3, 0, gb, gb, 0, gb, gb, gb]);
         near(felt.quiet_ms_per_gb, 100.0);
         // Half as fast is not more than twice as slow.
         near(felt.drop_seconds, 0.2);
         // From the reading at 0.4: half, a third, nothing, and a sixth of the next step.
         near(felt.worst_ms_per_gb, 300.0 + 100.0 / 6.0);
-        // Of 200, 300, for ever, 100 and 100.
-        near(felt.median_ms_per_gb, 200.0);
-        near(felt.longest_stall_ms, 90.0);
-        near(felt.pages_per_second, (2.0 + 5.0 / 6.0) * GB / 0.5);
+        // Of 100, 200, 300, for ever, 100 and 100.
+        near(felt.median_ms_per_gb, 150.0);
+        near(felt.longest_stall_ms, 100.0);
+        near(felt.pages_per_second, (3.0 + 5.0 / 6.0) * GB / 0.6);
+    }
+
+    #[test]
+    fn a_vcpu_that_stands_when_it_is_stopped_has_stalled() {
+        let gb = GB as u64;
+        let felt = felt(&[gb, gb, gb, gb, gb, gb, 0, 0, 0, 0]);
+        near(felt.longest_stall_ms, 300.0);
+        near(felt.drop_seconds, 0.3);
+        // It was not through with the last GB.
+        near(felt.worst_ms_per_gb, 300.0);
     }
 
     #[test]
@@ -220,12 +257,11 @@ mod tests {
     #[test]
     fn less_than_a_gb_is_judged_by_its_pace() {
         let gb = GB as u64;
-        let steps = [gb, gb, gb, gb, 100, 100, 0, 0, 0];
-        let steps: Vec<_> = steps.iter().map(|step| [*step]).collect();
-        let steps: Vec<&[u64]> = steps.iter().map(|step| &step[..]).collect();
-        let felt = Felt::new(&readings(&steps), &PHASES).unwrap();
-        near(felt.worst_ms_per_gb, 500.0 * GB / 200.0);
-        near(felt.drop_seconds, 0.5);
+        let felt = felt(&[gb, gb, gb, 100, 100, 0, 0, 0, 0]);
+        near(felt.worst_ms_per_gb, 600.0 * GB / 200.0);
+        near(felt.drop_seconds, 0.6);
+        // Mostly nothing: still a number.
+        near(felt.median_ms_per_gb, 100.0 * GB);
     }
 
     #[test]
@@ -233,7 +269,7 @@ mod tests {
         let gb: &[u64] = &[GB as u64];
         assert_eq!(Felt::new(&[], &PHASES), None);
         assert_eq!(Felt::new(&readings(&[gb]), &PHASES), None);
-        assert_eq!(Felt::new(&readings(&[gb, gb, gb, gb]), &PHASES), None);
+        assert_eq!(Felt::new(&readings(&[gb, gb]), &PHASES), None);
     }
 
     #[test]

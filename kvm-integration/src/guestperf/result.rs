@@ -7,10 +7,9 @@ use serde::Serialize;
 use super::cell::Cell;
 
 /// What came of one cell: a guest, and a ring size.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct CellResult {
     /// The guest.
-    #[serde(flatten)]
     pub cell: Cell,
     /// The share of the machine's CPU time that other programs took meanwhile; `None` if the kernel
     /// does not say.
@@ -20,7 +19,7 @@ pub struct CellResult {
 }
 
 /// What came of one arm in a cell.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct ArmResult {
     /// Which.
     pub arm: &'static str,
@@ -48,10 +47,11 @@ pub struct Figures {
     pub quiet_ms_per_gb: f64,
     /// The same during the migration.
     pub median_ms_per_gb: f64,
-    /// The longest that a vCPU took for a GB during the migration, in milliseconds.
+    /// The longest that a vCPU took for a GB during the migration, in milliseconds. Of a vCPU that
+    /// did not get through one, what it would have taken at its pace.
     pub worst_ms_per_gb: f64,
-    /// Seconds of the migration in which a GB took more than twice what it took in the quiet phase
-    /// before; the guest's being stopped in the end is not among them.
+    /// Seconds of the migration in which a vCPU took, on average, more than twice as long for a GB as
+    /// in the quiet phase before; the guest's being stopped in the end is not among them.
     pub drop_seconds: f64,
     /// The longest time between two pages of one vCPU during the migration, in milliseconds.
     pub longest_stall_ms: f64,
@@ -122,7 +122,7 @@ pub struct Sample {
 }
 
 /// What several migrations have in common: the one in the middle, and the extremes.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Spread {
     /// The median.
     pub median: f64,
@@ -132,7 +132,19 @@ pub struct Spread {
     pub most: f64,
 }
 
+impl Figures {
+    /// How many entries a reset was for, on average.
+    pub fn entries_per_reset(&self) -> f64 {
+        self.entries as f64 / self.resets.max(1) as f64
+    }
+}
+
 impl ArmResult {
+    /// Whether every migration converged.
+    pub fn always_converged(&self) -> bool {
+        self.migrations.iter().all(|one| one.figures.converged)
+    }
+
     /// One figure of all migrations; `None` if there is none.
     pub fn spread(&self, figure: impl Fn(&Figures) -> f64) -> Option<Spread> {
         let figures = self.migrations.iter().map(|one| figure(&one.figures));

@@ -8,11 +8,13 @@ use kvm_dirty_ring::{Run, SlotId};
 
 use super::{MigrationError, Observer};
 use crate::machine::GuestSlot;
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::rate::TokenBucket;
 
 /// Pages sent between two looks at the clock and at whether to go on.
 const PIECE: u64 = 64;
+/// What no guest writes.
+const POISON: u64 = 0xbad0_c0de_bad0_c0de;
 /// The longest sleep between two looks at whether to go on.
 const LONGEST_SLEEP: Duration = Duration::from_millis(20);
 
@@ -35,6 +37,15 @@ impl Destination {
     /// There is no memory.
     pub fn prefaulted(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
         Self::made(slots, GuestMemory::prefaulted)
+    }
+
+    /// Writes nonsense into each page, so that one which is not sent can't be right from before.
+    pub fn poison(&self) {
+        for copy in &self.0 {
+            for page in 0..copy.pages() {
+                copy.write_u64(page * PAGE_SIZE, POISON ^ page);
+            }
+        }
     }
 
     fn made(
@@ -81,6 +92,11 @@ impl<'a> Link<'a> {
             pages: slot.memory.pages(),
         };
         self.slots.iter().map(whole).collect()
+    }
+
+    /// The vCPUs will now be stopped.
+    pub(super) fn stop(&mut self) {
+        self.observer.stop();
     }
 
     /// Sends the runs, `pages` pages in all. How long it took.

@@ -44,6 +44,9 @@ pub trait Observer {
     fn sent(&mut self, pages: u64) {
         let _ = pages;
     }
+
+    /// The vCPUs will now be stopped.
+    fn stop(&mut self) {}
 }
 
 /// Watches nothing.
@@ -174,18 +177,19 @@ pub fn migrate(
 
     let converged = loop {
         guest.check()?;
-        if rounds.len() >= limits.max_rounds as usize {
-            break false;
-        }
         let mut round = pending.sync(true)?;
         if round.pages as f64 <= allowed {
             break true;
+        }
+        if rounds.len() >= limits.max_rounds as usize {
+            break false;
         }
         round.send = link.send(rounds.len(), round.pages, true, pending.pages.runs())?;
         pending.clear();
         rounds.push(round);
     };
 
+    link.stop();
     let stop = Instant::now();
     guest.pause()?;
     let stopping = stop.elapsed();

@@ -86,6 +86,23 @@ impl QemuReaper {
         }
     }
 
+    /// Stops it, after the pass under way.
+    ///
+    /// # Errors
+    /// What went wrong since somebody asked.
+    pub(crate) fn stop(mut self) -> Result<(), ReaperError> {
+        self.end();
+        self.take_error().map_or(Ok(()), Err)
+    }
+
+    fn end(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of its policy is caught inside; it has nothing else to say.
+            let _ = thread.join();
+        }
+    }
+
     pub(crate) fn take_error(&self) -> Option<ReaperError> {
         let mut error = self.shared.error.lock();
         error
@@ -94,7 +111,7 @@ impl QemuReaper {
     }
 }
 
-/// The thread's life. The policy is a clock: what it sees of the rings is for show.
+/// The thread's life.
 fn run(
     shared: &Shared,
     log: &DirtyLog,
@@ -137,10 +154,6 @@ impl Shared {
 
 impl Drop for QemuReaper {
     fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic of its policy is caught inside; it has nothing else to say.
-            let _ = thread.join();
-        }
+        self.end();
     }
 }

@@ -17,9 +17,7 @@ mod table;
 mod verdict;
 
 use std::error::Error;
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
@@ -27,7 +25,7 @@ use clap::Parser;
 use kvm_integration::Host;
 use kvm_integration::guestperf::CellResult;
 use kvm_integration::interrupt::watch_signals;
-use kvm_integration::output::{Unwritten, exit_status, fail, say};
+use kvm_integration::output::{Output, exit_status, fail, say};
 
 #[cfg(target_arch = "x86_64")]
 use measure::measure;
@@ -46,16 +44,20 @@ fn main() -> ExitCode {
 fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn Error>> {
     let plan = Plan::new(options)?;
     // Now, not after minutes of work, is the time to find out that there is no such place.
-    let json = options.json.as_ref().map(Output::create).transpose()?;
-    let html = options.html.as_ref().map(Output::create).transpose()?;
+    let output = |path: &Option<PathBuf>| path.as_deref().map(Output::to).transpose();
+    let (json, html) = (output(&options.json)?, output(&options.html)?);
     let host = Host::detect();
     say(&format!("{host}\n"))?;
     let mut results = Vec::new();
-    measure(&plan, interrupted, &mut |result: CellResult| {
+    let measured = measure(&plan, interrupted, &mut |result: CellResult| {
         say(&table::table(&result))?;
         results.push(result);
         Ok(())
-    })?;
+    });
+    if results.is_empty() {
+        return measured.map(|()| ExitCode::SUCCESS);
+    }
+    // What there is is worth something, even if there should be more.
     say(&table::overview(&results))?;
     let verdicts = verdict::verdicts(&results);
     if !verdicts.is_empty() {
@@ -67,6 +69,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn 
     if let Some(html) = html {
         html.write(&html::page(&host, &plan.facts(), &results, &verdicts)?)?;
     }
+    measured?;
     let missed = report::missed_pages(&results);
     Ok(ExitCode::from(status(missed)))
 }
@@ -74,24 +77,6 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn 
 /// The exit status of a run that came to its end.
 fn status(missed_pages: u64) -> u8 {
     u8::from(missed_pages > 0)
-}
-
-/// A file that will be written.
-struct Output<'a> {
-    path: &'a Path,
-    file: File,
-}
-
-impl<'a> Output<'a> {
-    fn create(path: &'a PathBuf) -> Result<Self, Unwritten> {
-        let file = File::create(path).map_err(Unwritten::to(path.display().to_string()))?;
-        Ok(Self { path, file })
-    }
-
-    fn write(mut self, text: &str) -> Result<(), Unwritten> {
-        let written = self.file.write_all(text.as_bytes());
-        written.map_err(Unwritten::to(self.path.display().to_string()))
-    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]

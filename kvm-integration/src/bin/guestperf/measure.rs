@@ -9,13 +9,16 @@ use kvm_integration::bystanders::Bystanders;
 use kvm_integration::guestperf::kvm::{GuestperfError, KvmCell};
 use kvm_integration::guestperf::{ArmResult, Cell, CellResult};
 use kvm_integration::kvm_available;
+use kvm_integration::order::places;
 use kvm_integration::watchdog::Watchdog;
 use kvm_ioctls::Kvm;
 
 use crate::plan::Plan;
 
-/// What anything takes on top of what it should, on a machine with much else to do.
+/// What anything takes on top of what it should, on a machine with much else to do: so much, and
+/// more for guests so large.
 const SLACK: Duration = Duration::from_secs(90);
+const SLACK_OF_A_MIB: Duration = Duration::from_millis(20);
 
 /// Takes in what came of a guest.
 pub type Report<'a> = dyn FnMut(CellResult) -> Result<(), Box<dyn Error>> + 'a;
@@ -29,6 +32,10 @@ pub fn measure(
     interrupted: &AtomicBool,
     report: &mut Report<'_>,
 ) -> Result<(), Box<dyn Error>> {
+    // Now, not after hours.
+    for cell in &plan.cells {
+        KvmCell::check_memory(cell)?;
+    }
     let run = Run {
         plan,
         kvm: kvm_available()?,
@@ -55,7 +62,8 @@ struct Run<'a> {
 impl Run<'_> {
     fn cell(&self, cell: &Cell) -> Result<CellResult, GuestperfError> {
         let Plan { arms, repeat, .. } = self.plan;
-        self.watchdog.allow(SLACK, &cell.to_string());
+        let slack = SLACK + SLACK_OF_A_MIB * cell.memory_mib as u32;
+        self.watchdog.allow(slack, &cell.to_string());
         let mut guest = KvmCell::new(&self.kvm, cell, self.interrupted)?;
         let bystanders = Bystanders::watch();
         let bar = progress(u64::from(*repeat) * arms.len() as u64);
@@ -67,12 +75,10 @@ impl Run<'_> {
             })
             .collect();
         for round in 0..*repeat as usize {
-            for place in 0..arms.len() {
-                // No arm always comes after the same other one.
-                let place = (place + round) % arms.len();
+            for place in places(arms.len(), round) {
                 let arm = &arms[place];
                 bar.set_message(arm.name);
-                let longest = self.plan.longest(cell) + SLACK;
+                let longest = self.plan.longest(cell) + slack;
                 self.watchdog
                     .allow(longest, &format!("{cell}, {}", arm.name));
                 let migration = guest.migrate(arm, self.plan.quiet, &self.plan.limits)?;
@@ -81,7 +87,7 @@ impl Run<'_> {
             }
         }
         bar.finish_and_clear();
-        self.watchdog.allow(SLACK, &cell.to_string());
+        self.watchdog.allow(slack, &cell.to_string());
         drop(guest);
         Ok(CellResult {
             cell: *cell,

@@ -37,8 +37,8 @@ const QUICK_ARMS: [&str; 5] = [
     "qemu-look-first",
 ];
 
-/// What a link without a limit takes, in MiB per second, as far as one can tell beforehand.
-const FASTEST_LINK: u64 = 2000;
+/// What a link without much of a limit takes, in MiB per second, at least.
+const FASTEST_LINK: u64 = 1000;
 /// For the guests of a cell to be made.
 const SETUP: Duration = Duration::from_secs(5);
 /// For a guest to get over a migration, and to be compared with its copy.
@@ -61,8 +61,14 @@ pub struct Plan {
 
 /// No guest is left.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no guest is left: the stressed memory must not exceed the memory, and do for each vCPU")]
-pub struct NoGuest;
+#[error(
+    "no guest is left of those with {memory:?} MiB of memory and {stress:?} of it stressed: the \
+     stressed memory must not exceed the memory, and must have a page for each vCPU"
+)]
+pub struct NoGuest {
+    memory: Vec<u64>,
+    stress: Vec<u64>,
+}
 
 impl Plan {
     /// What the command line asks for.
@@ -70,9 +76,15 @@ impl Plan {
     /// # Errors
     /// That is nothing.
     pub fn new(options: &Options) -> Result<Self, NoGuest> {
-        let cells = cells(options);
+        let list = list(options);
+        let (memory, stress) = list.iter().map(|guest| (guest.1, guest.2)).unzip();
+        let cells: Vec<Cell> = list
+            .into_iter()
+            .map(cell)
+            .filter(Cell::is_possible)
+            .collect();
         if cells.is_empty() {
-            return Err(NoGuest);
+            return Err(NoGuest { memory, stress });
         }
         let arms = match (&options.arms[..], options.quick) {
             ([], false) => Arm::ALL.to_vec(),
@@ -80,7 +92,7 @@ impl Plan {
                 .iter()
                 .filter_map(|name| Arm::named(name))
                 .collect(),
-            (given, _) => given.to_vec(),
+            (given, _) => distinct(given),
         };
         Ok(Self {
             cells,
@@ -121,7 +133,7 @@ impl Plan {
     pub fn longest(&self, cell: &Cell) -> Duration {
         let bandwidth = match self.limits.bandwidth_mib {
             0 => FASTEST_LINK,
-            limited => limited,
+            limited => limited.min(FASTEST_LINK),
         };
         // Round 0, the others, and the rest.
         let mib = cell.memory_mib + u64::from(self.limits.max_rounds) * cell.stress_mib;
@@ -137,8 +149,28 @@ impl Plan {
     }
 }
 
-/// The guests: where numbers are asked for, those and all of the grid's others; else the list's.
-fn cells(options: &Options) -> Vec<Cell> {
+fn cell((vcpus, memory_mib, stress_mib, ring_entries): Guest) -> Cell {
+    Cell {
+        vcpus,
+        memory_mib,
+        stress_mib,
+        ring_entries,
+    }
+}
+
+/// The same without repetitions.
+fn distinct<T: Copy + PartialEq>(given: &[T]) -> Vec<T> {
+    let mut distinct = Vec::new();
+    for one in given {
+        if !distinct.contains(one) {
+            distinct.push(*one);
+        }
+    }
+    distinct
+}
+
+/// The guests: where numbers are asked for, all that have them; else the list's.
+fn list(options: &Options) -> Vec<Guest> {
     let Options {
         vcpus,
         memory_mib,
@@ -150,28 +182,20 @@ fn cells(options: &Options) -> Vec<Cell> {
         && memory_mib.is_empty()
         && stress_mib.is_empty()
         && ring_entries.is_empty());
-    let list = match (asked || options.full, options.quick) {
+    match (asked || options.full, options.quick) {
         (false, true) => QUICK.to_vec(),
         (false, false) => DEFAULT.to_vec(),
         (true, _) => grid(options),
-    };
-    let cell = |(vcpus, memory_mib, stress_mib, ring_entries)| Cell {
-        vcpus,
-        memory_mib,
-        stress_mib,
-        ring_entries,
-    };
-    let cells = list.into_iter().map(cell);
-    cells.filter(Cell::is_possible).collect()
+    }
 }
 
 fn grid(options: &Options) -> Vec<Guest> {
     /// What is asked for; else what is typical, or everything.
-    fn or<T: Copy>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
+    fn or<T: Copy + PartialEq>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
         match (given, full) {
             ([], true) => grid.to_vec(),
             ([], false) => vec![typical],
-            _ => given.to_vec(),
+            _ => distinct(given),
         }
     }
     let full = options.full;
@@ -238,7 +262,13 @@ mod tests {
         );
         assert_eq!(cells("--full --vcpus 1").len(), 18);
         let none = parse("--memory-mib 50 --stress-mib 60").unwrap();
-        assert_eq!(Plan::new(&none).unwrap_err(), NoGuest);
+        let error = Plan::new(&none).unwrap_err().to_string();
+        assert!(
+            error.contains("[50] MiB of memory and [60] of it"),
+            "{error}"
+        );
+        assert_eq!(cells("--vcpus 1 --vcpus 3 --vcpus 1").len(), 2);
+        assert_eq!(plan("--arm fixed --arm bitmap --arm fixed").arms.len(), 2);
     }
 
     #[test]

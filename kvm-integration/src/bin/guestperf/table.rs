@@ -55,7 +55,7 @@ fn row(arm: &ArmResult) -> Vec<String> {
         of(|f| f.full_exit_ms),
         of(|f| f.resets as f64),
         of(|f| f.entries as f64),
-        of(|f| f.entries as f64 / f.resets.max(1) as f64),
+        of(Figures::entries_per_reset),
         of(|f| f.reaper_cpu_ms),
         of(|f| f.pages_sent as f64),
         of(|f| f.downtime_ms),
@@ -200,6 +200,7 @@ mod tests {
         let mut result = result();
         for migration in &mut result.arms[1].migrations {
             migration.figures.worst_ms_per_gb = 1000.0;
+            (migration.figures.missed_pages, migration.figures.converged) = (0, true);
         }
         let text = verdicts(&verdict::verdicts(&[result]));
         assert!(

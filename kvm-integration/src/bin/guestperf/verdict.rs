@@ -4,7 +4,7 @@ use kvm_integration::guestperf::{ArmResult, Cell, CellResult, Figures, OURS};
 use serde::Serialize;
 
 /// So much worse than the best is as good.
-const WITHIN: f64 = 1.05;
+pub const WITHIN: f64 = 1.05;
 /// The arm that has no rings.
 const BITMAP: &str = "bitmap";
 
@@ -14,30 +14,39 @@ struct Measure {
     of: fn(&Figures) -> f64,
     /// Too little to tell apart.
     noise: f64,
+    /// Whether an arm that gives up early must not win by it.
+    needs_convergence: bool,
 }
+
+/// Of a drop, in seconds: a sample comes each 20 ms.
+pub const DROP_NOISE: f64 = 0.02;
+/// Of a stall, in milliseconds: threads that share a core wait for one another so long.
+pub const STALL_NOISE: f64 = 4.0;
 
 const MEASURES: [Measure; 4] = [
     Measure {
         name: "drop s",
         of: |figures| figures.drop_seconds,
-        // A sample comes each 20 ms.
-        noise: 0.02,
+        noise: DROP_NOISE,
+        needs_convergence: false,
     },
     Measure {
         name: "worst ms/GB",
         of: |figures| figures.worst_ms_per_gb,
         noise: 0.0,
+        needs_convergence: false,
     },
     Measure {
         name: "longest stall ms",
         of: |figures| figures.longest_stall_ms,
-        // Threads that share a core wait for one another so long.
-        noise: 4.0,
+        noise: STALL_NOISE,
+        needs_convergence: false,
     },
     Measure {
         name: "total s",
         of: |figures| figures.total_seconds,
         noise: 0.0,
+        needs_convergence: true,
     },
 ];
 
@@ -74,34 +83,42 @@ pub fn verdicts(results: &[CellResult]) -> Vec<Verdict> {
 }
 
 fn of_cell(result: &CellResult) -> Vec<Verdict> {
-    let verdict = |measure: &Measure| {
-        let median = |arm: &ArmResult| Some((arm.arm, arm.spread(measure.of)?.median));
-        let ours = result.arms.iter().find(|arm| arm.arm == OURS);
-        let (_, ours) = ours.and_then(median)?;
-        let best = |rings_only: bool| {
-            let arms = result
-                .arms
-                .iter()
-                .filter(|arm| !rings_only || arm.arm != BITMAP);
-            let best = arms.filter_map(median).min_by(|a, b| a.1.total_cmp(&b.1));
-            best.map(|(arm, value)| Best {
-                arm,
-                value,
-                reached: ours <= WITHIN * value || ours <= value + measure.noise,
-            })
-        };
-        Some(Verdict {
-            cell: result.cell,
-            measure: measure.name,
-            ours,
-            best: best(false)?,
-            best_of_rings: best(true)?,
-        })
-    };
     match result.arms.len() {
         0 | 1 => Vec::new(),
-        _ => MEASURES.iter().filter_map(verdict).collect(),
+        _ => MEASURES
+            .iter()
+            .filter_map(|measure| of(measure, result))
+            .collect(),
     }
+}
+
+fn of(measure: &Measure, result: &CellResult) -> Option<Verdict> {
+    let anybody_converged = result.arms.iter().any(ArmResult::always_converged);
+    // Figures of an arm that missed pages mean nothing.
+    let counts = |arm: &ArmResult| {
+        let in_time = arm.always_converged() || !anybody_converged;
+        arm.missed_pages() == 0 && (in_time || !measure.needs_convergence)
+    };
+    let median = |arm: &ArmResult| Some((arm.arm, arm.spread(measure.of)?.median));
+    let own = result.arms.iter().find(|arm| arm.arm == OURS)?;
+    let (_, ours) = median(own)?;
+    let best = |rings_only: bool| {
+        let arms = result.arms.iter().filter(|arm| counts(arm));
+        let arms = arms.filter(|arm| !rings_only || arm.arm != BITMAP);
+        let best = arms.filter_map(median).min_by(|a, b| a.1.total_cmp(&b.1));
+        best.map(|(arm, value)| Best {
+            arm,
+            value,
+            reached: counts(own) && (ours <= WITHIN * value || ours <= value + measure.noise),
+        })
+    };
+    Some(Verdict {
+        cell: result.cell,
+        measure: measure.name,
+        ours,
+        best: best(false)?,
+        best_of_rings: best(true)?,
+    })
 }
 
 #[cfg(test)]
@@ -143,6 +160,38 @@ mod tests {
         assert_eq!(told, wanted);
         assert_eq!((verdicts[0].ours, verdicts[0].best.value), (2.05, 0.5));
         assert_eq!(verdicts[0].best_of_rings.value, 2.0);
+    }
+
+    #[test]
+    fn who_misses_pages_or_gives_up_does_not_win() {
+        let with = |missed_pages, converged, total_seconds| Figures {
+            missed_pages,
+            converged,
+            total_seconds,
+            ..figures()
+        };
+        let reached = |ours: Figures, other: Figures| {
+            let arms = [
+                ("bitmap", &[figures()][..]),
+                ("fixed", &[other]),
+                (OURS, &[ours]),
+            ];
+            let verdicts = verdicts(&[cell_result(&arms)]);
+            verdicts
+                .iter()
+                .map(|one| (one.best.arm, one.best.reached))
+                .collect::<Vec<_>>()
+        };
+        // The other is fast, but missed a page; or gave up.
+        assert_eq!(reached(figures(), with(1, true, 1.0))[3], ("bitmap", true));
+        assert_eq!(reached(figures(), with(0, false, 1.0))[3], ("bitmap", true));
+        assert_eq!(reached(figures(), with(0, true, 1.0))[3], ("fixed", false));
+        // Ours did.
+        assert_eq!(
+            reached(with(0, false, 1.0), figures())[3],
+            ("bitmap", false)
+        );
+        assert_eq!(reached(with(2, true, 1.0), figures())[0], ("bitmap", false));
     }
 
     #[test]

@@ -19,9 +19,7 @@ mod table;
 mod targets;
 
 use std::error::Error;
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
+use std::fs;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
@@ -29,7 +27,7 @@ use clap::Parser;
 use kvm_integration::Host;
 use kvm_integration::interrupt::watch_signals;
 use kvm_integration::lab::CellResult;
-use kvm_integration::output::{Unwritten, exit_status, fail, say};
+use kvm_integration::output::{Output, Unwritten, exit_status, fail, say};
 
 use options::Options;
 use plan::Plan;
@@ -52,13 +50,10 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
         return Ok(say(&table::constants(simulated::constants(options)))?);
     }
     // Now, not after minutes of work, is the time to find out that there is no such place.
-    let unwritten = |path: &Path| Unwritten::to(path.display().to_string());
-    let json = match &options.json {
-        Some(path) => Some((path, File::create(path).map_err(unwritten(path))?)),
-        None => None,
-    };
+    let json = options.json.as_deref().map(Output::to).transpose()?;
     if let Some(directory) = &options.svg {
-        fs::create_dir_all(directory).map_err(unwritten(directory))?;
+        let unwritten = Unwritten::to(directory.display().to_string());
+        fs::create_dir_all(directory).map_err(unwritten)?;
     }
     let mut results = Vec::new();
     let mut report = |result: CellResult| {
@@ -83,10 +78,9 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
     }
     let verdicts = targets::verdicts(&results, options.sim);
     say(&table::verdicts(&verdicts, &results))?;
-    if let Some((path, mut file)) = json {
+    if let Some(json) = json {
         let report = report::Report::new(options, slice_ms, &results, &skipped, &verdicts);
-        let text = report.json()?;
-        file.write_all(text.as_bytes()).map_err(unwritten(path))?;
+        json.write(&report.json()?)?;
     }
     Ok(())
 }

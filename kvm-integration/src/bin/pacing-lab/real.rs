@@ -13,6 +13,7 @@ use kvm_ioctls::Kvm;
 use crate::plan::Plan;
 use crate::run::{Report, Skipped};
 use kvm_integration::bystanders::Bystanders;
+use kvm_integration::order::places;
 use kvm_integration::watchdog::Watchdog;
 
 /// What setting up or taking down anything takes at most, on a machine with much else to do.
@@ -63,9 +64,7 @@ impl Run<'_> {
         let mut results: Vec<_> = arms.iter().map(|arm| ArmResult::new(arm.name)).collect();
         let rounds = self.plan.rounds;
         for round in 0..rounds + u32::from(self.plan.drawn) {
-            for place in 0..arms.len() {
-                // No arm always comes after the same other one.
-                let place = (place + round as usize) % arms.len();
+            for place in places(arms.len(), round as usize) {
                 let sampled = round == rounds;
                 self.turn(cell, &mut guest, &arms[place], sampled, &mut results[place])?;
             }

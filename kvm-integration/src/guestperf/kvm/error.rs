@@ -6,7 +6,7 @@ use kvm_dirty_ring::error::{AttachError, EnableError, ReaperError, RingSizeError
 
 use crate::machine::MachineError;
 use crate::memory::MemoryError;
-use crate::migration::{MigrationError, TrackerError};
+use crate::migration::MigrationError;
 use crate::vm::VmError;
 
 /// A guest could not be set up, or not be migrated.
@@ -45,9 +45,6 @@ pub enum GuestperfError {
     /// A reaper did not start.
     #[error("the reaper did not start")]
     Reaper(#[from] ReaperError),
-    /// Dirty tracking failed.
-    #[error("dirty tracking failed")]
-    Tracker(#[from] TrackerError),
     /// The migration failed.
     #[error("the migration failed")]
     Migration(#[from] MigrationError),
@@ -62,8 +59,8 @@ pub enum GuestperfError {
     /// The kernel does not say how much CPU time a thread takes.
     #[error("no CPU time of a thread can be had from /proc/self/task")]
     CpuTime,
-    /// The guest did nothing in a phase that should show how fast it is, or was not seen to.
-    #[error("the guest was not seen to do anything in all of a phase")]
+    /// Nobody looked at the guest in its quiet phase.
+    #[error("the guest was not looked at in all of its quiet phase: is the machine so busy?")]
     Unseen,
     /// The caller wanted no more.
     #[error("interrupted")]

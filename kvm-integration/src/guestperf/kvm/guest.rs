@@ -11,7 +11,7 @@ use crate::guestperf::cell::Cell;
 use crate::machine::{Guest, GuestSlot, MachineError};
 use crate::memory::GuestMemory;
 use crate::shape::full::FullExits;
-use crate::stress::Stress;
+use crate::stress::{RANDOM_WORDS, Stress};
 use crate::thread::{Action, VcpuThread, pause_all};
 use crate::vcpu::{Exit, Progress};
 use crate::vm::TinyVm;
@@ -19,8 +19,6 @@ use crate::workload::Region;
 
 const SLOT: u32 = 1;
 const GPA: u64 = 4 << 30;
-/// Words for each vCPU's random bytes.
-const RANDOM_WORDS: usize = 1024;
 
 /// A guest that is paused at first.
 #[derive(Debug)]

@@ -28,8 +28,7 @@ const REAPER: &str = "reaper";
 pub(super) struct ArmTracker {
     tracker: Box<dyn Tracker>,
     cpu: Option<CpuTime>,
-    /// CPU time of the reaper, once it has stopped.
-    pub(super) reaper_cpu: Duration,
+    reaper_cpu: Option<Duration>,
     /// Ioctls of bitmap mode, and pages that they found.
     pub(super) bitmap: Arc<BitmapCounts>,
 }
@@ -45,7 +44,8 @@ pub(super) struct BitmapCounts {
 pub(super) type Delay = Arc<AtomicU64>;
 
 impl ArmTracker {
-    /// Starts to track `guest`, whose writes are logged by now. `delay` is told what the policy says.
+    /// Makes ready to track `guest`, whose writes are logged from then on. `delay` is told what the
+    /// policy says.
     pub(super) fn start(
         arm: &Arm,
         guest: &StressedGuest,
@@ -78,9 +78,17 @@ impl ArmTracker {
         Ok(Self {
             tracker,
             cpu,
-            reaper_cpu: Duration::ZERO,
+            reaper_cpu: None,
             bitmap,
         })
+    }
+
+    /// CPU time of the reaper, which has stopped.
+    pub(super) fn reaper_cpu(&self) -> Result<Duration, GuestperfError> {
+        match &self.cpu {
+            None => Ok(Duration::ZERO),
+            Some(_) => self.reaper_cpu.ok_or(GuestperfError::CpuTime),
+        }
     }
 }
 
@@ -91,9 +99,7 @@ impl Tracker for ArmTracker {
 
     fn quiesce(&mut self) -> Result<(), TrackerError> {
         // A thread that has ended has no time any more.
-        if let Some(time) = self.cpu.as_ref().and_then(CpuTime::read) {
-            self.reaper_cpu = time;
-        }
+        self.reaper_cpu = self.cpu.as_ref().and_then(CpuTime::read);
         self.tracker.quiesce()
     }
 }
@@ -150,8 +156,8 @@ impl Tracker for UnderLock {
     }
 
     fn quiesce(&mut self) -> Result<(), TrackerError> {
-        match self.reaper.take().and_then(|reaper| reaper.take_error()) {
-            Some(error) => Err(error.into()),
+        match self.reaper.take() {
+            Some(reaper) => Ok(reaper.stop()?),
             None => Ok(()),
         }
     }

@@ -2,6 +2,8 @@
 
 use kvm_integration::guestperf::{ArmResult, CellResult, Figures};
 
+use crate::verdict::WITHIN;
+
 /// One figure of every arm.
 #[derive(Debug)]
 pub struct Column {
@@ -25,9 +27,6 @@ pub enum Among {
     /// Those whose migrations all converged: who gives up early is not fast.
     Converged,
 }
-
-/// A figure this close to the best counts as good: 5 %.
-const CLOSE: f64 = 1.05;
 
 /// How a figure compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +100,7 @@ pub const SPENT: [Column; 8] = [
         name: "entries per reset",
         unit: "",
         what: "the one by the other",
-        of: |figures| figures.entries as f64 / figures.resets.max(1) as f64,
+        of: Figures::entries_per_reset,
         best: None,
     },
     Column {
@@ -155,7 +154,7 @@ impl Column {
         };
         match own {
             _ if own <= best => Standing::Best,
-            _ if own <= best * CLOSE => Standing::Close,
+            _ if own <= best * WITHIN => Standing::Close,
             _ => Standing::Plain,
         }
     }

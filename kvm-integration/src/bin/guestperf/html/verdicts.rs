@@ -1,7 +1,7 @@
 //! Whether the crate's own way is the best, as a section of a page.
 
 use super::text::{escaped, figure};
-use crate::verdict::{Best, Verdict};
+use crate::verdict::{Best, DROP_NOISE, STALL_NOISE, Verdict};
 
 /// Nothing, if nothing was compared.
 pub fn section(verdicts: &[Verdict]) -> String {
@@ -13,12 +13,12 @@ pub fn section(verdicts: &[Verdict]) -> String {
         reached.count()
     };
     let (all, rings) = (reached(|one| &one.best), reached(|one| &one.best_of_rings));
-    let of = verdicts.len();
+    let (of, drop_ms) = (verdicts.len(), DROP_NOISE * 1e3);
     let mut html = format!(
         "<section>\n<h2>Is look-first the best?</h2>\n<p>It is the best or within 5 % of it in \
          {all} of {of} cases, and in {rings} of {of} among the arms with rings. A drop within \
-         20 ms of the best, which is one sample, and a stall within 4 ms can't be told from \
-         it.</p>\n<div class=\"wide\">\n<table>\n<thead><tr><th scope=\"col\">guest</th>\
+         {drop_ms} ms of the best, which is one sample, and a stall within {STALL_NOISE} ms can't be \
+         told from it.</p>\n<div class=\"wide\">\n<table>\n<thead><tr><th scope=\"col\">guest</th>\
          <th scope=\"col\">measure</th><th scope=\"col\">look-first</th>\
          <th scope=\"col\">best of all</th><th scope=\"col\">best with rings</th></tr></thead>\n\
          <tbody>\n"
