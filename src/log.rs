@@ -296,6 +296,21 @@ impl DirtyLog {
         self.inner.harvester.reap_those(wanted)
     }
 
+    /// As [`reap`](Self::reap), on shard `shard` (modulo how many there are), where pages land only
+    /// if several passes are under way at once.
+    ///
+    /// # Errors
+    /// As [`reap`](Self::reap).
+    #[cfg(feature = "test-utils")]
+    pub fn reap_on_shard(&self, shard: usize) -> Result<u64, ResetError> {
+        let harvester = &self.inner.harvester;
+        let shard = harvester.pool.acquire(shard % harvester.pool.len());
+        let mut pass = harvester.begin_on(shard);
+        let taken = pass.harvest_all();
+        pass.reset()?.publish();
+        Ok(taken)
+    }
+
     /// Replaces what is in `rings` by what a [pacing](crate::pacing) policy is to be shown of each
     /// ring, in the order in which the vCPUs were attached. It reads about a dozen flags a ring,
     /// one if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only

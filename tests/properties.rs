@@ -1,12 +1,12 @@
-//! Random scripts against naive oracles, on the simulated kernel.
-//!
-//! The *exact* oracle knows each page written since the last sync. The *migration* oracle copies
-//! what each sync reports and, once nobody writes, compares the copy with the truth.
+//! Random scripts against naive oracles, on the simulated kernel. `fuzz/` runs such scripts, too.
 
 mod common;
+#[path = "common/script.rs"]
+mod script;
 
+use common::judge::{assert_faultless, run_exactly, run_migration, run_repaired};
 use common::machine::Machine;
-use common::script::{self, Op};
+use common::ops::Op;
 use proptest::prelude::*;
 
 fn config(cases: u32) -> ProptestConfig {
@@ -18,57 +18,6 @@ fn config(cases: u32) -> ProptestConfig {
         failure_persistence: None,
         ..ProptestConfig::default()
     }
-}
-
-/// Every sync reports exactly the pages written since the one before, and onlookers see what waits.
-fn run_exactly(machine: &mut Machine, ops: &[Op]) {
-    for op in ops {
-        if machine.stuck {
-            return;
-        }
-        match op {
-            Op::Sync | Op::Checkpoint => {
-                let reported = machine.sync().expect("a sync without faults");
-                assert_eq!(reported, machine.take_written());
-            }
-            Op::ReapRings(rings) if machine.is_unharmed() => {
-                let before = machine.used();
-                machine.apply(op);
-                for (ring, (before, after)) in before.iter().zip(machine.used()).enumerate() {
-                    let left = if rings >> ring & 1 == 1 { 0 } else { *before };
-                    assert_eq!(after, left, "ring {ring}");
-                }
-            }
-            op => machine.apply(op),
-        }
-        if machine.is_unharmed() {
-            machine.assert_occupancy();
-        }
-    }
-}
-
-/// At every checkpoint, and at the end, the copy is equal to the truth.
-fn run_migration(machine: &mut Machine, ops: &[Op]) {
-    for op in ops {
-        match op {
-            Op::Sync => drop(machine.sync()),
-            Op::Checkpoint => machine.checkpoint(),
-            op => machine.apply(op),
-        }
-    }
-    machine.checkpoint();
-}
-
-fn assert_faultless(machine: &Machine) {
-    let stats = machine.stats();
-    let faults = [
-        stats.short_resets,
-        stats.failed_resets,
-        stats.unknown_slot_entries,
-        stats.out_of_range_entries,
-        stats.overruns,
-    ];
-    assert_eq!(faults, [0; 5], "{stats:?}");
 }
 
 proptest! {
@@ -119,14 +68,7 @@ proptest! {
         faulty in script::repairable_script(),
         mut calm in script::calm_script(),
     ) {
-        let mut machine = Machine::new(&setup);
-        run_migration(&mut machine, &faulty);
-        machine.calm_down();
-        machine.checkpoint();
-        machine.rearm();
-        machine.checkpoint();
-        machine.take_written();
         calm.push(Op::Sync);
-        run_exactly(&mut machine, &calm);
+        run_repaired(&mut Machine::new(&setup), &faulty, &calm);
     }
 }

@@ -8,7 +8,7 @@ use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, RetiredSlot, SlotId, Stats, VcpuRing};
 
-use super::script::{Op, Setup, Write};
+use super::ops::{Op, Setup, Write};
 use super::shape::{PageSet, pages_of};
 
 const SLOTS: [SlotId; 3] = [SlotId::new(0, 0), SlotId::new(0, 3), SlotId::new(1, 0)];
@@ -79,6 +79,8 @@ pub struct Machine {
     /// Slots that the log tracks.
     tracked: BTreeMap<SlotId, u64>,
     dirty: DirtyPages,
+    /// Whether entries were harvested since the last sync that nothing need have recycled.
+    unreset: bool,
     /// Faults ever injected: so many calls may fail, no more.
     injected: usize,
     /// Pages ever to be logged as nonsense.
@@ -118,6 +120,7 @@ impl Machine {
             lives: SLOTS.map(|_| Life::Absent).into(),
             tracked: BTreeMap::new(),
             dirty: DirtyPages::new(),
+            unreset: false,
             injected: 0,
             garbled: 0,
             overran: false,
@@ -146,6 +149,15 @@ impl Machine {
             Op::ReapRings(rings) => {
                 let wanted = [0, 1, 2, 3].map(|ring| rings >> ring & 1 == 1);
                 self.may_fail(|log| log.reap_rings(&wanted).is_ok());
+            }
+            Op::ReapOnShard(shard) => self.may_fail(|log| log.reap_on_shard(*shard).is_ok()),
+            Op::OnFull(vcpu) => {
+                let done = self.ring(*vcpu).on_full().is_ok();
+                assert!(done || self.injected > 0, "failed for no reason");
+            }
+            Op::HarvestAndStop(vcpu) => {
+                self.ring(*vcpu).harvest_and_stop();
+                self.unreset = true;
             }
             Op::Sync | Op::Checkpoint => unreachable!("the caller's"),
             Op::Exit(vcpu) => self.vcpu(*vcpu).exit(),
@@ -177,7 +189,7 @@ impl Machine {
     pub fn is_unharmed(&self) -> bool {
         let stats = self.stats();
         let resets = stats.short_resets + stats.failed_resets;
-        !self.overran && resets == 0 && stats.vcpus.len() == self.rings.len()
+        !self.overran && !self.unreset && resets == 0 && stats.vcpus.len() == self.rings.len()
     }
 
     /// Onlookers see what the kernel counts: where nothing goes wrong, what is in a ring waits.
@@ -202,6 +214,11 @@ impl Machine {
     fn vcpu(&self, vcpu: usize) -> SimVcpu {
         let vcpus = self.memory.vcpus.lock().unwrap();
         vcpus[vcpu % vcpus.len()].clone()
+    }
+
+    fn ring(&mut self, vcpu: usize) -> &mut VcpuRing {
+        let rings = self.rings.len();
+        &mut self.rings[vcpu % rings]
     }
 
     fn may_fail(&self, call: impl FnOnce(&DirtyLog) -> bool) {
@@ -323,6 +340,7 @@ impl Machine {
             assert!(self.injected > 0, "{error} for no reason");
             return None;
         }
+        self.unreset = false;
         let reported = pages_of(&self.dirty, &self.tracked);
         for (slot, pages) in &reported {
             if let Some(copy) = self.copy.get_mut(slot) {

@@ -1,5 +1,7 @@
-//! What the property tests share: scripts, the machine that runs them, and the slow oracles.
+//! What the property tests and the fuzz targets share: the machine that runs scripts, and the slow
+//! oracles.
 
+pub mod judge;
 pub mod machine;
-pub mod script;
+pub mod ops;
 pub mod shape;

@@ -4,57 +4,7 @@ use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// The machine at its start.
-#[derive(Debug, Clone)]
-pub struct Setup {
-    pub ring_entries: u32,
-    pub reserved: u32,
-    pub pml: usize,
-    pub first_index: u32,
-    pub vcpus: usize,
-}
-
-/// Consecutive pages, written one by one. Numbers are reduced to what exists when it comes to it.
-#[derive(Debug, Clone)]
-pub struct Write {
-    /// `None` is a device.
-    pub vcpu: Option<usize>,
-    pub slot: usize,
-    /// The first page, as a fraction of the slot in 1/65536.
-    pub at: u16,
-    pub pages: u64,
-}
-
-#[derive(Debug, Clone)]
-pub enum Op {
-    Write(Write),
-    Reap,
-    /// A pass over the rings whose bits are set.
-    ReapRings(u8),
-    Sync,
-    /// A vCPU leaves the guest for a moment.
-    Exit(usize),
-    /// A sync with vCPUs stopped: from here on the copy equals the truth.
-    Checkpoint,
-    /// One step in a slot's life: add and create, retire, delete, finish, and so on.
-    SlotStep {
-        slot: usize,
-        pages: u64,
-    },
-    AddVcpu,
-    /// Writes that happen inside the next reset.
-    InReset(ResetPhase, Vec<Write>),
-    Inject(Vec<ResetFault>),
-    /// The next page that the vCPU logs is logged as nonsense.
-    Garble {
-        vcpu: usize,
-        unknown_slot: bool,
-    },
-    /// Writes by a vCPU that does not stop at the soft limit.
-    Overrun(Write),
-    /// Every slot is protected anew.
-    Rearm,
-}
+use crate::common::ops::{Op, Setup, Write};
 
 pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
     let ring = (3u32..=6).prop_flat_map(|bits| (Just(1 << bits), 2..=(1u32 << bits) / 2));
@@ -109,6 +59,9 @@ fn calm_op() -> BoxedStrategy<Op> {
         3 => any_write().prop_map(|w| Op::Write(Write { vcpu: None, ..w })),
         2 => Just(Op::Reap),
         2 => any::<u8>().prop_map(Op::ReapRings),
+        1 => (1usize..4).prop_map(Op::ReapOnShard),
+        1 => (0usize..4).prop_map(Op::OnFull),
+        1 => (0usize..4).prop_map(Op::HarvestAndStop),
         4 => Just(Op::Sync),
         3 => slot_step.prop_map(|(slot, pages)| Op::SlotStep { slot, pages }),
         1 => Just(Op::AddVcpu),

@@ -1,0 +1,70 @@
+//! Scripts against the oracles.
+//!
+//! The *exact* oracle knows each page written since the last sync. The *migration* oracle copies
+//! what each sync reports and, once nobody writes, compares the copy with the truth.
+
+use super::machine::Machine;
+use super::ops::Op;
+
+/// Every sync reports exactly the pages written since the one before, and onlookers see what waits.
+pub fn run_exactly(machine: &mut Machine, ops: &[Op]) {
+    for op in ops {
+        if machine.stuck {
+            return;
+        }
+        match op {
+            Op::Sync | Op::Checkpoint => {
+                let reported = machine.sync().expect("a sync without faults");
+                assert_eq!(reported, machine.take_written());
+            }
+            Op::ReapRings(rings) if machine.is_unharmed() => {
+                let before = machine.used();
+                machine.apply(op);
+                for (ring, (before, after)) in before.iter().zip(machine.used()).enumerate() {
+                    let left = if rings >> ring & 1 == 1 { 0 } else { *before };
+                    assert_eq!(after, left, "ring {ring}");
+                }
+            }
+            op => machine.apply(op),
+        }
+        if machine.is_unharmed() {
+            machine.assert_occupancy();
+        }
+    }
+}
+
+/// At every checkpoint, and at the end, the copy is equal to the truth.
+pub fn run_migration(machine: &mut Machine, ops: &[Op]) {
+    for op in ops {
+        match op {
+            Op::Sync => drop(machine.sync()),
+            Op::Checkpoint => machine.checkpoint(),
+            op => machine.apply(op),
+        }
+    }
+    machine.checkpoint();
+}
+
+/// The log has counted no fault.
+pub fn assert_faultless(machine: &Machine) {
+    let stats = machine.stats();
+    let faults = [
+        stats.short_resets,
+        stats.failed_resets,
+        stats.unknown_slot_entries,
+        stats.out_of_range_entries,
+        stats.overruns,
+    ];
+    assert_eq!(faults, [0; 5], "{stats:?}");
+}
+
+/// After the faults of `faulty`: protects every slot anew, and then every sync of `calm` is exact.
+pub fn run_repaired(machine: &mut Machine, faulty: &[Op], calm: &[Op]) {
+    run_migration(machine, faulty);
+    machine.calm_down();
+    machine.checkpoint();
+    machine.rearm();
+    machine.checkpoint();
+    machine.take_written();
+    run_exactly(machine, calm);
+}

@@ -1,0 +1,61 @@
+//! What a script is made of: the guest's, its devices', the VMM's and a faulty kernel's deeds.
+
+use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
+
+/// The machine at its start.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub ring_entries: u32,
+    pub reserved: u32,
+    pub pml: usize,
+    pub first_index: u32,
+    pub vcpus: usize,
+}
+
+/// Consecutive pages, written one by one. Numbers are reduced to what exists when it comes to it.
+#[derive(Debug, Clone)]
+pub struct Write {
+    /// `None` is a device.
+    pub vcpu: Option<usize>,
+    pub slot: usize,
+    /// The first page, as a fraction of the slot in 1/65536.
+    pub at: u16,
+    pub pages: u64,
+}
+
+#[derive(Debug, Clone)]
+pub enum Op {
+    Write(Write),
+    Reap,
+    /// A pass over the rings whose bits are set.
+    ReapRings(u8),
+    /// A pass over all rings on a shard that only concurrent passes would take.
+    ReapOnShard(usize),
+    /// What a vCPU does on a full exit, full or not.
+    OnFull(usize),
+    /// A pass over a vCPU's ring that ends before its reset.
+    HarvestAndStop(usize),
+    Sync,
+    /// A vCPU leaves the guest for a moment.
+    Exit(usize),
+    /// A sync with vCPUs stopped: from here on the copy equals the truth.
+    Checkpoint,
+    /// One step in a slot's life: add and create, retire, delete, finish, and so on.
+    SlotStep {
+        slot: usize,
+        pages: u64,
+    },
+    AddVcpu,
+    /// Writes that happen inside the next reset.
+    InReset(ResetPhase, Vec<Write>),
+    Inject(Vec<ResetFault>),
+    /// The next page that the vCPU logs is logged as nonsense.
+    Garble {
+        vcpu: usize,
+        unknown_slot: bool,
+    },
+    /// Writes by a vCPU that does not stop at the soft limit.
+    Overrun(Write),
+    /// Every slot is protected anew.
+    Rearm,
+}
