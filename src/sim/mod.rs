@@ -106,7 +106,7 @@ pub struct SimVm {
 struct Inner {
     config: SimConfig,
     slots: RwLock<BTreeMap<SlotId, Arc<SimSlot>>>,
-    vcpus: RwLock<Vec<SimVcpu>>,
+    vcpus: RwLock<Vec<Arc<vcpu::Inner>>>,
     /// Held through a reset, as the kernel holds its `slots_lock`.
     resets: Mutex<Resets>,
 }
@@ -175,7 +175,7 @@ impl SimVm {
         let vcpu = SimVcpu::new(self.clone());
         let vcpus = &self.inner.vcpus;
         let mut vcpus = vcpus.write().unwrap_or_else(PoisonError::into_inner);
-        vcpus.push(vcpu.clone());
+        vcpus.push(vcpu.inner());
         vcpu
     }
 
@@ -212,7 +212,7 @@ impl SimVm {
         slots.get(&slot).cloned()
     }
 
-    fn vcpus(&self) -> Vec<SimVcpu> {
+    fn vcpus(&self) -> Vec<Arc<vcpu::Inner>> {
         let vcpus = &self.inner.vcpus;
         vcpus.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -254,7 +254,7 @@ impl Kernel for SimVm {
         for vcpu in &vcpus {
             recycled += vcpu.recycle(limit - recycled, &mut pages);
         }
-        let short = recycled == limit && vcpus.iter().any(SimVcpu::awaits_reset);
+        let short = recycled == limit && vcpus.iter().any(|vcpu| vcpu.awaits_reset());
         if let Some(hook) = &mut resets.hook {
             hook(ResetPhase::Recycled);
         }
@@ -276,5 +276,26 @@ impl core::fmt::Debug for SimVm {
         f.debug_struct("SimVm")
             .field("config", &self.inner.config)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+
+    /// A test that makes thousands of machines would otherwise fill the memory.
+    #[test]
+    fn a_machine_is_freed_with_its_last_handle() {
+        let vm = SimVm::new(SimConfig::default());
+        let held = Arc::new(());
+        let hook = Arc::clone(&held);
+        vm.on_reset(move |_| drop(Arc::clone(&hook)));
+        let log = vm.dirty_log();
+        let vcpu = vm.add_vcpu();
+        let ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        drop((vm, log, ring));
+        assert_eq!(Arc::strong_count(&held), 2, "the vCPU is a handle");
+        drop(vcpu);
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 }

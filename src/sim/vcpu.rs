@@ -32,7 +32,8 @@ pub struct SimVcpu {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+/// The vCPU as its machine knows it. It does not know its machine, or neither would ever be freed.
+pub(super) struct Inner {
     ring: Producer,
     /// Held while the guest runs: what a remote TLB flush waits for.
     running: Mutex<Running>,
@@ -60,6 +61,10 @@ impl SimVcpu {
         }
     }
 
+    pub(super) fn inner(&self) -> Arc<Inner> {
+        Arc::clone(&self.inner)
+    }
+
     /// The ring as userspace maps it: for [`DirtyLog::attach_ring`](crate::DirtyLog::attach_ring),
     /// once.
     pub fn ring_memory(&self) -> RingMemory {
@@ -85,7 +90,7 @@ impl SimVcpu {
         page: u64,
         store: impl FnOnce(),
     ) -> Result<(), WriteError> {
-        let mut running = self.running();
+        let mut running = self.inner.running();
         if !running.ignores_limit && self.inner.ring.used() >= self.vm.soft_limit() {
             return Err(WriteError::RingFull);
         }
@@ -94,11 +99,11 @@ impl SimVcpu {
         if memory.disarm(page).ok_or(missing)? {
             let pml = self.vm.inner.config.pml;
             if pml == 0 {
-                self.push(&mut running, slot.raw(), page);
+                self.inner.push(&mut running, slot.raw(), page);
             } else {
                 running.buffer.push((slot.raw(), page));
                 if running.buffer.len() == pml {
-                    self.push_buffer(&mut running);
+                    self.inner.push_buffer(&mut running);
                 }
             }
         }
@@ -109,7 +114,7 @@ impl SimVcpu {
 
     /// Leaves the guest, as a kick makes a vCPU do: what the hardware has logged reaches the ring.
     pub fn exit(&self) {
-        self.push_buffer(&mut self.running());
+        self.inner.push_buffer(&mut self.inner.running());
     }
 
     /// Entries in the ring that are not recycled yet.
@@ -120,23 +125,25 @@ impl SimVcpu {
     /// Makes the vCPU run on past the soft limit, as an instruction emulator that checks too
     /// rarely does, and so overrun its ring.
     pub fn ignore_soft_limit(&self, ignore: bool) {
-        self.running().ignores_limit = ignore;
+        self.inner.running().ignores_limit = ignore;
     }
 
     /// Makes the next logged page reach the ring as this slot and page instead: the true one is
     /// disarmed, and nobody learns of it.
     pub fn garble_next(&self, raw_slot: u32, page: u64) {
-        self.running().garbage.push_back((raw_slot, page));
+        self.inner.running().garbage.push_back((raw_slot, page));
     }
+}
 
+impl Inner {
     fn running(&self) -> MutexGuard<'_, Running> {
-        let running = &self.inner.running;
+        let running = &self.running;
         running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn push(&self, running: &mut Running, slot: u32, page: u64) {
         let (slot, page) = running.garbage.pop_front().unwrap_or((slot, page));
-        self.inner.ring.push(slot, page);
+        self.ring.push(slot, page);
     }
 
     fn push_buffer(&self, running: &mut Running) {
@@ -150,12 +157,12 @@ impl SimVcpu {
     }
 
     pub(super) fn awaits_reset(&self) -> bool {
-        self.inner.ring.awaits_reset()
+        self.ring.awaits_reset()
     }
 
     pub(super) fn recycle(&self, limit: u32, pages: &mut Vec<(u32, u64)>) -> u32 {
         let each = |slot, page| pages.push((slot, page));
-        self.inner.ring.recycle(limit, each)
+        self.ring.recycle(limit, each)
     }
 }
 
