@@ -1,0 +1,6 @@
+//! What a sync hands out, against a set of pages.
+#![no_main]
+
+use kvm_dirty_ring_fuzz::drain::{Script, run};
+
+libfuzzer_sys::fuzz_target!(|script: Script| run(&script));

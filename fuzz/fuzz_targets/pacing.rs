@@ -1,0 +1,6 @@
+//! Every policy under arbitrary observations.
+#![no_main]
+
+use kvm_dirty_ring_fuzz::pacing::{Script, run};
+
+libfuzzer_sys::fuzz_target!(|script: Script| run(&script));

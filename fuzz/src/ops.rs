@@ -1,0 +1,213 @@
+//! Arbitrary scripts on the simulated kernel, which knows the truth about every write.
+//!
+//! The machine, the scripts and their judges are those of the property tests.
+
+use arbitrary::{Arbitrary, Result, Unstructured};
+use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
+
+use crate::common::judge::{assert_faultless, run_exactly, run_migration, run_repaired};
+use crate::common::machine::Machine;
+use crate::common::ops::{Op, Setup, Write};
+
+const MOST_OPS: usize = 150;
+
+/// A machine, what happens to it, and which judge looks on.
+#[derive(Debug)]
+pub struct Script {
+    judge: Judge,
+    setup: Setup,
+    ops: Vec<Op>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Judge {
+    /// No faults: each sync reports what was written and nothing else.
+    Exact,
+    /// No faults, writes inside resets: nothing is lost, nothing counted as a fault.
+    Calm,
+    /// Every fault there is: nothing is lost.
+    Faulty,
+    /// Bad resets and nonsense in so many of the operations; then, all slots protected anew, exact.
+    BadResetsRepaired(usize),
+    /// The same with overruns and nonsense.
+    OverrunsRepaired(usize),
+}
+
+/// What may be in a script.
+#[derive(Clone, Copy, Default)]
+struct Allowed {
+    in_reset: bool,
+    bad_resets: bool,
+    garbage: bool,
+    overruns: bool,
+    rearm: bool,
+}
+
+impl Judge {
+    fn allows(self, done: usize) -> Allowed {
+        let nothing = Allowed::default();
+        match self {
+            Self::Exact => nothing,
+            Self::Calm => Allowed {
+                in_reset: true,
+                ..nothing
+            },
+            Self::Faulty => Allowed {
+                in_reset: true,
+                bad_resets: true,
+                garbage: true,
+                overruns: true,
+                rearm: true,
+            },
+            Self::BadResetsRepaired(faulty) if done < faulty => Allowed {
+                in_reset: true,
+                bad_resets: true,
+                garbage: true,
+                ..nothing
+            },
+            Self::OverrunsRepaired(faulty) if done < faulty => Allowed {
+                garbage: true,
+                overruns: true,
+                ..nothing
+            },
+            Self::BadResetsRepaired(_) | Self::OverrunsRepaired(_) => nothing,
+        }
+    }
+}
+
+impl<'a> Arbitrary<'a> for Script {
+    fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
+        let faulty = 1 + usize::from(u.arbitrary::<u8>()? % 60);
+        let judge = match u.arbitrary::<u8>()? % 8 {
+            0 => Judge::Exact,
+            1 | 2 => Judge::Calm,
+            3..=5 => Judge::Faulty,
+            6 => Judge::BadResetsRepaired(faulty),
+            _ => Judge::OverrunsRepaired(faulty),
+        };
+        let pml = matches!(judge, Judge::Calm | Judge::Faulty);
+        let setup = setup(u, pml)?;
+        let mut ops = Vec::new();
+        while !u.is_empty() && ops.len() < MOST_OPS {
+            ops.push(op(u, judge.allows(ops.len()))?);
+        }
+        Ok(Self { judge, setup, ops })
+    }
+}
+
+fn setup(u: &mut Unstructured<'_>, pml: bool) -> Result<Setup> {
+    let ring_entries = 1 << u.int_in_range(3..=7)?;
+    let reserved = u.int_in_range(2..=ring_entries / 2)?;
+    let before_the_wrap = u.arbitrary::<u8>()?;
+    // The reserve is there to hold what the buffer holds: a larger buffer would overrun the ring.
+    let buffer = usize::from(u.arbitrary::<u8>()?) % (reserved as usize + 1);
+    Ok(Setup {
+        ring_entries,
+        reserved,
+        pml: if pml { buffer } else { 0 },
+        first_index: 0u32.wrapping_sub(before_the_wrap.into()),
+        vcpus: u.int_in_range(1..=3)?,
+    })
+}
+
+fn write(u: &mut Unstructured<'_>, device: bool) -> Result<Write> {
+    let who = u.arbitrary::<u8>()?;
+    Ok(Write {
+        vcpu: (!device).then_some(usize::from(who % 4)),
+        slot: usize::from(who >> 2) % 3,
+        at: u.arbitrary()?,
+        pages: u.int_in_range(1..=12)?,
+    })
+}
+
+fn in_reset(u: &mut Unstructured<'_>) -> Result<Op> {
+    let phase = match u.arbitrary()? {
+        true => ResetPhase::Begin,
+        false => ResetPhase::Recycled,
+    };
+    let mut writes = Vec::new();
+    for _ in 0..u.int_in_range(1..=3)? {
+        let device = u.arbitrary()?;
+        writes.push(write(u, device)?);
+    }
+    Ok(Op::InReset(phase, writes))
+}
+
+fn fault(u: &mut Unstructured<'_>) -> Result<ResetFault> {
+    Ok(match u.arbitrary::<u8>()? {
+        kind @ 0..=9 => {
+            ResetFault::Error([libc::EINTR, libc::ENOMEM, libc::EBADF][usize::from(kind) % 3])
+        }
+        after => ResetFault::Short {
+            after: u32::from(after) - 10,
+        },
+    })
+}
+
+fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
+    let index = |u: &mut Unstructured<'_>| Ok::<_, arbitrary::Error>(u.arbitrary::<u8>()?.into());
+    Ok(match u.arbitrary::<u8>()? % 32 {
+        0..=7 => Op::Write(write(u, false)?),
+        8 | 9 => Op::Write(write(u, true)?),
+        10 => Op::Reap,
+        11 => Op::ReapRings(u.arbitrary()?),
+        12 => Op::ReapOnShard(index(u)?),
+        13 => Op::OnFull(index(u)?),
+        14 => Op::HarvestAndStop(index(u)?),
+        15..=17 => Op::Sync,
+        18 | 19 => Op::SlotStep {
+            slot: usize::from(u.arbitrary::<u8>()?) % 3,
+            pages: slot_size(u)?,
+        },
+        20 => Op::AddVcpu,
+        21 | 22 if allowed.in_reset => in_reset(u)?,
+        23 if allowed.in_reset => Op::Exit(index(u)?),
+        24 if allowed.in_reset => Op::Checkpoint,
+        25 | 26 if allowed.bad_resets => {
+            let faults = u.int_in_range(1..=3)?;
+            Op::Inject((0..faults).map(|_| fault(u)).collect::<Result<_>>()?)
+        }
+        27 if allowed.garbage => Op::Garble {
+            vcpu: index(u)?,
+            unknown_slot: u.arbitrary()?,
+        },
+        28 | 29 if allowed.overruns => {
+            let pages = u64::from(u.arbitrary::<u8>()?) + 1;
+            Op::Overrun(Write {
+                pages,
+                ..write(u, false)?
+            })
+        }
+        30 if allowed.rearm => Op::Rearm,
+        _ => Op::Write(write(u, false)?),
+    })
+}
+
+/// Mostly small, for every page is looked at; rarely beyond the 32,768 pages of a touched-flag.
+fn slot_size(u: &mut Unstructured<'_>) -> Result<u64> {
+    let size = u64::from(u.arbitrary::<u8>()?) + 1;
+    Ok(if size == 256 { 32_770 } else { size })
+}
+
+/// Runs the script under its judge.
+pub fn run(script: &Script) {
+    let mut machine = Machine::new(&script.setup);
+    let ops = &script.ops[..];
+    match script.judge {
+        Judge::Exact => {
+            run_exactly(&mut machine, ops);
+            run_exactly(&mut machine, &[Op::Sync]);
+            assert_faultless(&machine);
+        }
+        Judge::Calm => {
+            run_migration(&mut machine, ops);
+            assert_faultless(&machine);
+        }
+        Judge::Faulty => run_migration(&mut machine, ops),
+        Judge::BadResetsRepaired(faulty) | Judge::OverrunsRepaired(faulty) => {
+            let (faulty, calm) = ops.split_at(faulty.min(ops.len()));
+            run_repaired(&mut machine, faulty, calm);
+            run_exactly(&mut machine, &[Op::Sync]);
+        }
+    }
+}
