@@ -61,12 +61,15 @@ fn calm_op() -> BoxedStrategy<Op> {
         2 => any::<u8>().prop_map(Op::ReapRings),
         1 => (1usize..4).prop_map(Op::ReapOnShard),
         1 => (0usize..4).prop_map(Op::OnFull),
-        1 => (0usize..4).prop_map(Op::HarvestAndStop),
         4 => Just(Op::Sync),
         3 => slot_step.prop_map(|(slot, pages)| Op::SlotStep { slot, pages }),
         1 => Just(Op::AddVcpu),
     ]
     .boxed()
+}
+
+fn harvest_and_stop() -> impl Strategy<Value = Op> {
+    (0usize..4).prop_map(Op::HarvestAndStop)
 }
 
 fn busy_op() -> BoxedStrategy<Op> {
@@ -77,6 +80,7 @@ fn busy_op() -> BoxedStrategy<Op> {
         2 => in_reset.prop_map(|(phase, writes)| Op::InReset(phase, writes)),
         1 => (0usize..4).prop_map(Op::Exit),
         1 => Just(Op::Checkpoint),
+        1 => harvest_and_stop(),
     ]
     .boxed()
 }
@@ -112,7 +116,10 @@ fn faulty_op() -> BoxedStrategy<Op> {
 
 /// No faults; writes only between resets.
 pub fn calm_script() -> impl Strategy<Value = Vec<Op>> {
-    vec(calm_op(), 1..120)
+    vec(
+        prop_oneof![30 => calm_op(), 1 => harvest_and_stop()],
+        1..120,
+    )
 }
 
 /// No faults; writes inside resets as well.
@@ -139,7 +146,7 @@ pub fn bad_resets_script() -> impl Strategy<Value = Vec<Op>> {
 }
 
 /// Faults that leave nothing behind once the slots are protected anew: rings are not overrun while
-/// entries await a reset that fails.
+/// entries await a reset that fails, or that a pass has stopped short of.
 pub fn repairable_script() -> impl Strategy<Value = Vec<Op>> {
     let resets_and_garbage = prop_oneof![10 => bad_reset_op(), 1 => garble_op()];
     let overruns_and_garbage = prop_oneof![10 => calm_op(), 1 => garble_op(), 1 => overrun_op()];
