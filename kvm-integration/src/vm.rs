@@ -5,7 +5,7 @@
 //! | page | holds |
 //! |---|---|
 //! | 0 | nothing: `kvm_pvm` ends a guest that executes `out` in its page 0 |
-//! | 1 | the code: at its start that of [`program`](crate::program), halfway that of [`stress`](crate::stress) |
+//! | 1 | the code: at its start that of [`program`], halfway that of [`stress`] |
 //! | 2, 3 | PML4 and PDPT |
 //! | 4 … 515 | a page directory for each of the 512 GiB |
 //! | 516 … 547 | each vCPU's progress |
