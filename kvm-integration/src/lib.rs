@@ -43,6 +43,7 @@ mod cores;
 #[cfg(target_arch = "x86_64")]
 mod cpu_time;
 pub mod guestperf;
+pub mod chaos;
 pub mod host;
 pub mod interrupt;
 pub mod lab;
@@ -53,11 +54,13 @@ pub mod migration;
 pub mod order;
 pub mod output;
 pub mod page_set;
+mod parking;
 pub mod policy;
 mod random;
 pub mod rate;
 pub mod shape;
 pub mod stamp;
+pub mod storm;
 pub mod watchdog;
 pub mod workload;
 

@@ -25,7 +25,6 @@ mod kvm {
     mod rings;
     mod signals;
     mod slots;
-    mod storm;
     mod suspicion;
 
     pub fn run() -> std::process::ExitCode {

@@ -2,8 +2,8 @@
 //! way KVM logs it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use kvm_dirty_ring::error::ResetError;
@@ -12,6 +12,7 @@ use kvm_dirty_ring::{DirtyLog, VcpuRing};
 
 use super::{Guest, GuestSlot, Machine, MachineError, Setup};
 use crate::memory::PAGE_SIZE;
+use crate::parking::{EndGuard, Parking, Want};
 use crate::rate::{Dormitory, Throttle};
 use crate::stamp::{stamp, stamp_offset};
 
@@ -25,33 +26,9 @@ pub struct SimMachine {
 
 struct Thread {
     index: u32,
-    shared: Arc<Shared>,
+    parking: Arc<Parking>,
+    stores: Arc<AtomicU64>,
     thread: JoinHandle<Result<(), ResetError>>,
-}
-
-/// What a vCPU's thread and the machine tell each other.
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-    /// A hint to look at the state, for a glance before each store.
-    out: AtomicBool,
-    stores: AtomicU64,
-}
-
-#[derive(Default)]
-struct State {
-    want: Want,
-    parked: bool,
-    ended: bool,
-}
-
-#[derive(Default, Clone, Copy, PartialEq, Eq)]
-enum Want {
-    #[default]
-    Run,
-    Pause,
-    Stop,
 }
 
 impl SimMachine {
@@ -86,6 +63,7 @@ impl SimMachine {
                 list: setup.list(index),
                 chunk: setup.chunk(),
                 throttle: setup.throttle(&this.dormitory),
+                stores: Arc::default(),
             };
             this.threads.push(Thread::spawn(guest)?);
         }
@@ -94,7 +72,7 @@ impl SimMachine {
 
     fn tell(&self, want: Want) {
         for thread in &self.threads {
-            thread.shared.tell(want);
+            thread.parking.tell(want);
         }
     }
 }
@@ -111,12 +89,12 @@ impl Guest for SimMachine {
     }
 
     fn stores(&self) -> u64 {
-        let stores = |thread: &Thread| thread.shared.stores.load(Ordering::Relaxed);
+        let stores = |thread: &Thread| thread.stores.load(Ordering::Relaxed);
         self.threads.iter().map(stores).sum()
     }
 
     fn check(&mut self) -> Result<(), MachineError> {
-        let ended = |thread: &Thread| thread.shared.lock().ended;
+        let ended = |thread: &Thread| thread.parking.ended();
         let Some(ended) = self.threads.iter().position(ended) else {
             return Ok(());
         };
@@ -132,7 +110,7 @@ impl Guest for SimMachine {
         self.tell(Want::Pause);
         self.dormitory.wake();
         for thread in &self.threads {
-            drop(thread.shared.wait_while(|s| !s.parked && !s.ended));
+            thread.parking.wait_parked();
         }
         self.check()
     }
@@ -166,54 +144,18 @@ impl fmt::Debug for SimMachine {
 impl Thread {
     fn spawn(guest: Program) -> Result<Self, MachineError> {
         let index = guest.index;
-        let shared = Arc::<Shared>::default();
-        let end_guard = EndGuard(Arc::clone(&shared));
+        let parking = Arc::<Parking>::default();
+        let stores = Arc::clone(&guest.stores);
+        let end_guard = EndGuard(Arc::clone(&parking));
         let thread = Builder::new().name(format!("sim-vcpu-{index}"));
         let thread = thread.spawn(move || guest.run(&end_guard.0));
         let thread = thread.map_err(|source| MachineError::Spawn { index, source })?;
         Ok(Self {
             index,
-            shared,
+            parking,
+            stores,
             thread,
         })
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Each change of the state is one step, so a panic leaves it whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_while(&self, condition: impl FnMut(&mut State) -> bool) -> MutexGuard<'_, State> {
-        let guard = self.changed.wait_while(self.lock(), condition);
-        guard.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tell(&self, want: Want) {
-        self.lock().want = want;
-        // Relaxed: the lock orders the state; a thread that sees the hint late looks late.
-        self.out.store(want != Want::Run, Ordering::Relaxed);
-        self.changed.notify_all();
-    }
-
-    /// On the vCPU's thread: waits while it is to pause; false if it is to stop.
-    fn park(&self) -> bool {
-        self.lock().parked = true;
-        self.changed.notify_all();
-        let mut state = self.wait_while(|state| state.want == Want::Pause);
-        state.parked = false;
-        state.want != Want::Stop
-    }
-}
-
-/// Tells the waiting that the thread has ended, also if it panics.
-struct EndGuard(Arc<Shared>);
-
-impl Drop for EndGuard {
-    fn drop(&mut self) {
-        self.0.lock().ended = true;
-        self.0.changed.notify_all();
     }
 }
 
@@ -226,25 +168,26 @@ struct Program {
     list: Vec<u64>,
     chunk: u32,
     throttle: Throttle,
+    stores: Arc<AtomicU64>,
 }
 
 impl Program {
     /// The tiny guest's loop.
-    fn run(mut self, shared: &Shared) -> Result<(), ResetError> {
+    fn run(mut self, parking: &Parking) -> Result<(), ResetError> {
         let mut stores = 0;
         for pass in 1.. {
             for n in 0..self.list.len() {
-                if shared.out.load(Ordering::Relaxed) {
+                if parking.is_wanted_out() {
                     // What a kick does: the hardware's buffer reaches the ring.
                     self.vcpu.exit();
-                    if !shared.park() {
+                    if !parking.park() {
                         return Ok(());
                     }
                 }
                 self.store(self.list[n], pass)?;
                 stores += 1;
                 // Relaxed: read for the sake of the number alone.
-                shared.stores.store(stores, Ordering::Relaxed);
+                self.stores.store(stores, Ordering::Relaxed);
                 if self.chunk > 0 && stores % u64::from(self.chunk) == 0 {
                     self.throttle.pay(self.chunk.into());
                 }
@@ -332,7 +275,7 @@ mod tests {
     #[test]
     fn every_store_is_logged() {
         let mut machine = machine(0);
-        let through = |thread: &Thread| thread.shared.stores.load(Ordering::Relaxed) > 1000;
+        let through = |thread: &Thread| thread.stores.load(Ordering::Relaxed) > 1000;
         wait(|| machine.threads.iter().all(through));
         machine.pause().unwrap();
         let mut dirty = DirtyPages::new();

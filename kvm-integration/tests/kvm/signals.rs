@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::Reaper;
 use kvm_dirty_ring::pacing::Fixed;
+use kvm_integration::storm::{Storm, this_thread};
 use kvm_integration::{VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
 
 use super::harness::{Outcome, remark};
 use super::machine::{Machine, assert_unsuspicious, nap, resume, stop, wait};
 use super::raw::RawMachine;
-use super::storm::{Storm, this_thread};
 
 tests![
     unblocked_signals_lose_pages,

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use kvm_dirty_ring::Reaper;
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_integration::Workload;
+use kvm_integration::storm::Storm;
 use libtest_mimic::Completion::Completed;
 
 use super::harness::{Outcome, skip};
 use super::machine::{Machine, nap, pause, resume, run_passes, slot_id, stop};
-use super::storm::Storm;
 
 tests![
     short_resets_lose_nothing,

@@ -4,17 +4,17 @@ use std::error::Error;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use kvm_integration::bystanders::Bystanders;
 use kvm_integration::kvm_available;
 use kvm_integration::lab::kvm::{KvmCell, LabError};
 use kvm_integration::lab::{Arm, ArmResult, Cell, CellResult};
+use kvm_integration::order::places;
 use kvm_integration::output::chain;
+use kvm_integration::watchdog::Watchdog;
 use kvm_ioctls::Kvm;
 
 use crate::plan::Plan;
 use crate::run::{Report, Skipped};
-use kvm_integration::bystanders::Bystanders;
-use kvm_integration::order::places;
-use kvm_integration::watchdog::Watchdog;
 
 /// What setting up or taking down anything takes at most, on a machine with much else to do.
 const LONGEST: Duration = Duration::from_secs(60);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 const LULL: Duration = Duration::from_micros(10);
 
 /// Signals rain on some threads until this is dropped.
+#[derive(Debug)]
 pub struct Storm {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -26,6 +27,9 @@ impl Storm {
     /// SIGUSR1, whose handler does nothing, at these threads of this process.
     ///
     /// Not a real-time signal: those queue up where they are blocked, until nobody can send any.
+    ///
+    /// # Panics
+    /// If the signal can't be handled.
     pub fn at(threads: Vec<libc::pid_t>) -> Self {
         extern "C" fn nothing(_signal: libc::c_int) {}
         // SAFETY: sigaction is made of integers, a pointer-sized handler and an optional function
@@ -47,6 +51,9 @@ impl Storm {
 
     /// The C library's own signal at all threads of this process, which `pthread_sigmask` does not
     /// block: it is how a process with threads sets its user, here to what it is.
+    ///
+    /// # Panics
+    /// On its thread, if that fails.
     pub fn of_set_user() -> Self {
         let same = libc::uid_t::MAX;
         Self::of(move || {
@@ -60,6 +67,9 @@ impl Storm {
     ///
     /// A process of their own sends them. It ends only after a continuation: when its file is gone,
     /// or this process.
+    ///
+    /// # Panics
+    /// If that process can't be started.
     pub fn of_stops() -> Self {
         const SCRIPT: &str =
             r#"while [ -e "$1" ] && kill -STOP "$2" && kill -CONT "$2"; do :; done"#;

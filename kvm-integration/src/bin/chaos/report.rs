@@ -1,0 +1,122 @@
+//! What came of it: a table for people, an object for programs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::Duration;
+
+use kvm_integration::Host;
+use kvm_integration::chaos::{Chaos, Episode, Fault};
+use serde::Serialize;
+
+/// All there is to say, with the names of the JSON object.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    backend: &'static str,
+    host: String,
+    seed: u64,
+    /// Episodes that came to their end.
+    pub episodes: u64,
+    seconds: f64,
+    /// Entries harvested.
+    pub entries: u64,
+    comparisons: u64,
+    faults: BTreeMap<&'static str, u64>,
+    not_applicable: Vec<&'static str>,
+    /// Pages that were written and not reported.
+    pub missed_pages: u64,
+    stray_pages: u64,
+    failed_episodes: Vec<u64>,
+}
+
+impl Report {
+    /// Of nothing yet.
+    pub fn new(chaos: &Chaos, seed: u64) -> Self {
+        Self {
+            backend: chaos.backend().name(),
+            host: Host::detect().to_string(),
+            seed,
+            episodes: 0,
+            seconds: 0.0,
+            entries: 0,
+            comparisons: 0,
+            faults: BTreeMap::new(),
+            not_applicable: Vec::new(),
+            missed_pages: 0,
+            stray_pages: 0,
+            failed_episodes: Vec::new(),
+        }
+    }
+
+    /// Takes in an episode, and says what was wrong with it, if anything was.
+    pub fn add(&mut self, number: u64, episode: &Episode) -> Option<String> {
+        self.episodes += 1;
+        self.entries += episode.entries;
+        self.comparisons += episode.comparisons;
+        self.missed_pages += episode.missed_pages;
+        self.stray_pages += episode.stray_pages;
+        let first = episode.first?;
+        self.failed_episodes.push(number);
+        Some(format!(
+            "episode {number}: {} pages missed, {} stray; the first is page {} of slot {}, {}",
+            episode.missed_pages, episode.stray_pages, first.page, first.slot, first.when
+        ))
+    }
+
+    /// Episodes with which something was wrong.
+    pub fn failures(&self) -> usize {
+        self.failed_episodes.len()
+    }
+
+    /// Whether all was well.
+    pub fn is_well(&self) -> bool {
+        self.failed_episodes.is_empty()
+    }
+
+    /// Sums up.
+    pub fn end(&mut self, chaos: &Chaos, time: Duration) {
+        self.seconds = time.as_millis() as f64 / 1e3;
+        for fault in Fault::ALL {
+            match chaos.backend().can(fault) {
+                true => drop(self.faults.insert(fault.name(), chaos.counts().get(fault))),
+                false => self.not_applicable.push(fault.name()),
+            }
+        }
+    }
+
+    /// One line of JSON.
+    ///
+    /// # Errors
+    /// None that is known of.
+    pub fn json(&self) -> serde_json::Result<String> {
+        serde_json::to_string(self)
+    }
+
+    /// Several lines, without the last line's end.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        self.write_table(&mut text)
+            .expect("a String takes all that is written to it");
+        text
+    }
+
+    fn write_table(&self, out: &mut String) -> std::fmt::Result {
+        writeln!(out, "{}; {}, seed {}", self.host, self.backend, self.seed)?;
+        for fault in Fault::ALL {
+            let name = fault.name();
+            match self.faults.get(name) {
+                Some(times) => writeln!(out, "{name:<26} {times:>12}")?,
+                None => writeln!(out, "{name:<26} {:>12}", "not here")?,
+            }
+        }
+        for (name, value) in [
+            ("episodes", self.episodes),
+            ("comparisons", self.comparisons),
+            ("entries", self.entries),
+            ("stray pages", self.stray_pages),
+            ("missed pages", self.missed_pages),
+        ] {
+            writeln!(out, "{name:<26} {value:>12}")?;
+        }
+        write!(out, "{:<26} {:>12.1}", "seconds", self.seconds)
+    }
+}

@@ -1,0 +1,87 @@
+//! Threads beside the one that conducts an episode: devices that write, and others that sync.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use kvm_dirty_ring::DirtyLog;
+
+use super::copier::Copier;
+use super::error::ChaosError;
+use super::fault::{Counts, Fault};
+use super::ledger::Ledger;
+use crate::memory::PAGE_SIZE;
+use crate::random::SplitMix64;
+use crate::stamp::{MAX_VCPUS, stamp_offset};
+use crate::storm::this_thread;
+
+/// Pages that a device writes at once, at the most.
+const MOST_AT_ONCE: u64 = 40;
+
+/// What they share with the conductor.
+pub(super) struct Shared<'a> {
+    pub(super) log: &'a DirtyLog,
+    pub(super) ledger: &'a Ledger,
+    pub(super) counts: &'a Counts,
+    /// Whether they are to end.
+    pub(super) over: AtomicBool,
+    /// Their ids in the kernel.
+    pub(super) tids: Mutex<Vec<libc::pid_t>>,
+}
+
+impl Shared<'_> {
+    fn enrol(&self) {
+        let mut tids = self.tids.lock().unwrap_or_else(PoisonError::into_inner);
+        tids.push(this_thread());
+    }
+
+    fn is_over(&self) -> bool {
+        // Relaxed: nothing comes with it.
+        self.over.load(Ordering::Relaxed)
+    }
+
+    /// Syncs and copies until it is over.
+    pub(super) fn sync(&self, mut random: SplitMix64) -> Result<(), ChaosError> {
+        self.enrol();
+        let mut copier = Copier::new(self.log, self.ledger);
+        while !self.is_over() {
+            copier.round()?;
+            self.counts.add(Fault::ConcurrentSync);
+            nap(random.below(2) * random.below(4000));
+        }
+        Ok(())
+    }
+
+    /// Writes pages and marks them, as device number `device`, until it is over.
+    pub(super) fn write(&self, device: u32, mut random: SplitMix64) -> Result<(), ChaosError> {
+        self.enrol();
+        let lane = stamp_offset(MAX_VCPUS + device);
+        let mut stamp = 0;
+        while !self.is_over() {
+            let open = self.ledger.open.read();
+            let open = open.unwrap_or_else(PoisonError::into_inner);
+            if let Some(slot) = open.get(random.below(open.len() as u64) as usize) {
+                let first = random.below(slot.pages());
+                let pages = (1 + random.below(MOST_AT_ONCE)).min(slot.pages() - first);
+                for page in first..first + pages {
+                    stamp += 1;
+                    slot.memory.write_u64(page * PAGE_SIZE + lane, stamp);
+                }
+                self.log.mark_dirty(slot.id, first, pages)?;
+                self.counts.add(Fault::DeviceWrite);
+            }
+            drop(open);
+            nap(random.below(1500));
+        }
+        Ok(())
+    }
+}
+
+/// Sleeps for so many microseconds, through signals too: `sleep` begins anew after each.
+pub(super) fn nap(us: u64) {
+    match us {
+        0 => thread::yield_now(),
+        us => thread::park_timeout(Duration::from_micros(us)),
+    }
+}

@@ -1,0 +1,121 @@
+//! The tiny guest on KVM, tormented.
+
+use std::sync::Arc;
+
+use kvm_dirty_ring::error::{EnableError, RingSizeError};
+use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
+use kvm_ioctls::Kvm;
+
+use super::fault::{Counts, Fault};
+use super::ledger::{Instance, gpa};
+use super::plan::Kind;
+use super::world::{CHUNK, Job, LONGEST_LIST, Vcpu, World};
+use crate::machine::MachineError;
+use crate::program::{Load, Mode};
+use crate::thread::{Action, VcpuThread};
+use crate::vcpu::Exit;
+use crate::vm::TinyVm;
+
+/// A machine on KVM.
+pub(super) struct KvmWorld {
+    vm: TinyVm,
+    log: DirtyLog,
+}
+
+impl KvmWorld {
+    /// One for so many vCPUs in all. Where the host needs larger rings, they are larger.
+    pub(super) fn new(kvm: &Kvm, vcpus: u32, ring_entries: u32) -> Result<Self, MachineError> {
+        let vm = TinyVm::with_capacity(kvm, vcpus, LONGEST_LIST)?;
+        let enable = |entries| {
+            let entries = RingEntries::new(entries).map_err(EnableError::from)?;
+            DirtyLog::enable(vm.vm_fd(), entries)
+        };
+        let log = match enable(ring_entries) {
+            Err(EnableError::RingSize(RingSizeError::TooSmall { min, .. })) => enable(min)?,
+            log => log?,
+        };
+        Ok(Self { vm, log })
+    }
+}
+
+impl World for KvmWorld {
+    fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    fn add_slot(&self, slot: &Arc<Instance>) -> Result<(), MachineError> {
+        let memory = Arc::clone(&slot.memory);
+        let added = self.vm.add_slot(slot.id.raw(), gpa(slot.id), memory, true);
+        Ok(added?)
+    }
+
+    fn remove_slot(&self, id: SlotId) -> Result<(), MachineError> {
+        Ok(self.vm.remove_slot(id.raw())?)
+    }
+
+    fn rearm_slot(&self, id: SlotId) -> Result<(), MachineError> {
+        self.vm.set_logged(id.raw(), false)?;
+        Ok(self.vm.set_logged(id.raw(), true)?)
+    }
+
+    fn start_vcpu(&self, job: Job) -> Result<Box<dyn Vcpu>, MachineError> {
+        let index = job.index;
+        let (mode, chunk) = match job.kind {
+            Kind::Native => (Mode::Native, 0),
+            Kind::Emulated => (Mode::Emulated, CHUNK),
+            Kind::Careless => (Mode::Emulated, 0),
+        };
+        let load = Load::new(mode, job.list).chunk(chunk);
+        let vcpu = self.vm.create_vcpu(index, &load)?;
+        let ring = self.log.attach_vcpu(vcpu.fd());
+        let ring = ring.map_err(|source| MachineError::Attach { index, source })?;
+        let handler = handler(ring, job.abandons, job.counts);
+        Ok(Box::new(KvmVcpu(VcpuThread::spawn(vcpu, handler)?)))
+    }
+}
+
+/// What a vCPU's thread does when the guest leaves.
+fn handler(
+    mut ring: VcpuRing,
+    abandons: u64,
+    counts: Arc<Counts>,
+) -> impl FnMut(Exit) -> Action + Send + 'static {
+    let mut full_exits = 0;
+    move |exit| {
+        if exit == Exit::RingFull {
+            full_exits += 1;
+            if abandons > 0 && full_exits % abandons == 0 && ring.harvest_and_stop() > 0 {
+                counts.add(Fault::PassAbandoned);
+            }
+            if let Err(error) = ring.on_full() {
+                return Action::Fail(Box::new(error));
+            }
+        }
+        Action::Continue
+    }
+}
+
+struct KvmVcpu(VcpuThread);
+
+impl Vcpu for KvmVcpu {
+    fn request_pause(&self) {
+        self.0.request_pause();
+    }
+
+    fn wait_paused(&self) -> bool {
+        self.0.wait_paused()
+    }
+
+    fn resume(&self) {
+        self.0.resume();
+    }
+
+    fn tid(&self) -> libc::pid_t {
+        self.0.tid()
+    }
+
+    fn stop(self: Box<Self>) -> Result<(), MachineError> {
+        drop(self.0.stop()?);
+        Ok(())
+    }
+}

@@ -1,0 +1,80 @@
+//! What an episode needs of whoever runs the guest.
+
+use std::sync::Arc;
+
+use kvm_dirty_ring::sim::ResetFault;
+use kvm_dirty_ring::{DirtyLog, SlotId};
+
+use super::fault::Counts;
+use super::ledger::Instance;
+use super::plan::Kind;
+use crate::machine::MachineError;
+
+/// Entries of a vCPU's list at the most.
+pub(super) const LONGEST_LIST: usize = 1 << 14;
+
+/// What their number is a multiple of: the stores of an emulated guest between two exits, few enough
+/// for KVM to look for a full ring in time.
+pub(super) const CHUNK: u32 = 32;
+
+/// A machine that is being tormented.
+pub(super) trait World {
+    /// Its log.
+    fn log(&self) -> &DirtyLog;
+
+    /// Gives it a slot, all pages protected. The log knows it already.
+    fn add_slot(&self, slot: &Arc<Instance>) -> Result<(), MachineError>;
+
+    /// Takes a slot away. No vCPU that stores to it may run.
+    fn remove_slot(&self, id: SlotId) -> Result<(), MachineError>;
+
+    /// Protects all pages of a slot anew. No vCPU may run.
+    fn rearm_slot(&self, id: SlotId) -> Result<(), MachineError>;
+
+    /// Makes a vCPU, attaches its ring, and lets it run.
+    fn start_vcpu(&self, job: Job) -> Result<Box<dyn Vcpu>, MachineError>;
+
+    /// Lets a reset go wrong, if that can be had.
+    fn inject(&self, fault: ResetFault) {
+        let _ = fault;
+    }
+
+    /// Lets the guest write inside resets, or no longer: none does once this has returned.
+    fn write_in_resets(&self, on: bool) {
+        let _ = on;
+    }
+}
+
+/// What a vCPU is to do.
+pub(super) struct Job {
+    pub(super) index: u32,
+    pub(super) kind: Kind,
+    /// The addresses of the pages to store to, over and over.
+    pub(super) list: Vec<u64>,
+    /// One full exit in so many ends its pass between harvest and reset; 0: none.
+    pub(super) abandons: u64,
+    pub(super) counts: Arc<Counts>,
+}
+
+/// A running vCPU. Dropping it stops it.
+pub(super) trait Vcpu {
+    /// Asks it to leave the guest.
+    fn request_pause(&self);
+
+    /// Waits until it has; false if it has ended instead.
+    fn wait_paused(&self) -> bool;
+
+    /// Lets it run again.
+    fn resume(&self);
+
+    /// The thread's id in the kernel.
+    fn tid(&self) -> libc::pid_t;
+
+    /// Stops it for good, and closes it.
+    fn stop(self: Box<Self>) -> Result<(), MachineError>;
+
+    /// Makes its next entry name a page that is none, if that can be had.
+    fn garble_next(&self, pick: u64) {
+        let _ = pick;
+    }
+}
