@@ -139,8 +139,9 @@ impl DirtyLog {
     /// between the slot is still tracked, and its id cannot be added.
     ///
     /// Pages that the guest writes after this and before the deletion are not copied by anybody
-    /// any more; where the memory lives on elsewhere, stop the vCPUs first or treat all of it as
-    /// dirty.
+    /// any more, nor are those that a running vCPU has written before and its processor's
+    /// page-modification buffer still holds; where the memory lives on elsewhere, stop the vCPUs
+    /// first or treat all of it as dirty.
     ///
     /// # Errors
     /// The slot is not tracked or being removed already, or the reset failed; then nothing has

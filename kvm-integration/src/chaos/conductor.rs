@@ -36,6 +36,7 @@ pub(super) struct Conductor<'a> {
     log: &'a DirtyLog,
     ledger: &'a Ledger,
     copier: Copier<'a>,
+    /// Never none: the first one is not dropped.
     vcpus: Vec<Running>,
     /// The next one of those that come late.
     late: usize,
@@ -155,13 +156,13 @@ impl<'a> Conductor<'a> {
         for &pages in &self.plan.stays {
             let id = SlotId::new(0, 1 + self.stays.len() as u16);
             let instance = self.add_slot(id, pages, false)?;
+            self.ledger.close().push(Arc::clone(&instance));
             self.stays.push(instance);
         }
         self.goes = self.plan.goes.iter().map(|_| Going::default()).collect();
         for (slot, plan) in self.plan.goes.iter().enumerate() {
             if let Some(pages) = plan.at_first {
-                self.goes[slot].there = Some(self.add_slot(self.going_id(slot), pages, false)?);
-                self.goes[slot].times = 1;
+                self.add(slot, pages)?;
             }
         }
         if let Some(policy) = self.plan.policy {
@@ -225,8 +226,9 @@ impl<'a> Conductor<'a> {
             Act::Add { slot, pages } => self.add(slot, pages)?,
             Act::StartVcpu => self.start_late()?,
             Act::DropVcpu { pick } => {
+                // The first one stays.
                 if self.vcpus.len() > 1 {
-                    self.drop_vcpu(pick as usize % self.vcpus.len())?;
+                    self.drop_vcpu(1 + pick as usize % (self.vcpus.len() - 1))?;
                 }
             }
             Act::StopReaper => {
@@ -291,7 +293,6 @@ impl<'a> Conductor<'a> {
         if is_reused && pages % 2 == 0 {
             self.look_for_strays(&instance)?;
         }
-        self.ledger.close().push(Arc::clone(&instance));
         Ok(instance)
     }
 
@@ -302,13 +303,15 @@ impl<'a> Conductor<'a> {
         let is_reused = self.goes[slot].times > 0;
         let instance = self.add_slot(self.going_id(slot), pages, is_reused)?;
         let going = &mut self.goes[slot];
-        going.there = Some(instance);
+        going.there = Some(Arc::clone(&instance));
         going.times += 1;
+        // At once: passes under way may still know the slot before.
+        self.resume();
+        self.ledger.close().push(instance);
         self.counts.add(Fault::SlotAdded);
         if is_reused {
             self.counts.add(Fault::SlotIdReused);
         }
-        self.resume();
         Ok(())
     }
 

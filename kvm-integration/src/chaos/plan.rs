@@ -142,7 +142,11 @@ impl Plan {
                 SlotPlan { least, at_first }
             })
             .collect();
-        let mut vcpus: Vec<VcpuPlan> = (0..1 + random.below(4))
+        let crowd = match random.below(12) {
+            0 if !is_sim => 8 + random.below(9),
+            _ => 1 + random.below(4),
+        };
+        let mut vcpus: Vec<VcpuPlan> = (0..crowd)
             .map(|_| VcpuPlan::draw(random, &goes, careless))
             .collect();
         if careless && vcpus.iter().all(|vcpu| vcpu.kind != Kind::Careless) {

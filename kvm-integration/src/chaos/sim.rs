@@ -9,6 +9,7 @@ use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
 
 use super::fault::{Counts, Fault};
+use super::helpers::nap;
 use super::ledger::Instance;
 use super::plan::{Kind, Plan};
 use super::world::{Job, Vcpu, World};
@@ -22,8 +23,16 @@ use crate::storm::this_thread;
 /// Where in a page the guest stores that writes inside resets: behind vCPUs and devices.
 const RESET_LANE: u32 = 63;
 
+/// One reset in so many lasts longer.
+const LINGERS: u64 = 50;
+
 /// One full exit in so many, a careless vCPU runs on instead.
 const CARELESSNESS: u64 = 16;
+
+/// A vCPU stores so often at the most before it rests for so many microseconds at the most: a reset
+/// waits for vCPUs, and there are more of them than CPUs.
+const MOST_IN_A_ROW: u64 = 400;
+const LONGEST_REST: u64 = 100;
 
 /// A slot that no machine here has, and a page that no slot has.
 const GARBAGE: [(u32, u64); 2] = [(0x7777, 3), (1, 1 << 40)];
@@ -71,7 +80,7 @@ impl SimWorld {
         }));
         if plan.writes_in_resets {
             let resets = Arc::clone(&resets);
-            vm.on_reset(move |_| lock(&resets).write());
+            vm.on_reset(move |_| lock(&resets).linger().write());
         }
         Self {
             log: vm.dirty_log(),
@@ -83,6 +92,14 @@ impl SimWorld {
 }
 
 impl InReset {
+    /// Makes some resets last, so that many threads wait for them.
+    fn linger(&mut self) -> &mut Self {
+        if self.random.below(LINGERS) == 0 {
+            nap(self.random.below(400));
+        }
+        self
+    }
+
     /// Writes a few pages of a slot that stays.
     fn write(&mut self) {
         let (Some(slot), false) = (&self.slot, self.vcpus.is_empty()) else {
@@ -192,8 +209,14 @@ struct Guest {
 
 impl Guest {
     fn run(mut self, parking: &Parking) {
+        let mut left = 0;
         for pass in 1.. {
             for n in 0..self.job.list.len() {
+                if left == 0 {
+                    left = 1 + self.random.below(MOST_IN_A_ROW);
+                    nap(self.random.below(LONGEST_REST));
+                }
+                left -= 1;
                 if !self.store(self.job.list[n], pass, parking) {
                     return;
                 }
@@ -298,7 +321,10 @@ impl Vcpu for SimThread {
     }
 
     fn wait_paused(&self) -> bool {
-        self.parking.wait_parked()
+        let is_parked = self.parking.wait_parked();
+        // It may have been parked before, and have written inside resets since.
+        self.vcpu.exit();
+        is_parked
     }
 
     fn resume(&self) {

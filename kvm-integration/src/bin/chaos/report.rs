@@ -17,6 +17,8 @@ pub struct Report {
     /// Episodes that came to their end.
     pub episodes: u64,
     seconds: f64,
+    slowest_episode: u64,
+    slowest_seconds: f64,
     /// Entries harvested.
     pub entries: u64,
     comparisons: u64,
@@ -37,6 +39,8 @@ impl Report {
             seed,
             episodes: 0,
             seconds: 0.0,
+            slowest_episode: 0,
+            slowest_seconds: 0.0,
             entries: 0,
             comparisons: 0,
             faults: BTreeMap::new(),
@@ -48,8 +52,12 @@ impl Report {
     }
 
     /// Takes in an episode, and says what was wrong with it, if anything was.
-    pub fn add(&mut self, number: u64, episode: &Episode) -> Option<String> {
+    pub fn add(&mut self, number: u64, time: Duration, episode: &Episode) -> Option<String> {
         self.episodes += 1;
+        let seconds = seconds(time);
+        if seconds > self.slowest_seconds {
+            (self.slowest_episode, self.slowest_seconds) = (number, seconds);
+        }
         self.entries += episode.entries;
         self.comparisons += episode.comparisons;
         self.missed_pages += episode.missed_pages;
@@ -74,7 +82,7 @@ impl Report {
 
     /// Sums up.
     pub fn end(&mut self, chaos: &Chaos, time: Duration) {
-        self.seconds = time.as_millis() as f64 / 1e3;
+        self.seconds = seconds(time);
         for fault in Fault::ALL {
             match chaos.backend().can(fault) {
                 true => drop(self.faults.insert(fault.name(), chaos.counts().get(fault))),
@@ -117,6 +125,13 @@ impl Report {
         ] {
             writeln!(out, "{name:<26} {value:>12}")?;
         }
-        write!(out, "{:<26} {:>12.1}", "seconds", self.seconds)
+        writeln!(out, "{:<26} {:>12.1}", "seconds", self.seconds)?;
+        let slowest = "seconds of the slowest";
+        write!(out, "{slowest:<26} {:>12.1}", self.slowest_seconds)
     }
+}
+
+/// To the millisecond.
+fn seconds(time: Duration) -> f64 {
+    time.as_millis() as f64 / 1e3
 }
