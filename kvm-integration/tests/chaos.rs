@@ -49,7 +49,7 @@ fn is_sound(object: &Value, backend: &str, wanted: u64) {
     let happened = faults.values().filter(|times| number(times) > 0).count();
     assert!(happened >= 10, "{object}");
     let elsewhere = object["not_applicable"].as_array().expect("kinds");
-    assert_eq!(faults.len() + elsewhere.len(), 26, "{object}");
+    assert_eq!(faults.len() + elsewhere.len(), 27, "{object}");
     for fault in FAULTS_OF_THE_SIMULATION {
         let is_here = backend == "sim";
         assert_eq!(faults.contains_key(fault), is_here, "{fault}: {object}");

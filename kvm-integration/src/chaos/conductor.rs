@@ -13,7 +13,7 @@ use kvm_dirty_ring::{DirtyLog, Reaper, SlotId};
 use super::copier::{Copier, retry};
 use super::error::ChaosError;
 use super::fault::{Counts, Fault};
-use super::helpers::{Shared, nap};
+use super::helpers::{Helper, Shared, nap};
 use super::ledger::{Instance, Ledger, gpa};
 use super::plan::{Act, Plan, Round, StormKind, VcpuPlan};
 use super::policies::PolicyPlan;
@@ -108,31 +108,15 @@ impl<'a> Conductor<'a> {
         let played = thread::scope(|scope| {
             let over = Over(&shared.over);
             let mut helpers = Vec::new();
-            for device in 0..plan.devices {
-                let random = SplitMix64(plan.seed ^ u64::from(device));
-                let body = {
-                    let shared = &shared;
-                    move || shared.write(device, random)
-                };
-                let helper = Builder::new().name("chaos-device".into());
-                helpers.push(
-                    helper
-                        .spawn_scoped(scope, body)
-                        .map_err(ChaosError::Spawn)?,
-                );
-            }
-            for syncer in 0..plan.syncers {
-                let random = SplitMix64(!plan.seed ^ u64::from(syncer));
-                let body = {
-                    let shared = &shared;
-                    move || shared.sync(random)
-                };
-                let helper = Builder::new().name("chaos-sync".into());
-                helpers.push(
-                    helper
-                        .spawn_scoped(scope, body)
-                        .map_err(ChaosError::Spawn)?,
-                );
+            let devices = (0..plan.devices).map(Helper::Device);
+            let syncers = (0..plan.syncers).map(|_| Helper::Syncer);
+            let reapers = (0..plan.reapers).map(|_| Helper::Reaper);
+            for (place, helper) in devices.chain(syncers).chain(reapers).enumerate() {
+                let random = SplitMix64(plan.seed ^ place as u64);
+                let thread = Builder::new().name(format!("chaos-helper-{place}"));
+                let shared = &shared;
+                let thread = thread.spawn_scoped(scope, move || shared.help(helper, random));
+                helpers.push(thread.map_err(ChaosError::Spawn)?);
             }
             let played = plan
                 .rounds

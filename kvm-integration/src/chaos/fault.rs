@@ -32,6 +32,8 @@ pub enum Fault {
     DeviceWrite,
     /// A sync beside others.
     ConcurrentSync,
+    /// A pass over all rings beside whatever else was going on.
+    ConcurrentPass,
     /// A vCPU left the guest for a full ring.
     FullExit,
     /// A full exit whose pass ended between harvest and reset, as by a panic.
@@ -62,7 +64,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::SignalsAtVcpus,
         Self::SignalsAtReaper,
         Self::SignalsAtOthers,
@@ -76,6 +78,7 @@ impl Fault {
         Self::VcpuDropped,
         Self::DeviceWrite,
         Self::ConcurrentSync,
+        Self::ConcurrentPass,
         Self::FullExit,
         Self::PassAbandoned,
         Self::ReaperStopped,
@@ -107,6 +110,7 @@ impl Fault {
             Self::VcpuDropped => "vcpus_dropped",
             Self::DeviceWrite => "device_writes",
             Self::ConcurrentSync => "concurrent_syncs",
+            Self::ConcurrentPass => "concurrent_passes",
             Self::FullExit => "full_exits",
             Self::PassAbandoned => "passes_abandoned",
             Self::ReaperStopped => "reapers_stopped",

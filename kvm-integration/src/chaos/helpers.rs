@@ -19,6 +19,17 @@ use crate::storm::this_thread;
 /// Pages that a device writes at once, at the most.
 const MOST_AT_ONCE: u64 = 40;
 
+/// What such a thread does.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Helper {
+    /// Writes, as the device of this number.
+    Device(u32),
+    /// Syncs, and copies.
+    Syncer,
+    /// Empties the rings.
+    Reaper,
+}
+
 /// What they share with the conductor.
 pub(super) struct Shared<'a> {
     pub(super) log: &'a DirtyLog,
@@ -31,6 +42,17 @@ pub(super) struct Shared<'a> {
 }
 
 impl Shared<'_> {
+    /// Does it until it is over.
+    pub(super) fn help(&self, helper: Helper, random: SplitMix64) -> Result<(), ChaosError> {
+        self.enrol();
+        match helper {
+            Helper::Device(device) => self.write(device, random)?,
+            Helper::Syncer => self.sync(random)?,
+            Helper::Reaper => self.reap(random),
+        }
+        Ok(())
+    }
+
     fn enrol(&self) {
         let mut tids = self.tids.lock().unwrap_or_else(PoisonError::into_inner);
         tids.push(this_thread());
@@ -42,8 +64,7 @@ impl Shared<'_> {
     }
 
     /// Syncs and copies until it is over.
-    pub(super) fn sync(&self, mut random: SplitMix64) -> Result<(), ChaosError> {
-        self.enrol();
+    fn sync(&self, mut random: SplitMix64) -> Result<(), ChaosError> {
         let mut copier = Copier::new(self.log, self.ledger);
         while !self.is_over() {
             copier.round()?;
@@ -53,9 +74,18 @@ impl Shared<'_> {
         Ok(())
     }
 
+    /// Empties the rings until it is over, as often as a careless VMM would.
+    fn reap(&self, mut random: SplitMix64) {
+        while !self.is_over() {
+            // Should its reset be one that is made to fail, the pages come with a later one.
+            let _ = self.log.reap();
+            self.counts.add(Fault::ConcurrentPass);
+            nap(random.below(4) * random.below(300));
+        }
+    }
+
     /// Writes pages and marks them, as device number `device`, until it is over.
-    pub(super) fn write(&self, device: u32, mut random: SplitMix64) -> Result<(), ChaosError> {
-        self.enrol();
+    fn write(&self, device: u32, mut random: SplitMix64) -> Result<(), ChaosError> {
         let lane = stamp_offset(MAX_VCPUS + device);
         let mut stamp = 0;
         while !self.is_over() {

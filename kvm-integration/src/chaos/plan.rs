@@ -34,6 +34,7 @@ pub(super) struct Plan {
     pub(super) abandons: u64,
     pub(super) devices: u32,
     pub(super) syncers: u32,
+    pub(super) reapers: u32,
     pub(super) policy: Option<PolicyPlan>,
     /// Each ends with a comparison.
     pub(super) rounds: Vec<Round>,
@@ -158,7 +159,7 @@ impl Plan {
             .map(|_| VcpuPlan::draw(random, &goes, careless))
             .collect();
         let acts = |random: &mut SplitMix64| -> Vec<(Act, u64)> {
-            (0..3 + random.below(10))
+            (0..1 + random.below(8))
                 .map(|_| (Act::draw(random, &goes, faulty), nap(random, is_sim)))
                 .collect()
         };
@@ -181,8 +182,9 @@ impl Plan {
             abandons: [0, 0, 5, 40][random.below(4) as usize],
             devices: random.below(3) as u32,
             syncers: random.below(3) as u32,
+            reapers: random.below(2) as u32,
             policy: (!chance(random, 5)).then(|| PolicyPlan::draw(random)),
-            rounds: (0..2 + random.below(3))
+            rounds: (0..3 + random.below(4))
                 .map(|_| Round {
                     acts: acts(random),
                     alone: chance(random, 2),
