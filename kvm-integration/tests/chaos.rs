@@ -30,7 +30,7 @@ fn json(args: &str) -> Value {
     assert_eq!(ran.status, Some(0), "{args}: {}{}", ran.stderr, ran.stdout);
     assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
     let object: Value = serde_json::from_str(&ran.stdout).expect("the line is JSON");
-    for key in ["missed_pages", "stray_pages"] {
+    for key in ["missed_pages", "stray_pages", "strange_entries"] {
         assert_eq!(object[key], 0, "{args}: {object}");
     }
     assert_eq!(object["failed_episodes"], Value::Array(Vec::new()));

@@ -8,7 +8,7 @@ use std::thread::{self, Builder, ScopedJoinHandle};
 
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::sim::ResetFault;
-use kvm_dirty_ring::{DirtyLog, Reaper, SlotId};
+use kvm_dirty_ring::{DirtyLog, Reaper, SlotId, Stats};
 
 use super::copier::{Copier, retry};
 use super::error::ChaosError;
@@ -47,6 +47,8 @@ pub(super) struct Conductor<'a> {
     reaper: Option<Reaper>,
     /// With how many acts to go.
     storm: Option<(StormKind, u64, Storm)>,
+    /// Entries garbled so far, at the most.
+    garbled: u64,
     episode: Episode,
 }
 
@@ -102,6 +104,7 @@ impl<'a> Conductor<'a> {
             goes: Vec::new(),
             reaper: None,
             storm: None,
+            garbled: 0,
             episode: Episode::default(),
         };
         conductor.begin()?;
@@ -171,6 +174,9 @@ impl<'a> Conductor<'a> {
         }
         let stats = self.log.stats();
         self.episode.entries = stats.entries;
+        if stats.overruns + self.garbled == 0 {
+            self.episode.strange_entries = strange_entries(&stats);
+        }
         let counted = [
             (Fault::FullExit, stats.full_exits()),
             (Fault::RingOverrun, stats.overruns),
@@ -252,6 +258,7 @@ impl<'a> Conductor<'a> {
                 let which = pick as usize % self.vcpus.len();
                 self.vcpus[which].vcpu.garble_next(pick >> 32);
                 self.counts.add(Fault::GarbledEntry);
+                self.garbled += 1;
             }
         }
         Ok(())
@@ -273,9 +280,13 @@ impl<'a> Conductor<'a> {
         let instance = Arc::new(Instance::new(id, pages)?);
         self.ledger.born(&instance);
         self.log.add_slot(id, pages)?;
-        self.world.add_slot(&instance)?;
         if is_reused && pages % 2 == 0 {
+            self.world.write_in_resets(false);
+            self.world.add_slot(&instance)?;
             self.look_for_strays(&instance)?;
+            self.world.write_in_resets(true);
+        } else {
+            self.world.add_slot(&instance)?;
         }
         Ok(instance)
     }
@@ -304,9 +315,8 @@ impl<'a> Conductor<'a> {
     fn look_for_strays(&mut self, slot: &Instance) -> Result<(), ChaosError> {
         self.copier.round()?;
         let stats = self.log.stats();
-        let is_suspicious = stats.short_resets + stats.overruns + stats.unknown_slot_entries > 0
-            || stats.out_of_range_entries > 0;
-        if !is_suspicious {
+        let causes = [stats.short_resets, stats.overruns, strange_entries(&stats)];
+        if causes == [0; 3] {
             let strays: Vec<u64> = self.copier.reported(slot.id).collect();
             self.episode.stray_pages += strays.len() as u64;
             self.find(slot, &strays, "reported of a slot that is new");
@@ -319,6 +329,7 @@ impl<'a> Conductor<'a> {
             return Ok(());
         };
         let writers = |_: usize, plan: &VcpuPlan| plan.goes == Some(slot);
+        self.world.write_in_resets(false);
         if !live {
             self.pause(writers)?;
         }
@@ -360,6 +371,7 @@ impl<'a> Conductor<'a> {
         retry(|| self.log.finish_slot(&retired))?;
         self.ledger.died(&instance);
         self.counts.add(Fault::SlotFinished);
+        self.world.write_in_resets(true);
         Ok(())
     }
 
@@ -588,6 +600,11 @@ impl<'a> Conductor<'a> {
         }
         Storm::at(tids)
     }
+}
+
+/// Entries that named no page of any slot.
+fn strange_entries(stats: &Stats) -> u64 {
+    stats.unknown_slot_entries + stats.out_of_range_entries
 }
 
 /// Stops a reaper, which may have to say that a policy of ours or a reset failed.

@@ -141,8 +141,18 @@ pub struct Episode {
     pub missed_pages: u64,
     /// Pages that were reported of a slot that nobody had written yet: entries of another one.
     pub stray_pages: u64,
-    /// The first page of either kind.
+    /// Entries that named no page of any slot, although none was garbled or overrun: passes that did
+    /// not know the slots as they were.
+    pub strange_entries: u64,
+    /// The first missed or stray page.
     pub first: Option<Finding>,
+}
+
+impl Episode {
+    /// Whether there is nothing to complain of.
+    pub fn is_well(&self) -> bool {
+        [self.missed_pages, self.stray_pages, self.strange_entries] == [0; 3]
+    }
 }
 
 /// Something that is not as it should be.

@@ -52,7 +52,8 @@ type Slots = RwLock<BTreeMap<SlotId, Arc<Instance>>>;
 struct InReset {
     on: bool,
     vcpus: Vec<(u32, SimVcpu)>,
-    slot: Option<Arc<Instance>>,
+    /// The one that stays, and the last one that came.
+    slots: Vec<Arc<Instance>>,
     stores: u64,
     random: SplitMix64,
     counts: Arc<Counts>,
@@ -73,7 +74,7 @@ impl SimWorld {
         let resets = Arc::new(Mutex::new(InReset {
             on: false,
             vcpus: Vec::new(),
-            slot: None,
+            slots: Vec::new(),
             stores: 0,
             random: SplitMix64(plan.seed),
             counts: Arc::clone(counts),
@@ -100,16 +101,14 @@ impl InReset {
         self
     }
 
-    /// Writes a few pages of a slot that stays.
+    /// Writes a few pages.
     fn write(&mut self) {
-        let (Some(slot), false) = (&self.slot, self.vcpus.is_empty()) else {
-            return;
-        };
-        if !self.on {
+        if !self.on || self.vcpus.is_empty() || self.slots.is_empty() {
             return;
         }
         for _ in 0..self.random.below(4) {
             let (_, vcpu) = &self.vcpus[self.random.below(self.vcpus.len() as u64) as usize];
+            let slot = &self.slots[self.random.below(self.slots.len() as u64) as usize];
             let page = self.random.below(slot.pages());
             self.stores += 1;
             let offset = page * PAGE_SIZE + stamp_offset(RESET_LANE);
@@ -131,8 +130,9 @@ impl World for SimWorld {
         self.vm.create_slot(slot.id, slot.pages());
         let mut memory = self.memory.write().unwrap_or_else(PoisonError::into_inner);
         memory.insert(slot.id, Arc::clone(slot));
-        // The first one stays.
-        lock(&self.resets).slot.get_or_insert(Arc::clone(slot));
+        let slots = &mut lock(&self.resets).slots;
+        slots.truncate(1);
+        slots.push(Arc::clone(slot));
         Ok(())
     }
 
@@ -140,6 +140,7 @@ impl World for SimWorld {
         self.vm.delete_slot(id);
         let mut memory = self.memory.write().unwrap_or_else(PoisonError::into_inner);
         memory.remove(&id);
+        lock(&self.resets).slots.retain(|slot| slot.id != id);
         Ok(())
     }
 
@@ -190,7 +191,12 @@ impl World for SimWorld {
     }
 
     fn write_in_resets(&self, on: bool) {
-        lock(&self.resets).on = on;
+        let mut resets = lock(&self.resets);
+        resets.on = on;
+        if !on {
+            // These stays in the guest end as any other does.
+            resets.vcpus.iter().for_each(|(_, vcpu)| vcpu.exit());
+        }
     }
 }
 

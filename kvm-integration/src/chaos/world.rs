@@ -25,7 +25,7 @@ pub(super) trait World {
     /// Gives it a slot, all pages protected. The log knows it already.
     fn add_slot(&self, slot: &Arc<Instance>) -> Result<(), MachineError>;
 
-    /// Takes a slot away. No vCPU that stores to it may run.
+    /// Takes a slot away. No vCPU that stores to it may run, nor may resets be written in.
     fn remove_slot(&self, id: SlotId) -> Result<(), MachineError>;
 
     /// Protects all pages of a slot anew. No vCPU may run.

@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 /// full rings, overrun rings, reapers that stop and policies that fail. Meanwhile a copy is made of
 /// what syncs report and of nothing else; with the vCPUs stopped it must be equal to the original. What
 /// happens in an episode is a function of the seed and the episode's number. Exit status: 0 if it
-/// was equal each time, 1 if not, 2 if it could not be tried, 130 if interrupted.
+/// was equal each time and no entry was taken for another slot's, 1 if not, 2 if it could not be tried, 130 if interrupted.
 #[derive(Debug, Clone, Parser)]
 #[command(version)]
 pub struct Options {

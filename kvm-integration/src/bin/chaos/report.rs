@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use kvm_integration::Host;
-use kvm_integration::chaos::{Chaos, Episode, Fault};
+use kvm_integration::chaos::{Chaos, Episode, Fault, Finding};
 use serde::Serialize;
 
 /// All there is to say, with the names of the JSON object.
@@ -27,6 +27,7 @@ pub struct Report {
     /// Pages that were written and not reported.
     pub missed_pages: u64,
     stray_pages: u64,
+    strange_entries: u64,
     failed_episodes: Vec<u64>,
 }
 
@@ -47,6 +48,7 @@ impl Report {
             not_applicable: Vec::new(),
             missed_pages: 0,
             stray_pages: 0,
+            strange_entries: 0,
             failed_episodes: Vec::new(),
         }
     }
@@ -62,11 +64,18 @@ impl Report {
         self.comparisons += episode.comparisons;
         self.missed_pages += episode.missed_pages;
         self.stray_pages += episode.stray_pages;
-        let first = episode.first?;
+        self.strange_entries += episode.strange_entries;
+        if episode.is_well() {
+            return None;
+        }
         self.failed_episodes.push(number);
+        let first = episode.first.map_or(String::new(), |first| {
+            let Finding { slot, page, when } = first;
+            format!("; the first is page {page} of slot {slot}, {when}")
+        });
         Some(format!(
-            "episode {number}: {} pages missed, {} stray; the first is page {} of slot {}, {}",
-            episode.missed_pages, episode.stray_pages, first.page, first.slot, first.when
+            "episode {number}: {} pages missed, {} stray{first}; {} strange entries",
+            episode.missed_pages, episode.stray_pages, episode.strange_entries
         ))
     }
 
@@ -120,6 +129,7 @@ impl Report {
             ("episodes", self.episodes),
             ("comparisons", self.comparisons),
             ("entries", self.entries),
+            ("strange entries", self.strange_entries),
             ("stray pages", self.stray_pages),
             ("missed pages", self.missed_pages),
         ] {
