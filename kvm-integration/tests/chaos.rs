@@ -58,8 +58,8 @@ fn is_sound(object: &Value, backend: &str, wanted: u64) {
 }
 
 fn no_page_is_missed_on_the_simulated_kernel() {
-    let object = json("--backend sim --seed 3 --episodes 25");
-    is_sound(&object, "sim", 25);
+    let object = json("--backend sim --seed 3 --episodes 100");
+    is_sound(&object, "sim", 100);
     assert_eq!(object["seed"], 3);
 }
 
