@@ -203,7 +203,8 @@ impl VcpuPlan {
         };
         let kind = match random.below(6) {
             0 if careless => Kind::Careless,
-            0..3 => Kind::Emulated,
+            // Few: on kvm_pvm a change of slots waits for those that run, seconds if the CPUs are busy.
+            0..2 => Kind::Emulated,
             _ => Kind::Native,
         };
         let whole = chance(random, 2);
