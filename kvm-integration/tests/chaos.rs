@@ -64,7 +64,7 @@ fn no_page_is_missed_on_the_simulated_kernel() {
 }
 
 fn kvm_no_page_is_missed() {
-    is_sound(&json("--backend kvm --seed 3 --episodes 25"), "kvm", 25);
+    is_sound(&json("--backend kvm --seed 3 --episodes 15"), "kvm", 15);
 }
 
 fn an_episode_can_be_had_again() {
