@@ -38,12 +38,12 @@
 //! ```
 
 pub mod bystanders;
+pub mod chaos;
 #[cfg(target_arch = "x86_64")]
 mod cores;
 #[cfg(target_arch = "x86_64")]
 mod cpu_time;
 pub mod guestperf;
-pub mod chaos;
 pub mod host;
 pub mod interrupt;
 pub mod lab;

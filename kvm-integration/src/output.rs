@@ -81,6 +81,14 @@ pub fn say(text: &str) -> Result<(), Unwritten> {
     writeln!(io::stdout(), "{text}").map_err(Unwritten::to("stdout"))
 }
 
+/// The same to stderr: for people, where stdout is for programs.
+///
+/// # Errors
+/// It could not be written.
+pub fn say_aside(text: &str) -> Result<(), Unwritten> {
+    writeln!(io::stderr(), "{text}").map_err(Unwritten::to("stderr"))
+}
+
 /// The exit status of a program that came to this end, which is said if it is not a good one: 2 if
 /// it failed, 130 if it was interrupted.
 pub fn exit_status(result: Result<ExitCode, Box<dyn Error>>, interrupted: &AtomicBool) -> ExitCode {

@@ -9,14 +9,14 @@ mod progress;
 mod report;
 
 use std::error::Error;
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use kvm_integration::chaos::{Chaos, ChaosError};
-use kvm_integration::interrupt::{INTERRUPTED, watch_signals};
+use kvm_integration::interrupt::watch_signals;
+use kvm_integration::output::{exit_status, fail, say, say_aside};
 use kvm_integration::watchdog::Watchdog;
 
 use options::Options;
@@ -35,27 +35,8 @@ fn main() -> ExitCode {
         Ok(interrupted) => interrupted,
         Err(error) => return fail(&error),
     };
-    match run(&options, &interrupted) {
-        Ok(_) if interrupted.load(Ordering::Relaxed) => {
-            eprintln!("interrupted");
-            ExitCode::from(INTERRUPTED)
-        }
-        Ok(report) => ExitCode::from(u8::from(!report.is_well())),
-        Err(error) => fail(&*error),
-    }
+    exit_status(run(&options, &interrupted), &interrupted)
 }
-
-fn fail(error: &dyn Error) -> ExitCode {
-    let causes = std::iter::successors(error.source(), |&cause| cause.source());
-    let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-    eprintln!("error: {text}");
-    ExitCode::from(2)
-}
-
-/// Nobody may take silence for success.
-#[derive(Debug, thiserror::Error)]
-#[error("the result could not be written: see where the output goes")]
-struct Unwritten(#[source] io::Error);
 
 /// An episode could not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -66,14 +47,11 @@ struct Unended {
     source: ChaosError,
 }
 
-fn run(options: &Options, interrupted: &AtomicBool) -> Result<Report, Box<dyn Error>> {
+fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn Error>> {
     let (backend, why) = backend::choose(options.backend)?;
     // With --json nothing but the object is for stdout.
-    let say = |text: &str| match options.json {
-        true => writeln!(io::stderr(), "{text}").map_err(Unwritten),
-        false => writeln!(io::stdout(), "{text}").map_err(Unwritten),
-    };
-    say(&why)?;
+    let tell = if options.json { say_aside } else { say };
+    tell(&why)?;
     let chaos = Chaos::new(backend, options.seed);
     let mut report = Report::new(&chaos, options.seed);
     let watchdog = Watchdog::start()?;
@@ -101,9 +79,12 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Report, Box<dyn Er
     }
     drop(bar);
     report.end(&chaos, start.elapsed());
-    say(&report.table())?;
+    tell(&report.table())?;
     if options.json {
-        writeln!(io::stdout(), "{}", report.json()?).map_err(Unwritten)?;
+        say(&report.json()?)?;
     }
-    Ok(report)
+    if interrupted.load(Ordering::Relaxed) {
+        return Err("interrupted".into());
+    }
+    Ok(ExitCode::from(u8::from(!report.is_well())))
 }

@@ -10,7 +10,6 @@ mod progress;
 mod report;
 
 use std::error::Error;
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -18,7 +17,7 @@ use std::time::Duration;
 use clap::Parser;
 use kvm_integration::interrupt::watch_signals;
 use kvm_integration::migration::{Destination, Limits, Outcome, Rings, migrate};
-use kvm_integration::output::{self, Unwritten, exit_status, fail, say};
+use kvm_integration::output::{exit_status, fail, say, say_aside};
 
 use options::Options;
 use progress::Bars;
@@ -44,11 +43,8 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
     options.check_memory()?;
     let (backend, why) = backend::choose(options.backend)?;
     // With --json nothing but the object is for stdout.
-    let say = |text: &str| match options.json {
-        true => writeln!(io::stderr(), "{text}").map_err(Unwritten::to("stderr")),
-        false => say(text),
-    };
-    say(&why)?;
+    let tell = if options.json { say_aside } else { say };
+    tell(&why)?;
     let setup = options.setup();
     let mut machine = backend.start(&setup)?;
     let limits = Limits {
@@ -72,9 +68,9 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
     drop(machine);
 
     let report = Report::new(options, backend.name(), &outcome, &log.stats());
-    say(&report.table(&outcome))?;
+    tell(&report.table(&outcome))?;
     if options.json {
-        output::say(&report.json()?)?;
+        say(&report.json()?)?;
     }
     Ok(outcome)
 }
