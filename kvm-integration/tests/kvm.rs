@@ -23,6 +23,7 @@ mod kvm {
     mod raw;
     mod refusals;
     mod rings;
+    mod seccomp;
     mod signals;
     mod slots;
     mod suspicion;
@@ -42,6 +43,7 @@ mod kvm {
                 suspicion::tests(),
                 overrun::tests(),
                 process::tests(),
+                seccomp::tests(),
             ]
             .concat(),
         )
