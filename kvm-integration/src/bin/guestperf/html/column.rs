@@ -130,8 +130,8 @@ pub const SPENT: [Column; 8] = [
 pub const DROP: Column = Column {
     name: "drop",
     unit: "s",
-    what: "the time of the migration in which a GB took more than twice the median of the quiet \
-           phase before; the guest's being stopped in the end is not part of it",
+    what: "the time of the migration in which a vCPU took, on average, more than twice as long for \
+           a GB as in the quiet phase before; the guest's being stopped in the end is not part of it",
     of: |figures| figures.drop_seconds,
     best: Some(Among::All),
 };
@@ -140,7 +140,8 @@ pub const DROP: Column = Column {
 pub const WORST: Column = Column {
     name: "worst",
     unit: "ms/GB",
-    what: "the longest that any vCPU took for one GB during the migration",
+    what: "the longest that any vCPU took for one GB during the migration; of one that did not get \
+           through a GB, what it would have taken at its pace",
     of: |figures| figures.worst_ms_per_gb,
     best: Some(Among::All),
 };
