@@ -180,6 +180,14 @@ pub enum SlotError {
         /// How many there are.
         slot_pages: u64,
     },
+    /// The VMM could not have the slot's pages protected anew.
+    #[error("slot {slot} could not be protected anew, its pages stay suspect")]
+    Protect {
+        /// The slot.
+        slot: SlotId,
+        /// What it said.
+        source: io::Error,
+    },
     /// No memory for the slot's bits.
     #[error("no memory to track the {pages} pages of slot {slot}")]
     NoMemory {

@@ -46,7 +46,7 @@
 //!   page written since the one before, whatever other passes were under way.
 //! - **Nothing is dropped.** Entries that make no sense, resets that fail or stop half-way, rings
 //!   that the kernel overran: each is counted in [`Stats`], and every page that may be concerned
-//!   is reported, by every sync, until the VMM has [re-armed](DirtyLog::rearmed) it.
+//!   is reported, by every sync, until the VMM has [re-armed](DirtyLog::rearm) it.
 //!
 //! # What the VMM must do
 //!

@@ -1,6 +1,7 @@
 //! The front door: one `DirtyLog` a virtual machine.
 
 use core::fmt;
+use std::io;
 use std::time::Instant;
 
 use crate::alarm::Alarm;
@@ -201,7 +202,8 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Tells the log that every page of the slot was protected again: that, with the vCPUs
+    /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
+    /// for all slots that need it: that, with the vCPUs
     /// stopped, the VMM has set the slot's memory region without `KVM_MEM_LOG_DIRTY_PAGES` and
     /// then with it. Pages under suspicion come with the next sync once more and are then clean.
     ///
@@ -224,6 +226,36 @@ impl DirtyLog {
         Ok(())
     }
 
+    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending by
+    /// id, and is to have all pages of the slot protected again: it sets the slot's memory region
+    /// without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN` meanwhile: what
+    /// it wrote in between would not be logged. The pages come with the next sync once more and are
+    /// then clean. Returns how many slots there were; `protect` is not called for those whose
+    /// [removal](Self::retire_slot) has begun.
+    ///
+    /// It pays as soon as a sync has reported suspects (see [`Stats::suspect_pages`]), since all of
+    /// them have to be copied each time.
+    ///
+    /// # Errors
+    /// [`SlotError::Protect`] with what `protect` said, or there is no memory. That slot's pages, and
+    /// those of slots after it, stay suspect.
+    pub fn rearm(
+        &self,
+        mut protect: impl FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<usize, SlotError> {
+        let layout = self.inner.harvester.layout();
+        let mut rearmed = 0;
+        for slot in layout.slots.staying() {
+            if slot.suspects() > 0 {
+                let slot = slot.id();
+                protect(slot).map_err(|source| SlotError::Protect { slot, source })?;
+                self.rearmed(slot)?;
+                rearmed += 1;
+            }
+        }
+        Ok(rearmed)
+    }
+
     /// Empties every ring once, as the reaper does: harvest, reset, publish. Returns how many
     /// entries there were.
     ///
@@ -241,7 +273,7 @@ impl DirtyLog {
     /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
     /// that were written, whatever other passes were under way.
     ///
-    /// Pages under suspicion (see [`Stats::short_resets`]) are reported each time.
+    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time.
     ///
     /// # Errors
     /// A reset failed, or there is no memory. `dirty` is empty then, and the pages come with the

@@ -77,6 +77,15 @@ impl Slot {
         self.all_suspect.store(true, Ordering::Release);
     }
 
+    /// How many pages are under suspicion.
+    pub(crate) fn suspects(&self) -> u64 {
+        // Acquire: pairs with the release store in `suspect_all`.
+        match self.all_suspect.load(Ordering::Acquire) {
+            true => self.pages,
+            false => self.suspect.count(),
+        }
+    }
+
     /// Adds the pages under suspicion to `into`.
     pub(crate) fn copy_suspects_into(&self, into: &mut PageBits) {
         // Acquire: pairs with the release store in `suspect_all`.
@@ -127,6 +136,13 @@ impl Table {
     pub(crate) fn slots(&self) -> impl Iterator<Item = &Arc<Slot>> {
         let tracked = self.spaces.iter().flatten().flatten();
         tracked.map(|tracked| &tracked.slot)
+    }
+
+    /// Those whose removal has not begun, ascending by id.
+    pub(crate) fn staying(&self) -> impl Iterator<Item = &Arc<Slot>> {
+        let tracked = self.spaces.iter().flatten().flatten();
+        let staying = tracked.filter(|tracked| !tracked.retired);
+        staying.map(|tracked| &tracked.slot)
     }
 
     /// Whether `slot` itself, not only its id, is tracked.

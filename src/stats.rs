@@ -3,7 +3,7 @@
 use crate::pass::Harvester;
 use crate::vcpu::Vcpu;
 
-/// Counts since the log was enabled. They go up only, and are read one by one: passes under way
+/// Counts since the log was enabled. They go up only, but for `suspect_pages`, and are read one by one: passes under way
 /// may show in one and not yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -26,6 +26,9 @@ pub struct Stats {
     pub out_of_range_entries: u64,
     /// Times that a ring was found overrun. Each makes every page suspect.
     pub overruns: u64,
+    /// Pages under suspicion now, which every sync reports: after what the counts from
+    /// `short_resets` on tell of, and until their slots are [re-armed](crate::DirtyLog::rearm).
+    pub suspect_pages: u64,
     /// The vCPUs, in the order in which they were attached.
     pub vcpus: Vec<VcpuStats>,
 }
@@ -63,6 +66,7 @@ impl Stats {
             unknown_slot_entries: counts.unknown_slot.get(),
             out_of_range_entries: counts.out_of_range.get(),
             overruns: counts.overruns.get(),
+            suspect_pages: layout.slots.slots().map(|slot| slot.suspects()).sum(),
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
         }
     }

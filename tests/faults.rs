@@ -4,10 +4,15 @@
 mod scenario;
 
 use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use kvm_dirty_ring::error::{AttachError, SlotError, SyncError};
+use kvm_dirty_ring::pacing::Fixed;
+use kvm_dirty_ring::ring::RingMemory;
 use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, Kernel};
+use kvm_dirty_ring::{DirtyLog, Kernel, Reaper};
 use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, ROM, run};
 
 #[test]
@@ -198,6 +203,56 @@ fn each_slot_is_rearmed_alone() {
 }
 
 #[test]
+fn rearming_asks_for_the_slots_that_need_it() {
+    let mut machine = Machine::new();
+    let (vm, log) = (machine.vm.clone(), machine.log.clone());
+    let protect = |slot| {
+        vm.rearm_slot(slot);
+        Ok(())
+    };
+    assert_eq!(log.rearm(|slot| panic!("{slot} needs none")).unwrap(), 0);
+    vm.inject([ResetFault::Short { after: 2 }]);
+    machine.write(10..13);
+    machine.sync();
+    assert_eq!(log.stats().suspect_pages, 3);
+    let mut asked = Vec::new();
+    let rearmed = log.rearm(|slot| {
+        asked.push(slot);
+        protect(slot)
+    });
+    assert_eq!((rearmed.unwrap(), asked), (1, vec![RAM]));
+    assert_eq!(log.stats().suspect_pages, 0);
+    assert_eq!(machine.sync(), [run(RAM, 10, 3)]);
+    machine.write([11]);
+    assert_eq!(machine.sync(), [run(RAM, 11, 1)]);
+
+    // One that fails ends it there; what was done is done.
+    machine.vcpu.garble_next(77, 0);
+    machine.write([5]);
+    machine.sync();
+    assert_eq!(log.stats().suspect_pages, ALL_RAM.pages + ALL_ROM.pages);
+    let refused = log.rearm(|slot| match slot {
+        RAM => protect(slot),
+        _ => Err(io::Error::from_raw_os_error(libc::EBADF)),
+    });
+    let Err(SlotError::Protect { slot, source }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!((slot, source.raw_os_error()), (ROM, Some(libc::EBADF)));
+    assert_eq!(log.stats().suspect_pages, ALL_ROM.pages);
+    assert_eq!(machine.sync(), [ALL_RAM, ALL_ROM]);
+    assert_eq!(machine.sync(), [ALL_ROM]);
+
+    // What is being removed may be gone in KVM.
+    let retired = log.retire_slot(ROM).unwrap();
+    assert_eq!(log.rearm(|slot| panic!("{slot} goes")).unwrap(), 0);
+    assert_eq!(log.stats().suspect_pages, ALL_ROM.pages);
+    vm.delete_slot(ROM);
+    log.finish_slot(&retired).unwrap();
+    assert_eq!(machine.sync(), []);
+}
+
+#[test]
 fn writes_inside_a_reset_are_reported() {
     for phase in [ResetPhase::Begin, ResetPhase::Recycled] {
         let mut machine = Machine::new();
@@ -255,4 +310,37 @@ fn a_reset_by_somebody_else_is_forgiven() {
     assert_eq!(machine.sync(), [run(RAM, 5, 1)]);
     assert_eq!(machine.sync(), []);
     assert_eq!(machine.log.stats().short_resets, 1);
+}
+
+/// Whoever may look at a ring keeps it mapped: the log, the vCPU's thread, the reaper.
+#[test]
+fn a_ring_is_unmapped_last() {
+    const ENTRIES: u32 = 64;
+    let mapped = Arc::new(());
+    let is_mapped = || Arc::strong_count(&mapped) > 1;
+    let attached = || {
+        let words: Box<[AtomicU64]> = (0..2 * ENTRIES).map(|_| AtomicU64::new(0)).collect();
+        let start = NonNull::from(&*words).cast();
+        let owner = Box::new((words, Arc::clone(&mapped)));
+        // SAFETY: the owner keeps the words, of which an entry has two; they are reached by nobody
+        // else, and any bytes are an entry.
+        let memory = unsafe { RingMemory::new(start, ENTRIES, owner) };
+        let log = DirtyLog::with_kernel(Box::new(SimVm::new(SimConfig::default())), ENTRIES);
+        let ring = log.attach_ring(memory).unwrap();
+        (log, ring)
+    };
+    let (log, ring) = attached();
+    drop(log);
+    assert_eq!((ring.occupancy(), is_mapped()), (0, true));
+    drop(ring);
+    assert!(!is_mapped());
+
+    let (log, ring) = attached();
+    drop(ring);
+    assert_eq!((log.reap().unwrap(), is_mapped()), (0, true));
+    let reaper = Reaper::spawn(&log, Fixed::default()).unwrap();
+    drop(log);
+    assert!(is_mapped());
+    reaper.stop().unwrap();
+    assert!(!is_mapped());
 }

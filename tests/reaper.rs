@@ -329,6 +329,49 @@ fn policies_may_go_with_a_bang() {
     }
 }
 
+/// A kernel of one's own that panics in the midst of a reset: before anything is recycled, or when
+/// entries are and their pages are not protected yet.
+#[test]
+fn a_panic_in_a_reset_ends_it_and_loses_nothing() {
+    for recycled in [false, true] {
+        let (vm, log, vcpu, mut ring) = machine();
+        let mut bang = true;
+        vm.on_reset(move |phase| {
+            if bang && matches!(phase, ResetPhase::Recycled) == recycled {
+                bang = false;
+                panic!("a kernel's panic, which the test is about");
+            }
+        });
+        let reaper = Reaper::spawn(&log, OFTEN).unwrap();
+        vcpu.write(RAM, 7).unwrap();
+        wait_until(|| !reaper.is_running());
+        let error = reaper.stop();
+        assert!(matches!(error, Err(ReaperError::Panicked)), "{error:?}");
+
+        vcpu.write(RAM, 8).unwrap();
+        ring.on_full().unwrap();
+        let mut dirty = DirtyPages::new();
+        log.sync(&mut dirty).unwrap();
+        assert!(dirty.contains(RAM, 7) && dirty.contains(RAM, 8));
+        let suspects = log.stats().suspect_pages;
+        assert_eq!(suspects > 0, recycled, "{suspects} pages");
+        let rearmed = log.rearm(|slot| {
+            vm.rearm_slot(slot);
+            Ok(())
+        });
+        assert_eq!(rearmed.unwrap(), usize::from(recycled));
+        log.sync(&mut dirty).unwrap();
+
+        // Another one does as if nothing had been.
+        let reaper = Reaper::spawn(&log, OFTEN).unwrap();
+        vcpu.write(RAM, 7).unwrap();
+        wait_until(|| vcpu.used() == 0);
+        reaper.stop().unwrap();
+        log.sync(&mut dirty).unwrap();
+        assert_eq!(dirty.page_count(), 1);
+    }
+}
+
 #[test]
 fn one_that_cannot_keep_up_says_so() {
     let (vm, log, vcpu, _ring) = machine();

@@ -3,9 +3,10 @@
 use std::env;
 use std::process::Command;
 
-use kvm_dirty_ring::error::{SlotError, SyncError};
+use kvm_dirty_ring::error::{ReaperError, SlotError, SyncError};
+use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::{SimConfig, SimVm};
-use kvm_dirty_ring::{DirtyPages, SlotId};
+use kvm_dirty_ring::{DirtyPages, Reaper, SlotId};
 
 const RAM: SlotId = SlotId::new(0, 5);
 const MOST_PAGES: u64 = (1 << 31) - 1;
@@ -147,6 +148,14 @@ fn short_of_memory() {
     log.sync(&mut dirty).unwrap();
     assert!(dirty.contains(RAM, pages - 1));
     log.add_slot(other, 10).unwrap();
+
+    // Less than a thread's stack.
+    let limit = limit_memory(1 << 20);
+    let refused = Reaper::spawn(&log, Fixed::default());
+    assert!(matches!(refused, Err(ReaperError::Spawn(_))), "{refused:?}");
+    set_limit(limit);
+    let reaper = Reaper::spawn(&log, Fixed::default()).unwrap();
+    reaper.stop().unwrap();
 }
 
 /// Allows the process `more` bytes than it has now. The limit before.

@@ -291,6 +291,16 @@ impl TinyVm {
             .set_region(id, slot, slot.memory.bytes(), log_flag(logged))
     }
 
+    /// Protects all pages of slot `id` anew, which is logged. No vCPU may run: what it wrote meanwhile
+    /// would not be logged.
+    ///
+    /// # Errors
+    /// There is no such slot, or KVM refuses.
+    pub fn protect(&self, id: u32) -> Result<(), VmError> {
+        self.set_logged(id, false)?;
+        self.set_logged(id, true)
+    }
+
     /// Which pages of slot `id` were written since the last call, a bit each: `KVM_GET_DIRTY_LOG`.
     /// They are protected again.
     ///

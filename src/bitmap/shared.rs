@@ -76,6 +76,20 @@ impl SharedBits {
         }
     }
 
+    /// How many bits are set.
+    pub(crate) fn count(&self) -> u64 {
+        let mut count = 0;
+        for (group, touched) in self.touched.iter().enumerate() {
+            // Acquire: pairs with the release in `merge`: who sees the flag sees the bits.
+            let flags = touched.load(Ordering::Acquire);
+            self.for_each_word(group, flags, |_, word| {
+                // Relaxed: a number is all that anybody makes of them.
+                count += u64::from(word.load(Ordering::Relaxed).count_ones());
+            });
+        }
+        count
+    }
+
     /// Visits the words of the blocks that are flagged in `flags`, those of group `group`.
     fn for_each_word(&self, group: usize, flags: u64, mut each: impl FnMut(usize, &AtomicU64)) {
         for block in ones(flags) {

@@ -54,8 +54,7 @@ impl World for KvmWorld {
     }
 
     fn rearm_slot(&self, id: SlotId) -> Result<(), MachineError> {
-        self.vm.set_logged(id.raw(), false)?;
-        Ok(self.vm.set_logged(id.raw(), true)?)
+        Ok(self.vm.protect(id.raw())?)
     }
 
     fn start_vcpu(&self, job: Job) -> Result<Box<dyn Vcpu>, MachineError> {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kvm_dirty_ring::{DirtyLog, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use super::{Guest, GuestSlot, Machine, MachineError, Setup};
@@ -15,6 +15,7 @@ use crate::vm::TinyVm;
 
 /// A guest on KVM, at privilege level 3: run natively everywhere.
 pub struct KvmMachine {
+    vm: TinyVm,
     log: DirtyLog,
     slots: Vec<GuestSlot>,
     threads: Vec<VcpuThread>,
@@ -47,6 +48,7 @@ impl KvmMachine {
             vcpus.push((vcpu, ring));
         }
         let mut this = Self {
+            vm,
             log,
             slots,
             threads: Vec::new(),
@@ -118,6 +120,10 @@ impl Guest for KvmMachine {
     fn resume(&mut self) {
         self.dormitory.calm();
         self.threads.iter().for_each(VcpuThread::resume);
+    }
+
+    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError> {
+        Ok(self.vm.protect(slot.raw())?)
     }
 }
 

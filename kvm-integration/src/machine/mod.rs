@@ -52,6 +52,12 @@ pub trait Guest {
 
     /// Lets paused vCPUs run again.
     fn resume(&mut self);
+
+    /// Protects all pages of a slot anew, those too that KVM takes for protected. The vCPUs are paused.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError>;
 }
 
 /// A guest with dirty rings.

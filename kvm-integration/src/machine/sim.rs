@@ -8,7 +8,7 @@ use std::thread::{Builder, JoinHandle};
 
 use kvm_dirty_ring::error::ResetError;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
 
 use super::{Guest, GuestSlot, Machine, MachineError, Setup};
 use crate::memory::PAGE_SIZE;
@@ -18,6 +18,7 @@ use crate::stamp::{stamp, stamp_offset};
 
 /// A guest on the simulated kernel.
 pub struct SimMachine {
+    vm: SimVm,
     log: DirtyLog,
     slots: Vec<GuestSlot>,
     threads: Vec<Thread>,
@@ -42,6 +43,7 @@ impl SimMachine {
         let vm = SimVm::new(config);
         let log = vm.dirty_log();
         let mut this = Self {
+            vm,
             log,
             slots: Vec::new(),
             threads: Vec::new(),
@@ -49,11 +51,11 @@ impl SimMachine {
         };
         for (id, region) in setup.regions() {
             this.log.add_slot(id, region.pages)?;
-            vm.create_slot(id, region.pages);
+            this.vm.create_slot(id, region.pages);
             this.slots.push(GuestSlot::new(id, region)?);
         }
         for index in 0..setup.vcpus {
-            let vcpu = vm.add_vcpu();
+            let vcpu = this.vm.add_vcpu();
             let ring = this.log.attach_ring(vcpu.ring_memory());
             let guest = Program {
                 index,
@@ -68,6 +70,12 @@ impl SimMachine {
             this.threads.push(Thread::spawn(guest)?);
         }
         Ok(this)
+    }
+
+    /// Lets the next resets go wrong.
+    #[cfg(test)]
+    pub(crate) fn inject(&self, faults: impl IntoIterator<Item = kvm_dirty_ring::sim::ResetFault>) {
+        self.vm.inject(faults);
     }
 
     fn tell(&self, want: Want) {
@@ -118,6 +126,11 @@ impl Guest for SimMachine {
     fn resume(&mut self) {
         self.dormitory.calm();
         self.tell(Want::Run);
+    }
+
+    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError> {
+        self.vm.rearm_slot(slot);
+        Ok(())
     }
 }
 

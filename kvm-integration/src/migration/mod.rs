@@ -8,6 +8,7 @@
 mod link;
 mod tracker;
 
+use std::io;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -100,6 +101,8 @@ pub struct Outcome {
     pub rounds: Vec<Round>,
     /// When the first sync began.
     pub start: Instant,
+    /// How often the guest was stopped to protect pages anew that might not have been protected.
+    pub rearms: u32,
     /// Whether what was left fitted into the downtime allowed, before the rounds ran out.
     pub converged: bool,
     /// From the wish to stop the vCPUs until all of them were out of the guest.
@@ -174,10 +177,12 @@ pub fn migrate(
     // No other round measures the link as well as this one.
     let allowed = pages_total as f64 * limits.downtime.as_secs_f64() / round.send.as_secs_f64();
     let mut rounds = vec![round];
+    let mut rearms = 0;
 
     let converged = loop {
         guest.check()?;
         let mut round = pending.sync(true)?;
+        rearms += u32::from(rearm(guest, pending.tracker)?);
         if round.pages as f64 <= allowed {
             break true;
         }
@@ -203,6 +208,7 @@ pub fn migrate(
     Ok(Outcome {
         rounds,
         start,
+        rearms,
         converged,
         stopping,
         downtime,
@@ -212,6 +218,21 @@ pub fn migrate(
         mismatched_pages,
         first_mismatch,
     })
+}
+
+/// If pages may be unprotected, stops the guest, has them protected anew, and lets it go on: they
+/// would be sent in each round. Whether it was so.
+fn rearm(
+    guest: &mut (impl Guest + ?Sized),
+    tracker: &mut dyn Tracker,
+) -> Result<bool, MigrationError> {
+    if !tracker.is_suspicious() {
+        return Ok(false);
+    }
+    guest.pause()?;
+    tracker.rearm(&mut |slot| guest.protect(slot).map_err(io::Error::other))?;
+    guest.resume();
+    Ok(true)
 }
 
 /// What is to be sent next.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kvm_dirty_ring::pacing::Fixed;
-use kvm_dirty_ring::sim::SimVm;
+use kvm_dirty_ring::sim::{ResetFault, SimVm};
 use kvm_dirty_ring::{DirtyLog, Reaper, RingEntries};
 
 use super::*;
@@ -80,6 +80,10 @@ impl Guest for Double {
     }
 
     fn resume(&mut self) {}
+
+    fn protect(&mut self, _slot: SlotId) -> Result<(), MachineError> {
+        Ok(())
+    }
 }
 
 fn run(machine: &mut dyn Machine, limits: &Limits) -> Outcome {
@@ -164,6 +168,20 @@ fn a_guest_that_outruns_the_link_ends_at_the_round_limit() {
 }
 
 #[test]
+fn pages_that_may_be_unprotected_are_protected_anew() {
+    let limits = Limits {
+        downtime: Duration::from_nanos(1),
+        ..LIMITS
+    };
+    let mut machine = busy();
+    machine.inject([ResetFault::Short { after: 1 }]);
+    let outcome = run(&mut machine, &limits);
+    let stats = machine.log().stats();
+    assert_eq!((outcome.rearms, outcome.mismatched_pages), (1, 0));
+    assert_eq!((stats.short_resets, stats.suspect_pages), (1, 0));
+}
+
+#[test]
 fn one_round_is_enough_for_the_impatient() {
     for max_rounds in [0, 1] {
         let limits = Limits {
@@ -202,7 +220,6 @@ fn an_interruption_ends_even_a_slow_link() {
 
 #[test]
 fn a_reset_that_fails_ends_the_migration() {
-    use kvm_dirty_ring::sim::ResetFault;
     let machine = Double::new(&[], true);
     let vm = SimVm::new(Default::default());
     let id = SlotId::new(0, 1);

@@ -1,8 +1,10 @@
 //! Who knows what a guest has written.
 
-use kvm_dirty_ring::error::{ReaperError, SyncError};
+use std::io;
+
+use kvm_dirty_ring::error::{ReaperError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Pacing;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId};
 
 use crate::page_set::PageSet;
 
@@ -14,6 +16,25 @@ pub trait Tracker {
     /// # Errors
     /// Pages may have been lost to this call, but not to a later one that succeeds.
     fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError>;
+
+    /// Whether some pages may be unprotected, and so come with every sync until they are
+    /// [re-armed](Self::rearm).
+    fn is_suspicious(&self) -> bool {
+        false
+    }
+
+    /// Calls `protect` for each slot that has such pages; it protects all pages of the slot anew. The
+    /// vCPUs stand still.
+    ///
+    /// # Errors
+    /// One could not be.
+    fn rearm(
+        &mut self,
+        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<(), TrackerError> {
+        let _ = protect;
+        Ok(())
+    }
 
     /// The vCPUs stand still, and one last sync will come: nothing needs to be emptied any more.
     ///
@@ -29,6 +50,9 @@ pub enum TrackerError {
     /// The log could not say what was written.
     #[error("the dirty pages could not be had")]
     Sync(#[from] SyncError),
+    /// Pages could not be protected anew.
+    #[error("pages that may be unprotected could not be protected anew")]
+    Rearm(#[from] SlotError),
     /// The reaper failed.
     #[error("the reaper failed")]
     Reaper(#[from] ReaperError),
@@ -74,6 +98,18 @@ impl Tracker for Rings {
     fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError> {
         self.log.sync(&mut self.found)?;
         dirty.add(&self.found);
+        Ok(())
+    }
+
+    fn is_suspicious(&self) -> bool {
+        self.log.stats().suspect_pages > 0
+    }
+
+    fn rearm(
+        &mut self,
+        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<(), TrackerError> {
+        self.log.rearm(protect)?;
         Ok(())
     }
 

@@ -68,8 +68,7 @@ fn rearming_ends_suspicion() -> Outcome {
     machine.round()?;
     let expected = [(1, PAGES[0] + PAGES[1], PAGES[1]), (2, PAGES[1], 0)];
     for (id, once_more, then) in expected {
-        machine.vm.set_logged(id, false)?;
-        machine.vm.set_logged(id, true)?;
+        machine.vm.protect(id)?;
         machine.log.rearmed(slot_id(id))?;
         assert_eq!(machine.round()?, once_more);
         assert_eq!(machine.round()?, then);

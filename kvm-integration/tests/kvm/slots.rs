@@ -130,8 +130,7 @@ fn toggling_the_log_keeps_pending_entries() -> Outcome {
     let vcpus = [machine.spawn(0, &load)?];
     for _ in 0..10 {
         assert!(vcpus[0].wait_paused());
-        machine.vm.set_logged(1, false)?;
-        machine.vm.set_logged(1, true)?;
+        machine.vm.protect(1)?;
         assert_eq!(machine.round()?, 500, "entries got lost");
         machine.compare()?;
         // That every page is protected shows in the next round, by its being dirty again.

@@ -34,6 +34,7 @@ pub struct Report {
     resets: u64,
     short_resets: u64,
     overruns: u64,
+    rearms: u32,
     entries_harvested: u64,
     guest_stores: u64,
     stopping_ms: f64,
@@ -79,6 +80,7 @@ impl Report {
             resets: stats.resets,
             short_resets: stats.short_resets,
             overruns: stats.overruns,
+            rearms: outcome.rearms,
             entries_harvested: stats.entries,
             guest_stores: outcome.stores,
             stopping_ms: ms(outcome.stopping),
@@ -183,6 +185,7 @@ impl Report {
         if self.short_resets + self.overruns > 0 {
             line("short resets", grouped(self.short_resets))?;
             line("overruns", grouped(self.overruns))?;
+            line("stops to re-arm", grouped(self.rearms.into()))?;
         }
         line("entries harvested", grouped(self.entries_harvested))?;
         let per_second = self.guest_stores as f64 / outcome.running().as_secs_f64();

@@ -158,4 +158,8 @@ impl Guest for StressedGuest {
     fn resume(&mut self) {
         self.threads.iter().for_each(VcpuThread::resume);
     }
+
+    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError> {
+        Ok(self.vm.protect(slot.raw())?)
+    }
 }

@@ -1,5 +1,6 @@
 //! How an arm tracks what the guest writes.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -95,6 +96,17 @@ impl ArmTracker {
 impl Tracker for ArmTracker {
     fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError> {
         self.tracker.sync(dirty)
+    }
+
+    fn is_suspicious(&self) -> bool {
+        self.tracker.is_suspicious()
+    }
+
+    fn rearm(
+        &mut self,
+        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<(), TrackerError> {
+        self.tracker.rearm(protect)
     }
 
     fn quiesce(&mut self) -> Result<(), TrackerError> {
