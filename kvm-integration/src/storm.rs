@@ -63,6 +63,13 @@ impl Storm {
         })
     }
 
+    /// Whether this process may be [stopped](Self::of_stops) without anybody being misled: a shell
+    /// would take a job of its own for suspended, and give its terminal to others.
+    pub fn can_stop() -> bool {
+        // SAFETY: both take nothing and cannot fail.
+        unsafe { libc::getpgrp() != libc::getpid() }
+    }
+
     /// Stops of this whole process, each soon followed by its continuation: nobody can block them.
     ///
     /// A process of their own sends them. It ends only after a continuation: when its file is gone,

@@ -27,6 +27,10 @@ use crate::workload::Region;
 /// The reaper's thread, by which it is found.
 const REAPER: &str = "chaos-reaper";
 
+/// A slot that the log is not told of.
+const UNTOLD: SlotId = SlotId::new(0, 100);
+const UNTOLD_PAGES: u64 = 8;
+
 /// Whoever does what the plan says.
 pub(super) struct Conductor<'a> {
     world: &'a dyn World,
@@ -44,6 +48,8 @@ pub(super) struct Conductor<'a> {
     made: u32,
     stays: Vec<Arc<Instance>>,
     goes: Vec<Going>,
+    /// The slot that the log is not told of.
+    untold: Option<Arc<Instance>>,
     reaper: Option<Reaper>,
     /// With how many acts to go.
     storm: Option<(StormKind, u64, Storm)>,
@@ -102,6 +108,7 @@ impl<'a> Conductor<'a> {
             made: 0,
             stays: Vec::new(),
             goes: Vec::new(),
+            untold: None,
             reaper: None,
             storm: None,
             garbled: 0,
@@ -146,6 +153,11 @@ impl<'a> Conductor<'a> {
             self.ledger.close().push(Arc::clone(&instance));
             self.stays.push(instance);
         }
+        if self.plan.untold {
+            let instance = Arc::new(Instance::new(UNTOLD, UNTOLD_PAGES)?);
+            self.world.add_slot(&instance)?;
+            self.untold = Some(instance);
+        }
         self.goes = self.plan.goes.iter().map(|_| Going::default()).collect();
         for (slot, plan) in self.plan.goes.iter().enumerate() {
             if let Some(pages) = plan.at_first {
@@ -174,8 +186,11 @@ impl<'a> Conductor<'a> {
         }
         let stats = self.log.stats();
         self.episode.entries = stats.entries;
-        if stats.overruns + self.garbled == 0 {
-            self.episode.strange_entries = strange_entries(&stats);
+        let strange_entries = strange_entries(&stats);
+        if self.garbled > 0 || self.untold.is_some() {
+            self.counts.add_many(Fault::EntryOfNoSlot, strange_entries);
+        } else if stats.overruns == 0 {
+            self.episode.strange_entries = strange_entries;
         }
         let counted = [
             (Fault::FullExit, stats.full_exits()),
@@ -252,12 +267,11 @@ impl<'a> Conductor<'a> {
                 }
             }
             Act::Rearm { pick } => self.rearm(pick)?,
-            Act::FailReset(number) => self.world.inject(ResetFault::Error(number)),
-            Act::ShortenReset { after } => self.world.inject(ResetFault::Short { after }),
+            Act::FailReset(number) => self.world.inject(ResetFault::Error(number))?,
+            Act::ShortenReset { after } => self.world.inject(ResetFault::Short { after })?,
             Act::Garble { pick } => {
                 let which = pick as usize % self.vcpus.len();
                 self.vcpus[which].vcpu.garble_next(pick >> 32);
-                self.counts.add(Fault::GarbledEntry);
                 self.garbled += 1;
             }
         }
@@ -497,7 +511,8 @@ impl<'a> Conductor<'a> {
                 if plan.whole { there.pages() } else { least },
             ))
         });
-        stays.chain(goes).collect()
+        let untold = self.untold.iter().map(|slot| region(slot, slot.pages()));
+        stays.chain(untold).chain(goes).collect()
     }
 
     fn drop_vcpu(&mut self, place: usize) -> Result<(), ChaosError> {

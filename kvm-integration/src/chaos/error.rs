@@ -35,6 +35,10 @@ pub enum ChaosError {
     /// A thread could not be started.
     #[error("a thread could not be started: too many of them?")]
     Spawn(#[source] std::io::Error),
+    /// A filter of system calls could not be installed.
+    #[cfg(target_arch = "x86_64")]
+    #[error("a filter of system calls could not be installed: no seccomp?")]
+    Filter(#[from] seccompiler::Error),
     /// A thread panicked, which has been on stderr already.
     #[error("a thread of the episode panicked")]
     Panicked,

@@ -56,9 +56,9 @@ pub enum Fault {
     ResetFailed,
     /// A reset fell short.
     ShortReset,
-    /// An entry named a page that was not the one written.
-    GarbledEntry,
-    /// The guest wrote in the midst of a reset.
+    /// An entry named a page of no slot that the log was told of.
+    EntryOfNoSlot,
+    /// The guest wrote in the midst of a reset. (On KVM it always does, and nobody can tell when.)
     WriteInReset,
 }
 
@@ -90,7 +90,7 @@ impl Fault {
         Self::RingOverrun,
         Self::ResetFailed,
         Self::ShortReset,
-        Self::GarbledEntry,
+        Self::EntryOfNoSlot,
         Self::WriteInReset,
     ];
 
@@ -122,7 +122,7 @@ impl Fault {
             Self::RingOverrun => "ring_overruns",
             Self::ResetFailed => "failed_resets",
             Self::ShortReset => "short_resets",
-            Self::GarbledEntry => "garbled_entries",
+            Self::EntryOfNoSlot => "entries_of_no_slot",
             Self::WriteInReset => "writes_in_resets",
         }
     }

@@ -1,20 +1,33 @@
 //! The tiny guest on KVM, tormented.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::error::{EnableError, RingSizeError};
+use kvm_dirty_ring::sim::ResetFault;
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
+use super::error::ChaosError;
 use super::fault::{Counts, Fault};
+use super::helpers::nap;
 use super::ledger::{Instance, gpa};
 use super::plan::Kind;
+use super::refusal::refuse_a_reset;
 use super::world::{CHUNK, Job, LONGEST_LIST, Vcpu, World};
 use crate::machine::MachineError;
 use crate::program::{Load, Mode};
+use crate::storm::Storm;
 use crate::thread::{Action, VcpuThread};
 use crate::vcpu::Exit;
 use crate::vm::TinyVm;
+
+/// How long this process is stopped over and over in the hope for a short reset.
+const LONGEST_STORM: Duration = Duration::from_millis(200);
+
+/// Full exits in a row whose reset fails, at the most: none of those that are refused does so again.
+const MOST_FAILURES: u32 = 1000;
 
 /// A machine on KVM.
 pub(super) struct KvmWorld {
@@ -36,6 +49,23 @@ impl KvmWorld {
         };
         Ok(Self { vm, log })
     }
+
+    /// Makes passes until the reset of one falls short, or enough.
+    fn shorten_a_reset(&self) {
+        if !Storm::can_stop() {
+            return;
+        }
+        let short_resets = || self.log.stats().short_resets;
+        let before = short_resets();
+        let storm = Storm::of_stops();
+        let start = Instant::now();
+        while short_resets() == before && start.elapsed() < LONGEST_STORM {
+            // It fails beside one that is refused.
+            let _ = self.log.reap();
+            nap(100);
+        }
+        drop(storm);
+    }
 }
 
 impl World for KvmWorld {
@@ -55,6 +85,15 @@ impl World for KvmWorld {
 
     fn rearm_slot(&self, id: SlotId) -> Result<(), MachineError> {
         Ok(self.vm.protect(id.raw())?)
+    }
+
+    fn inject(&self, fault: ResetFault) -> Result<(), ChaosError> {
+        match fault {
+            ResetFault::Error(number) => refuse_a_reset(&self.log, number)?,
+            ResetFault::Short { .. } => self.shorten_a_reset(),
+            _ => {}
+        }
+        Ok(())
     }
 
     fn start_vcpu(&self, job: Job) -> Result<Box<dyn Vcpu>, MachineError> {
@@ -79,15 +118,21 @@ fn handler(
     abandons: u64,
     counts: Arc<Counts>,
 ) -> impl FnMut(Exit) -> Action + Send + 'static {
-    let mut full_exits = 0;
+    let (mut full_exits, mut failures) = (0, 0);
     move |exit| {
         if exit == Exit::RingFull {
             full_exits += 1;
             if abandons > 0 && full_exits % abandons == 0 && ring.harvest_and_stop() > 0 {
                 counts.add(Fault::PassAbandoned);
             }
-            if let Err(error) = ring.on_full() {
-                return Action::Fail(Box::new(error));
+            match ring.on_full() {
+                Ok(()) => failures = 0,
+                // The next exit tries again, and comes at once.
+                Err(_) if failures < MOST_FAILURES => {
+                    failures += 1;
+                    thread::yield_now();
+                }
+                Err(error) => return Action::Fail(Box::new(error)),
             }
         }
         Action::Continue

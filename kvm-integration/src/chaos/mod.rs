@@ -23,6 +23,8 @@ mod kvm;
 mod ledger;
 mod plan;
 mod policies;
+#[cfg(target_arch = "x86_64")]
+mod refusal;
 mod sim;
 mod world;
 
@@ -35,6 +37,8 @@ pub use error::ChaosError;
 pub use fault::{Counts, Fault};
 use kvm_dirty_ring::SlotId;
 use plan::Plan;
+
+use crate::storm::Storm;
 
 /// Who runs the guests.
 #[derive(Debug)]
@@ -74,9 +78,8 @@ impl Backend {
     pub fn can(&self, fault: Fault) -> bool {
         match fault {
             Fault::RingOverrun => self.overruns(),
-            Fault::ResetFailed | Fault::ShortReset | Fault::GarbledEntry | Fault::WriteInReset => {
-                self.is_sim()
-            }
+            Fault::ShortReset => self.is_sim() || Storm::can_stop(),
+            Fault::WriteInReset => self.is_sim(),
             _ => true,
         }
     }
@@ -141,7 +144,7 @@ pub struct Episode {
     pub missed_pages: u64,
     /// Pages that were reported of a slot that nobody had written yet: entries of another one.
     pub stray_pages: u64,
-    /// Entries that named no page of any slot, although none was garbled or overrun: passes that did
+    /// Entries that named no page of any slot, although there was no cause for any: passes that did
     /// not know the slots as they were.
     pub strange_entries: u64,
     /// The first missed or stray page.

@@ -20,6 +20,8 @@ pub(super) struct Plan {
     /// Entries of the hardware's buffer; on the simulated kernel.
     pub(super) pml: usize,
     pub(super) writes_in_resets: bool,
+    /// Whether all vCPUs store to a slot too that the log is not told of; on KVM.
+    pub(super) untold: bool,
     pub(super) workload: Workload,
     pub(super) seed: u64,
     /// Pages of the slots that stay.
@@ -130,7 +132,7 @@ impl Plan {
         let random = &mut random;
         let is_sim = backend.is_sim();
         // Suspicion hides what is missed, so most episodes do without its causes.
-        let faulty = is_sim && chance(random, 4);
+        let faulty = chance(random, 4);
         let careless = backend.overruns() && chance(random, 5);
         let ring_entries = match is_sim {
             true => 16 << random.below(9),
@@ -174,6 +176,7 @@ impl Plan {
                 _ => 0,
             },
             writes_in_resets: chance(random, 2),
+            untold: faulty && !is_sim && chance(random, 2),
             workload: Workload::ALL[random.below(3) as usize],
             seed: random.next(),
             stays: (0..1 + random.below(2)).map(|_| pages(random)).collect(),

@@ -8,6 +8,7 @@ use std::thread::{self, Builder, JoinHandle};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
 
+use super::error::ChaosError;
 use super::fault::{Counts, Fault};
 use super::helpers::nap;
 use super::ledger::Instance;
@@ -186,8 +187,9 @@ impl World for SimWorld {
         }))
     }
 
-    fn inject(&self, fault: ResetFault) {
+    fn inject(&self, fault: ResetFault) -> Result<(), ChaosError> {
         self.vm.inject([fault]);
+        Ok(())
     }
 
     fn write_in_resets(&self, on: bool) {

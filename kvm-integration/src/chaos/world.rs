@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvm_dirty_ring::sim::ResetFault;
 use kvm_dirty_ring::{DirtyLog, SlotId};
 
+use super::error::ChaosError;
 use super::fault::Counts;
 use super::ledger::Instance;
 use super::plan::Kind;
@@ -35,9 +36,7 @@ pub(super) trait World {
     fn start_vcpu(&self, job: Job) -> Result<Box<dyn Vcpu>, MachineError>;
 
     /// Lets a reset go wrong, if that can be had.
-    fn inject(&self, fault: ResetFault) {
-        let _ = fault;
-    }
+    fn inject(&self, fault: ResetFault) -> Result<(), ChaosError>;
 
     /// Lets the guest write inside resets, or no longer: none does once this has returned.
     fn write_in_resets(&self, on: bool) {
