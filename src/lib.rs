@@ -79,6 +79,8 @@ mod alarm;
 mod bitmap;
 mod dirty_pages;
 pub mod error;
+#[cfg(not(all(test, feature = "loom")))]
+mod guest_map;
 mod kernel;
 #[cfg(not(all(test, feature = "loom")))]
 mod kvm;
@@ -98,8 +100,12 @@ mod stats;
 mod sync;
 mod targets;
 mod vcpu;
+#[cfg(all(feature = "vm-memory", not(all(test, feature = "loom"))))]
+pub mod vm_memory;
 
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
+#[cfg(not(all(test, feature = "loom")))]
+pub use guest_map::{GuestMap, GuestRegion};
 pub use kernel::Kernel;
 #[cfg(not(all(test, feature = "loom")))]
 pub use kvm::{HostSupport, RingEntries};
