@@ -55,7 +55,8 @@
 //! - Add each logged memslot before it is created; remove it in [two
 //!   steps](DirtyLog::retire_slot).
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
-//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it.
+//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it; or
+//!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
 //! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
 //!   page-modification logging hold pages back until a vCPU exits.
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
