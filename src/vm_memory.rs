@@ -33,7 +33,7 @@
 //! assert!(dirty.contains(SlotId::new(0, 1), 0));
 //! for run in dirty.runs() {
 //!     let slice = map.slice(&memory, run)?;
-//!     let mut bytes = vec![0; slice.len()];
+//!     let mut bytes = vec![0u8; slice.len()];
 //!     slice.copy_to(&mut bytes);
 //!     assert_eq!(bytes[20], 7);
 //! }
