@@ -188,6 +188,14 @@ pub enum SlotError {
         /// What it said.
         source: io::Error,
     },
+    /// The bitmap is another slot's.
+    #[error("slot {slot}: the bitmap is that of slot {by}, whose removal must be finished first")]
+    BitmapInUse {
+        /// The slot to be added.
+        slot: SlotId,
+        /// The slot that has the bitmap.
+        by: SlotId,
+    },
     /// No memory for the slot's bits.
     #[error("no memory to track the {pages} pages of slot {slot}")]
     NoMemory {
@@ -199,6 +207,38 @@ pub enum SlotError {
     /// The pass that a removal needs did not complete; try again.
     #[error(transparent)]
     Reset(#[from] ResetError),
+}
+
+/// Why a map of guest memory was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestMapError {
+    /// A region that no guest can have.
+    #[error(
+        "slot {slot}, {pages} pages at {address:#x}: a region begins at a page's begin, has 1 to {} \
+         pages, and ends before 2^64",
+        MAX_SLOT_PAGES
+    )]
+    Region {
+        /// The slot.
+        slot: SlotId,
+        /// Where it was to begin.
+        address: u64,
+        /// The pages that it was to have.
+        pages: u64,
+    },
+    /// A slot has two regions.
+    #[error("slot {slot} has two regions")]
+    Twice {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// Two regions have addresses in common.
+    #[error("slots {} and {} overlap", slots[0], slots[1])]
+    Overlap {
+        /// The two, ascending by address.
+        slots: [SlotId; 2],
+    },
 }
 
 /// A reset ioctl failed. The pages of the pass are kept, and the next one that completes a reset

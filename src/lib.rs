@@ -55,7 +55,8 @@
 //! - Add each logged memslot before it is created; remove it in [two
 //!   steps](DirtyLog::retire_slot).
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
-//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it.
+//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it; or
+//!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
 //! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
 //!   page-modification logging hold pages back until a vCPU exits.
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
@@ -79,6 +80,8 @@ mod alarm;
 mod bitmap;
 mod dirty_pages;
 pub mod error;
+#[cfg(not(all(test, feature = "loom")))]
+mod guest_map;
 mod kernel;
 #[cfg(not(all(test, feature = "loom")))]
 mod kvm;
@@ -98,8 +101,12 @@ mod stats;
 mod sync;
 mod targets;
 mod vcpu;
+#[cfg(all(feature = "vm-memory", not(all(test, feature = "loom"))))]
+pub mod vm_memory;
 
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
+#[cfg(not(all(test, feature = "loom")))]
+pub use guest_map::{GuestMap, GuestRegion};
 pub use kernel::Kernel;
 #[cfg(not(all(test, feature = "loom")))]
 pub use kvm::{HostSupport, RingEntries};

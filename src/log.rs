@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::alarm::Alarm;
 use crate::bitmap::pool::MAX_SHARDS;
+use crate::bitmap::shared::SharedBits;
 use crate::dirty_pages::DirtyPages;
 use crate::error::{AttachError, ResetError, SlotError, SyncError};
 use crate::kernel::Kernel;
@@ -126,9 +127,34 @@ impl DirtyLog {
     /// The id is in use or being removed, the size is none that a slot can have, or there is no
     /// memory.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
+        self.track(slot, pages, None)
+    }
+
+    /// As [`add_slot`](Self::add_slot), for a slot whose devices mark their writes in `device`, made
+    /// for as many pages.
+    #[cfg(any(test, feature = "vm-memory"))]
+    pub(crate) fn add_slot_on(
+        &self,
+        slot: SlotId,
+        pages: u64,
+        device: &Arc<SharedBits>,
+    ) -> Result<(), SlotError> {
+        // A sync that knows a slot from which the bits come, and which is finished by now, would
+        // still take them, for that slot: writes from now on are to be reported as the new one's.
+        let _no_sync = lock(&self.inner.pending);
+        self.track(slot, pages, Some(Arc::clone(device)))
+    }
+
+    fn track(
+        &self,
+        slot: SlotId,
+        pages: u64,
+        device: Option<Arc<SharedBits>>,
+    ) -> Result<(), SlotError> {
         let harvester = &self.inner.harvester;
         let _one_at_a_time = lock(&self.inner.slot_change);
-        harvester.change_layout(|layout| layout.slots.add(slot, pages, harvester.pool.len()))?;
+        let shards = harvester.pool.len();
+        harvester.change_layout(|layout| layout.slots.add(slot, pages, device, shards))?;
         // A pass on an older layout would not know the slot's entries, or would give them to the
         // slot that had the id before.
         harvester.quiesce();

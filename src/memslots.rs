@@ -13,22 +13,26 @@ pub(crate) struct Slot {
     id: SlotId,
     pages: u64,
     shards: Box<[ShardBits]>,
-    device: SharedBits,
+    device: Arc<SharedBits>,
     /// Pages that may be written without being logged, see [`Slot::suspect`].
     suspect: SharedBits,
     all_suspect: AtomicBool,
 }
 
 impl Slot {
-    fn new(id: SlotId, pages: u64, shards: usize) -> Result<Self, SlotError> {
+    fn new(
+        id: SlotId,
+        pages: u64,
+        device: Option<Arc<SharedBits>>,
+        shards: usize,
+    ) -> Result<Self, SlotError> {
         if pages == 0 || pages > MAX_SLOT_PAGES {
             return Err(SlotError::Pages { slot: id, pages });
         }
         let no_memory = SlotError::NoMemory { slot: id, pages };
         let shards: Option<Box<[_]>> = (0..shards).map(|_| ShardBits::new(pages)).collect();
-        let bits = shards
-            .zip(SharedBits::new(pages))
-            .zip(SharedBits::new(pages));
+        let device = device.or_else(|| SharedBits::new(pages).map(Arc::new));
+        let bits = shards.zip(device).zip(SharedBits::new(pages));
         let ((shards, device), suspect) = bits.ok_or(no_memory)?;
         Ok(Self {
             id,
@@ -151,8 +155,15 @@ impl Table {
         now.is_some_and(|now| Arc::ptr_eq(now, slot))
     }
 
-    /// Adds a clean slot.
-    pub(crate) fn add(&mut self, id: SlotId, pages: u64, shards: usize) -> Result<(), SlotError> {
+    /// Adds a slot, whose devices mark their writes in `device`, made for as many pages, or in bits
+    /// of its own. But for what is marked there it is clean.
+    pub(crate) fn add(
+        &mut self,
+        id: SlotId,
+        pages: u64,
+        device: Option<Arc<SharedBits>>,
+        shards: usize,
+    ) -> Result<(), SlotError> {
         if id.address_space() >= ADDRESS_SPACES {
             return Err(SlotError::AddressSpace { slot: id });
         }
@@ -161,7 +172,15 @@ impl Table {
             Some(_) => return Err(SlotError::Exists { slot: id }),
             None => {}
         }
-        let slot = Arc::new(Slot::new(id, pages, shards)?);
+        if let Some(device) = &device {
+            // A sync would take the bits for one of the two.
+            let mut slots = self.slots();
+            if let Some(by) = slots.find(|slot| Arc::ptr_eq(&slot.device, device)) {
+                let by = by.id;
+                return Err(SlotError::BitmapInUse { slot: id, by });
+            }
+        }
+        let slot = Arc::new(Slot::new(id, pages, device, shards)?);
         let space = usize::from(id.address_space());
         if self.spaces.len() <= space {
             self.spaces.resize_with(space + 1, Vec::new);

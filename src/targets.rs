@@ -253,7 +253,7 @@ mod tests {
         for ids in sets {
             let mut table = Table::default();
             for (pages, &(space, id)) in (1..).zip(ids) {
-                table.add(SlotId::new(space, id), pages, 1).unwrap();
+                table.add(SlotId::new(space, id), pages, None, 1).unwrap();
             }
             // SAFETY: the table lives to the end of the loop's body.
             let targets = unsafe { Targets::new(&table, 0) };

@@ -40,6 +40,14 @@ impl SharedBits {
         self.touched[block / 64].fetch_or(1 << (block % 64), Ordering::Release);
     }
 
+    /// Whether the bit of `page`, which is in the slot, is set just now.
+    #[cfg(all(feature = "vm-memory", not(all(test, feature = "loom"))))]
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        // Relaxed: pairs with nothing. It is true of a moment, and nothing is decided by it here.
+        let word = self.words[(page / 64) as usize].load(Ordering::Relaxed);
+        word >> (page % 64) & 1 == 1
+    }
+
     /// Moves all bits into `into` and leaves none. Bits set meanwhile are moved now or next time.
     pub(crate) fn take_into(&self, into: &mut PageBits) {
         for (group, touched) in self.touched.iter().enumerate() {

@@ -47,7 +47,7 @@ fn returned(result: i32) -> io::Result<u32> {
 }
 
 /// The host's page size, in bytes.
-fn page_size() -> usize {
+pub(crate) fn page_size() -> usize {
     // SAFETY: sysconf reads a number; this one always exists.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }

@@ -225,15 +225,15 @@ mod tests {
     #[test]
     fn a_harvest_takes_what_is_dirty_in_order() {
         let (producer, mut view) = ring(0);
-        assert_eq!(harvest(&mut view), []);
+        assert_eq!(harvest(&mut view), [0u64; 0]);
         push(&producer, 0..3);
         assert_eq!(harvest(&mut view), [0, 1, 2]);
         // They wait for their reset, and are not taken twice.
-        assert_eq!(harvest(&mut view), []);
+        assert_eq!(harvest(&mut view), [0u64; 0]);
         push(&producer, 3..5);
         assert_eq!(harvest(&mut view), [3, 4]);
         assert_eq!(recycle(&producer), [0, 1, 2, 3, 4]);
-        assert_eq!(harvest(&mut view), []);
+        assert_eq!(harvest(&mut view), [0u64; 0]);
     }
 
     #[test]
@@ -349,7 +349,7 @@ mod tests {
                 assert_eq!(view.rejoin(), 0, "nothing shows where the kernel is");
 
                 push(&producer, 100..101);
-                assert_eq!(harvest(&mut view), []);
+                assert_eq!(harvest(&mut view), [0u64; 0]);
                 assert_eq!(view.rejoin(), lead);
                 assert_eq!(harvest(&mut view), [100]);
                 assert_eq!(recycle(&producer).len() as u32, lead + 1);

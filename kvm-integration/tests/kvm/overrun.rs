@@ -48,7 +48,7 @@ fn overrun_makes_everything_dirty() -> Outcome {
     for _ in 0..20 {
         machine.round()?;
         // Of every slot: who knows what the overwritten entries named.
-        assert_eq!(machine.dirty().page_count(), PAGES.iter().sum());
+        assert_eq!(machine.dirty().page_count(), PAGES.iter().sum::<u64>());
         machine.compare()?;
         // The ring goes on: the vCPU is not stopped for ever.
         vcpu.resume();

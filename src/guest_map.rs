@@ -1,0 +1,133 @@
+//! The guest addresses of slots' pages.
+
+use core::ops::Range;
+
+use crate::dirty_pages::Run;
+use crate::error::GuestMapError;
+use crate::kvm::page_size;
+use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
+
+/// One slot's place in guest memory, as `KVM_SET_USER_MEMORY_REGION` is told it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GuestRegion {
+    /// The slot.
+    pub slot: SlotId,
+    /// The guest address at which it begins.
+    pub address: u64,
+    /// Its pages.
+    pub pages: u64,
+}
+
+/// Where in guest memory the slots are. The log itself knows slots and pages, and no addresses.
+///
+/// It holds the slots of one address space, and never changes: make a new one when slots change.
+///
+/// ```
+/// use kvm_dirty_ring::sim::{SimConfig, SimVm};
+/// use kvm_dirty_ring::{DirtyPages, GuestMap, GuestRegion, SlotId};
+///
+/// let (low, high) = (SlotId::new(0, 0), SlotId::new(0, 1));
+/// let map = GuestMap::new([
+///     GuestRegion { slot: low, address: 0, pages: 1000 },
+///     GuestRegion { slot: high, address: 4 << 30, pages: 1000 },
+/// ])?;
+/// # let log = SimVm::new(SimConfig::default()).dirty_log();
+/// # log.add_slot(low, 1000)?;
+/// # log.add_slot(high, 1000)?;
+/// log.mark_dirty(high, 0, 2)?;
+/// let mut dirty = DirtyPages::new();
+/// log.sync(&mut dirty)?;
+/// for run in dirty.runs() {
+///     let range = map.range(run).ok_or("a slot that the map does not know")?;
+///     assert_eq!(range.start, 4 << 30);
+/// }
+/// assert_eq!(map.locate((4 << 30) + 5), Some((high, 0)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct GuestMap {
+    /// Ascending; no two have an address in common.
+    by_address: Vec<GuestRegion>,
+    /// The same ones, ascending by slot; no two have it in common.
+    by_slot: Vec<GuestRegion>,
+}
+
+impl GuestRegion {
+    /// Where it ends, if it is one that a guest can have.
+    fn end(&self) -> Result<u64, GuestMapError> {
+        let &Self {
+            slot,
+            address,
+            pages,
+        } = self;
+        let page_size = page_size() as u64;
+        let sound = address % page_size == 0 && (1..=MAX_SLOT_PAGES).contains(&pages);
+        let bytes = sound.then(|| pages * page_size);
+        bytes
+            .and_then(|bytes| address.checked_add(bytes))
+            .ok_or(GuestMapError::Region {
+                slot,
+                address,
+                pages,
+            })
+    }
+}
+
+impl GuestMap {
+    /// A map of these regions, which may come in any order.
+    ///
+    /// # Errors
+    /// A region is none that a guest can have, or two have a slot or an address in common.
+    pub fn new(regions: impl IntoIterator<Item = GuestRegion>) -> Result<Self, GuestMapError> {
+        let mut by_address: Vec<_> = regions.into_iter().collect();
+        by_address.sort_by_key(|region| region.address);
+        let mut last: Option<(u64, SlotId)> = None;
+        for &region in &by_address {
+            let end = region.end()?;
+            match last {
+                Some((before, slot)) if region.address < before => {
+                    let slots = [slot, region.slot];
+                    return Err(GuestMapError::Overlap { slots });
+                }
+                _ => last = Some((end, region.slot)),
+            }
+        }
+        let mut by_slot = by_address.clone();
+        by_slot.sort_by_key(|region| region.slot);
+        let twice = by_slot.windows(2).find(|two| two[0].slot == two[1].slot);
+        if let Some(two) = twice {
+            return Err(GuestMapError::Twice { slot: two[0].slot });
+        }
+        Ok(Self {
+            by_address,
+            by_slot,
+        })
+    }
+
+    /// The regions, ascending by address.
+    pub fn regions(&self) -> &[GuestRegion] {
+        &self.by_address
+    }
+
+    /// The page that has the address: its slot, and which of the slot's pages it is. `None` if the
+    /// address is in no region.
+    pub fn locate(&self, address: u64) -> Option<(SlotId, u64)> {
+        let begun = |region: &GuestRegion| region.address <= address;
+        let after = self.by_address.partition_point(begun);
+        let region = self.by_address[..after].last()?;
+        let page = (address - region.address) / page_size() as u64;
+        (page < region.pages).then_some((region.slot, page))
+    }
+
+    /// The guest addresses of a run of pages. `None` if they are not all in one region: then the map
+    /// is not that of the log, and the run is not to be passed over.
+    pub fn range(&self, run: Run) -> Option<Range<u64>> {
+        let place = self
+            .by_slot
+            .binary_search_by_key(&run.slot, |region| region.slot);
+        let region = self.by_slot[place.ok()?];
+        let end = run.first_page.checked_add(run.pages)?;
+        let address = |page| region.address + page * page_size() as u64;
+        (end <= region.pages).then(|| address(run.first_page)..address(end))
+    }
+}

@@ -1,0 +1,212 @@
+//! Guest memory of the crate `vm-memory` whose writes are tracked without a call (feature
+//! `vm-memory`).
+//!
+//! `GuestMemoryMmap<RegionBitmap>` marks what the VMM and its devices write through it in the same
+//! bits as [`DirtyLog::mark_dirty`]. A region has them from the start; a slot adopts them, with what
+//! was written by then.
+//!
+//! ```
+//! use kvm_dirty_ring::vm_memory::RegionBitmap;
+//! use kvm_dirty_ring::{DirtyPages, GuestMap, GuestRegion, SlotId};
+//! use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+//! # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+//! # let log = SimVm::new(SimConfig::default()).dirty_log();
+//!
+//! let ranges = [(GuestAddress(0), 16 << 20), (GuestAddress(4 << 30), 16 << 20)];
+//! let memory = GuestMemoryMmap::<RegionBitmap>::from_ranges(&ranges)?;
+//! let mut regions = Vec::new();
+//! for (id, region) in (0..).zip(memory.iter()) {
+//!     let slot = SlotId::new(0, id);
+//!     let bitmap = region.bitmap();
+//!     log.add_slot_with(slot, bitmap.region())?; // then KVM_SET_USER_MEMORY_REGION
+//!     let (address, pages) = (region.start_addr().0, bitmap.region().pages());
+//!     regions.push(GuestRegion { slot, address, pages });
+//! }
+//! let map = GuestMap::new(regions)?;
+//!
+//! // A device:
+//! memory.write_obj(7u32, GuestAddress((4 << 30) + 20))?;
+//!
+//! // The migration:
+//! let mut dirty = DirtyPages::new();
+//! log.sync(&mut dirty)?;
+//! assert!(dirty.contains(SlotId::new(0, 1), 0));
+//! for run in dirty.runs() {
+//!     let slice = map.slice(&memory, run)?;
+//!     let mut bytes = vec![0u8; slice.len()];
+//!     slice.copy_to(&mut bytes);
+//!     assert_eq!(bytes[20], 7);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What is tracked
+//!
+//! The methods of vm-memory that write, mark what they wrote *after* they have written it, as it has
+//! to be (see [`DirtyLog::mark_dirty`]): those of `Bytes` at every level, `VolatileSlice::copy_from`
+//! and `copy_to_volatile_slice`, `VolatileRef::store`, the same of `VolatileArrayRef`, and reads from
+//! files and sockets into memory. A test holds the version in use to it.
+//!
+//! What hands out a pointer or a reference marks nothing: `ptr_guard_mut`, `get_host_address`,
+//! `as_ptr`, `get_atomic_ref`, `aligned_as_mut`. After a write that way, mark it, by
+//! `Bitmap::mark_dirty` of the slice or by [`DirtyLog::mark_dirty`]. So with what the kernel writes
+//! for the VMM (`io_uring`, vhost), and with a `ReadVolatile` of your own.
+
+use core::fmt;
+
+use ::vm_memory::bitmap::{Bitmap, BitmapSlice, MS, NewBitmap, WithBitmapSlice};
+use ::vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+
+use crate::bitmap::shared::SharedBits;
+use crate::dirty_pages::Run;
+use crate::error::SlotError;
+use crate::guest_map::GuestMap;
+use crate::kvm::page_size;
+use crate::log::DirtyLog;
+use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
+use crate::sync::Arc;
+
+/// The pages of one region that were written through vm-memory. Clones share them.
+///
+/// Until [`DirtyLog::add_slot_with`] gives it to a slot, it collects. A region's last page counts as
+/// one even if it is not whole; marks past the region's end mark nothing.
+#[derive(Clone, Default)]
+pub struct RegionBitmap {
+    pages: u64,
+    /// None if there is no memory for them, or no slot can have so many pages. Then no slot takes it.
+    bits: Option<Arc<SharedBits>>,
+}
+
+impl RegionBitmap {
+    /// Pages of the region.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+}
+
+impl NewBitmap for RegionBitmap {
+    fn with_len(len: usize) -> Self {
+        let pages = len.div_ceil(page_size()) as u64;
+        let bits = (pages <= MAX_SLOT_PAGES).then(|| SharedBits::new(pages));
+        Self {
+            pages,
+            bits: bits.flatten().map(Arc::new),
+        }
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for RegionBitmap {
+    type S = RegionSlice<'a>;
+}
+
+impl Bitmap for RegionBitmap {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        let end = offset.saturating_add(len).div_ceil(page_size()) as u64;
+        let first = (offset / page_size()) as u64;
+        let end = end.min(self.pages);
+        if let (Some(bits), true) = (&self.bits, len > 0 && first < end) {
+            bits.set(first, end - first);
+        }
+    }
+
+    /// Whether the page was marked since the last sync. What vCPUs write does not show here.
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = (offset / page_size()) as u64;
+        let contains = |bits: &Arc<SharedBits>| page < self.pages && bits.contains(page);
+        self.bits.as_ref().is_some_and(contains)
+    }
+
+    fn slice_at(&self, offset: usize) -> RegionSlice<'_> {
+        RegionSlice {
+            region: self,
+            offset,
+        }
+    }
+}
+
+impl fmt::Debug for RegionBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegionBitmap")
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A region's bitmap from an offset on.
+#[derive(Debug, Clone, Copy)]
+pub struct RegionSlice<'a> {
+    region: &'a RegionBitmap,
+    offset: usize,
+}
+
+impl<'a> RegionSlice<'a> {
+    /// The bitmap of the whole region.
+    pub fn region(&self) -> &'a RegionBitmap {
+        self.region
+    }
+}
+
+impl WithBitmapSlice<'_> for RegionSlice<'_> {
+    type S = Self;
+}
+
+impl BitmapSlice for RegionSlice<'_> {}
+
+impl Bitmap for RegionSlice<'_> {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.region
+            .mark_dirty(self.offset.saturating_add(offset), len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.region.dirty_at(self.offset.saturating_add(offset))
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        Self {
+            region: self.region,
+            offset: self.offset.saturating_add(offset),
+        }
+    }
+}
+
+impl DirtyLog {
+    /// As [`add_slot`](Self::add_slot), for a slot that is one region of vm-memory's: the slot has
+    /// the region's pages, and what is written to the region is reported as the slot's. The first
+    /// sync also reports what was written before this call.
+    ///
+    /// A bitmap belongs to one slot of one log. When that is [finished](Self::finish_slot), it may
+    /// be given to another, and brings along what was written in between. It waits for a sync under
+    /// way.
+    ///
+    /// # Errors
+    /// As [`add_slot`](Self::add_slot), and [`SlotError::BitmapInUse`] if a slot of this log has the
+    /// bitmap.
+    pub fn add_slot_with(&self, slot: SlotId, bitmap: &RegionBitmap) -> Result<(), SlotError> {
+        let pages = bitmap.pages;
+        match &bitmap.bits {
+            Some(bits) => self.add_slot_on(slot, pages, bits),
+            None if pages > 0 && pages <= MAX_SLOT_PAGES => {
+                Err(SlotError::NoMemory { slot, pages })
+            }
+            None => Err(SlotError::Pages { slot, pages }),
+        }
+    }
+}
+
+impl GuestMap {
+    /// The memory of a run of pages, to be read.
+    ///
+    /// # Errors
+    /// The pages are not all in one region, of the map or of `memory`.
+    pub fn slice<'a, M: GuestMemoryBackend>(
+        &self,
+        memory: &'a M,
+        run: Run,
+    ) -> Result<VolatileSlice<'a, MS<'a, M>>, GuestMemoryError> {
+        let range = self.range(run);
+        let range = range.ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        let bytes = range.end - range.start;
+        memory.get_slice(GuestAddress(range.start), bytes as usize)
+    }
+}
