@@ -80,18 +80,21 @@ mod bitmap;
 mod dirty_pages;
 pub mod error;
 mod kernel;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
 mod log;
 mod memslots;
 pub mod pacing;
 mod pass;
 mod prefetch;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 mod reaper;
 mod reset;
 pub mod ring;
-#[cfg(all(any(test, feature = "test-utils"), not(all(test, feature = "loom"))))]
+#[cfg(all(
+    any(test, feature = "test-utils"),
+    not(all(test, feature = "modelled"))
+))]
 pub mod sim;
 mod slot_id;
 mod stats;
@@ -101,10 +104,10 @@ mod vcpu;
 
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
 pub use kernel::Kernel;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub use reaper::{Priority, Reaper, ReaperBuilder, ReaperStats};
 pub use slot_id::SlotId;
 pub use stats::{Stats, VcpuStats};
@@ -112,3 +115,7 @@ pub use stats::{Stats, VcpuStats};
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]
 mod loom_tests;
+
+#[cfg(all(test, feature = "modelled", not(feature = "loom")))]
+#[path = "../shuttle-tests/mod.rs"]
+mod shuttle_tests;

@@ -1,0 +1,158 @@
+//! Guests, devices, reapers, migrations and a VMM at once: nothing may be lost.
+
+use super::machine::{GUEST_SLOT, Vm};
+use super::{compose, pick};
+use crate::VcpuRing;
+use crate::loom_tests::kernel::SLOT;
+use crate::sync::thread::JoinHandle;
+use crate::sync::{Arc, AtomicBool, Ordering, thread};
+
+/// Waits for each.
+fn join<T>(threads: impl IntoIterator<Item = JoinHandle<T>>) -> Vec<T> {
+    let threads = threads.into_iter();
+    threads.map(|thread| thread.join().unwrap()).collect()
+}
+
+/// Three vCPUs with rings that are full all the time, a device, a reaper and a migration. The last
+/// sync may find the reaper and the migration anywhere.
+#[test]
+fn everybody_at_once() {
+    compose(|| {
+        const PAGES: &[usize] = &[0, 1, 2, 3, 4, 5];
+        let vm = Vm::new(3, PAGES.len());
+        let rings = [0, 1, 2].map(|vcpu| vm.attach(vcpu));
+        let (reaper, migration) = (vm.reaper(3), vm.migration(3));
+        let device = vm.device(0..PAGES.len(), 3);
+        let mut vcpu = 0..;
+        let guests = rings.map(|ring| vm.run(vcpu.next().unwrap(), ring, PAGES, 6));
+        join(guests);
+        join([device]);
+        vm.last_round(0..PAGES.len());
+        join([migration]);
+        vm.verify(0..PAGES.len());
+        join([reaper]);
+        assert_nothing_was_doubted(&vm);
+    });
+}
+
+/// The same, while a slot is removed and another gets its id, in which the guest writes at once.
+#[test]
+fn a_slot_id_is_reused() {
+    // Page 0 of the new slot nobody writes.
+    const PAGES: &[usize] = &[0, 1, 2, 3, 5];
+    const OLD: core::ops::Range<usize> = 2..4;
+    const NEW: core::ops::Range<usize> = 4..6;
+    compose(|| {
+        let vm = Vm::with_slots(3, &[(SLOT, 2), (GUEST_SLOT, 2), (GUEST_SLOT, 2)]);
+        vm.log.add_slot(GUEST_SLOT, 2).unwrap();
+        let rings = [0, 1, 2].map(|vcpu| vm.attach(vcpu));
+        let is_new = Arc::new(AtomicBool::new(false));
+        let vmm = thread::spawn({
+            let (vm, is_new) = (vm.clone(), is_new.clone());
+            move || {
+                let retired = vm.log.retire_slot(GUEST_SLOT).unwrap();
+                vm.delete(OLD);
+                vm.log.finish_slot(&retired).unwrap();
+                vm.log.add_slot(GUEST_SLOT, 2).unwrap();
+                is_new.store(true, Ordering::Release);
+                vm.protect(NEW);
+                vm.device_write(5);
+            }
+        });
+        let migration = thread::spawn({
+            let (vm, is_new) = (vm.clone(), is_new.clone());
+            move || {
+                for _ in 0..4 {
+                    let is_new = is_new.load(Ordering::Acquire);
+                    let dirty = vm.round().unwrap();
+                    let aliased = is_new && dirty.contains(GUEST_SLOT, 0);
+                    assert!(!aliased, "a page of the slot before");
+                }
+            }
+        });
+        let reaper = vm.reaper(3);
+        let device = vm.device(0..2, 2);
+        let mut vcpu = 0..;
+        let guests = rings.map(|ring| vm.run(vcpu.next().unwrap(), ring, PAGES, 6));
+        join(guests);
+        join([device, vmm]);
+        vm.last_round(0..2);
+        vm.last_round(NEW);
+        join([migration]);
+        vm.verify(0..2);
+        vm.verify(NEW);
+        join([reaper]);
+        assert_nothing_was_doubted(&vm);
+    });
+}
+
+/// Resets fail and fall short. Pages that nobody may have protected are reported by every sync, until
+/// all are protected again while the vCPUs stand still: then they come once more, and then not.
+#[test]
+fn resets_go_wrong() {
+    const PAGES: &[usize] = &[0, 1, 2, 3];
+    compose(|| {
+        let vm = Vm::with_faults(3, PAGES.len(), 8);
+        let mut rings = vec![vm.attach(0), vm.attach(1), vm.attach(2)];
+        let reaper = vm.reaper(4);
+        for _ in 0..2 {
+            let migration = vm.migration(2);
+            let device = vm.device(0..PAGES.len(), 2);
+            let run = |(vcpu, ring): (usize, VcpuRing)| vm.run(vcpu, ring, PAGES, 4);
+            let guests: Vec<_> = rings.into_iter().enumerate().map(run).collect();
+            rings = join(guests);
+            join([device]);
+            vm.last_round(0..PAGES.len());
+            // The reaper and the migration go on all the while.
+            vm.protect(0..PAGES.len());
+            vm.log.rearmed(SLOT).unwrap();
+            vm.last_round(0..PAGES.len());
+            join([migration]);
+            vm.verify(0..PAGES.len());
+        }
+        join([reaper]);
+        // What the reaper doubted since.
+        vm.last_round(0..PAGES.len());
+        vm.log.rearmed(SLOT).unwrap();
+        vm.last_round(0..PAGES.len());
+        let dirty = vm.last_round(0..PAGES.len());
+        assert!(dirty.is_empty(), "suspect although protected again");
+    });
+}
+
+/// Two migrations sync at once, and a third vCPU comes late.
+#[test]
+fn two_syncs_and_a_late_vcpu() {
+    const PAGES: &[usize] = &[0, 1, 2, 3, 4, 5];
+    compose(|| {
+        let vm = Vm::new(3, PAGES.len());
+        let migrations = [vm.migration(3), vm.migration(3)];
+        let reaper = vm.reaper(1);
+        let mut guests = Vec::new();
+        for vcpu in 0..3 {
+            for _ in 0..pick(0..20) {
+                thread::yield_now();
+            }
+            guests.push(vm.run(vcpu, vm.attach(vcpu), PAGES, 6));
+        }
+        join(guests);
+        vm.last_round(0..PAGES.len());
+        join(migrations);
+        vm.verify(0..PAGES.len());
+        join([reaper]);
+        assert_nothing_was_doubted(&vm);
+    });
+}
+
+/// No page was suspected of anything, which would hide that one was lost.
+fn assert_nothing_was_doubted(vm: &Vm) {
+    let stats = vm.log.stats();
+    let doubts = [
+        stats.short_resets,
+        stats.failed_resets,
+        stats.unknown_slot_entries,
+        stats.out_of_range_entries,
+        stats.overruns,
+    ];
+    assert_eq!(doubts, [0; 5], "{stats:?}");
+}
