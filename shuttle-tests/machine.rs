@@ -67,17 +67,30 @@ impl Vm {
     pub(super) fn run(
         &self,
         vcpu: usize,
-        ring: VcpuRing,
+        mut ring: VcpuRing,
         pages: &'static [usize],
         writes: usize,
     ) -> JoinHandle<VcpuRing> {
-        let (vm, mut ring) = (self.clone(), ring);
+        let vm = self.clone();
         thread::spawn(move || {
             for _ in 0..writes {
                 vm.write(vcpu, &mut ring, pages[pick(0..pages.len())]);
             }
             ring
         })
+    }
+
+    /// Runs the vCPUs of `rings`, as above.
+    pub(super) fn run_all(
+        &self,
+        rings: impl IntoIterator<Item = VcpuRing>,
+        pages: &'static [usize],
+        writes: usize,
+    ) -> Vec<JoinHandle<VcpuRing>> {
+        let rings = rings.into_iter().enumerate();
+        rings
+            .map(|(vcpu, ring)| self.run(vcpu, ring, pages, writes))
+            .collect()
     }
 
     /// The guest writes; where the ring is full, after as many full exits as it takes.

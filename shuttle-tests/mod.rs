@@ -4,8 +4,8 @@
 //! goes on. It knows nothing of weak orderings: those are loom's. What a protocol keeps to one thread
 //! at a time (payloads, the words of shards) fails a schedule in which two are at it.
 //!
-//! `cargo test --features shuttle --lib` runs a few hundred schedules of each composition and each
-//! model of `loom-tests/`; `SHUTTLE_SCHEDULES` says how many of each composition. A failure prints
+//! `cargo test --features shuttle --lib` runs some thousands of schedules of each composition and
+//! some hundreds of each model of `loom-tests/`; `SHUTTLE_SCHEDULES` says how many of each composition. A failure prints
 //! its schedule, which holds all that was left to chance. To see it again:
 //!
 //! ```sh
@@ -59,7 +59,7 @@ pub(crate) fn explore(schedules: usize, body: impl Fn() + Send + Sync + 'static)
 fn compose(body: impl Fn() + Send + Sync + 'static) {
     let schedules = match env::var("SHUTTLE_SCHEDULES") {
         Ok(number) => number.parse().expect("SHUTTLE_SCHEDULES is a number"),
-        Err(_) => 1_000,
+        Err(_) => 5_000,
     };
     explore(schedules, body);
 }
