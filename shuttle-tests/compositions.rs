@@ -1,7 +1,10 @@
 //! Guests, devices, reapers, migrations and a VMM at once: nothing may be lost.
 
+use core::ops::Range;
+
 use super::machine::{GUEST_SLOT, Vm};
 use super::{compose, pick};
+use crate::SlotId;
 use crate::loom_tests::kernel::SLOT;
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, AtomicBool, Ordering};
@@ -22,8 +25,7 @@ fn everybody_at_once() {
         let rings = [0, 1, 2].map(|vcpu| vm.attach(vcpu));
         let (reaper, migration) = (vm.reaper(3), vm.migration(3));
         let device = vm.device(0..PAGES.len(), 3);
-        let guests = vm.run_all(rings, PAGES, 6);
-        join(guests);
+        join(vm.run_all(rings, PAGES, 6));
         join([device]);
         vm.last_round(0..PAGES.len());
         join([migration]);
@@ -33,30 +35,39 @@ fn everybody_at_once() {
     });
 }
 
-/// The same, while a slot is removed and another gets its id, in which the guest writes at once.
+/// The same, while a slot is removed and another gets its id, in which the guest writes at once;
+/// again and again.
 #[test]
 fn a_slot_id_is_reused() {
-    // Page 0 of the new slot nobody writes.
-    const PAGES: &[usize] = &[0, 1, 2, 3, 5];
-    const OLD: core::ops::Range<usize> = 2..4;
-    const NEW: core::ops::Range<usize> = 4..6;
+    const SLOTS: &[(SlotId, usize)] = &[
+        (SLOT, 2),
+        (GUEST_SLOT, 2),
+        (GUEST_SLOT, 2),
+        (GUEST_SLOT, 2),
+        (GUEST_SLOT, 2),
+    ];
+    // The first page of the slot that comes and goes is written only before it went first.
+    const PAGES: &[usize] = &[0, 1, 2, 3, 5, 7, 9];
+    const LAST: Range<usize> = 8..10;
     compose(|| {
-        let vm = Vm::with_slots(3, &[(SLOT, 2), (GUEST_SLOT, 2), (GUEST_SLOT, 2)]);
+        let vm = Vm::with_slots(3, SLOTS);
         vm.log.add_slot(GUEST_SLOT, 2).unwrap();
         let rings = [0, 1, 2].map(|vcpu| vm.attach(vcpu));
         let is_new = Arc::new(AtomicBool::new(false));
         let vmm = thread::spawn({
             let (vm, is_new) = (vm.clone(), is_new.clone());
             move || {
-                let retired = vm.log.retire_slot(GUEST_SLOT).unwrap();
-                vm.delete(OLD);
-                vm.log.finish_slot(&retired).unwrap();
-                vm.log.add_slot(GUEST_SLOT, 2).unwrap();
-                // Release: pairs with the acquire load of the migration: what it syncs from then on is
-                // of the new slot.
-                is_new.store(true, Ordering::Release);
-                vm.protect(NEW);
-                vm.device_write(5);
+                for old in [2, 4, 6] {
+                    let retired = vm.log.retire_slot(GUEST_SLOT).unwrap();
+                    vm.delete(old..old + 2);
+                    vm.log.finish_slot(&retired).unwrap();
+                    vm.log.add_slot(GUEST_SLOT, 2).unwrap();
+                    // Release: pairs with the acquire load of the migration: what it syncs from
+                    // then on is not of the first slot.
+                    is_new.store(true, Ordering::Release);
+                    vm.protect(old + 2..old + 4);
+                    vm.device_write(old + 3);
+                }
             }
         });
         let migration = thread::spawn({
@@ -71,17 +82,16 @@ fn a_slot_id_is_reused() {
                 }
             }
         });
-        let reaper = vm.reaper(3);
+        let reapers = [vm.reaper(4), vm.reaper(4)];
         let device = vm.device(0..2, 2);
-        let guests = vm.run_all(rings, PAGES, 6);
-        join(guests);
+        join(vm.run_all(rings, PAGES, 8));
         join([device, vmm]);
         vm.last_round(0..2);
-        vm.last_round(NEW);
+        vm.last_round(LAST);
         join([migration]);
         vm.verify(0..2);
-        vm.verify(NEW);
-        join([reaper]);
+        vm.verify(LAST);
+        join(reapers);
         assert_nothing_was_doubted(&vm);
     });
 }
