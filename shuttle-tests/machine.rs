@@ -153,8 +153,8 @@ impl Vm {
         Some(dirty)
     }
 
-    /// The last round, vCPUs and devices at rest, others perhaps not. What of `pages` the guest could
-    /// write without being logged is reported.
+    /// The last round, vCPUs and devices at rest, others perhaps not. What of `pages` the guest
+    /// could write without being logged is reported.
     pub(super) fn last_round(&self, pages: Range<usize>) -> DirtyPages {
         let dirty = loop {
             if let Some(dirty) = self.round() {
@@ -173,7 +173,7 @@ impl Vm {
         dirty
     }
 
-    /// Nothing of `pages` is missing in the copy, once every migration has copied what it was told of.
+    /// Nothing of `pages` is missing in the copy, once every migration has copied what it was told.
     pub(super) fn verify(&self, pages: Range<usize>) {
         lock(&self.copy).verify_pages(&self.machine, pages);
     }
