@@ -1,12 +1,12 @@
 //! Larger compositions of the crate's own code than loom can exhaust, in random interleavings.
 //!
-//! Shuttle runs all threads of a schedule on one and chooses at each atomic access, lock and wait who
-//! goes on. It knows nothing of weak orderings: those are loom's. What a protocol keeps to one thread
-//! at a time (payloads, the words of shards) fails a schedule in which two are at it.
+//! Shuttle runs all threads of a schedule on one and chooses at each atomic access, lock and wait
+//! who goes on. It knows nothing of weak orderings: those are loom's. What a protocol keeps to one
+//! thread at a time (payloads, the words of shards) fails a schedule in which two are at it.
 //!
 //! `cargo test --features shuttle --lib` runs some thousands of schedules of each composition and
-//! some hundreds of each model of `loom-tests/`; `SHUTTLE_SCHEDULES` says how many of each composition. A failure prints
-//! its schedule, which holds all that was left to chance. To see it again:
+//! some hundreds of each model of `loom-tests/`; `SHUTTLE_SCHEDULES` says how many of each
+//! composition. A failure prints its schedule, which holds all that was left to chance. To see it again:
 //!
 //! ```sh
 //! SHUTTLE_REPLAY=SCHEDULE cargo test --features shuttle --lib -- --exact shuttle_tests::NAME
@@ -27,8 +27,8 @@ use crate::sync::Arc;
 /// Depths of the schedulers that bound preemptions: so many less one, at random places.
 const DEPTHS: [usize; 3] = [2, 3, 5];
 
-/// Runs `body` in `schedules` interleavings: a quarter by a scheduler that chooses anew at each step,
-/// the rest by those that bound preemptions.
+/// Runs `body` in `schedules` interleavings: a quarter by a scheduler that chooses anew at each
+/// step, the rest by those that bound preemptions.
 pub(crate) fn explore(schedules: usize, body: impl Fn() + Send + Sync + 'static) {
     let body = Arc::new(body);
     let run = |scheduler: Box<dyn Scheduler + Send>| {
