@@ -97,7 +97,7 @@ fn a_slot_id_is_reused() {
 }
 
 /// Resets fail and fall short. Pages that nobody may have protected are reported by every sync,
-/// until all are protected again while the vCPUs stand still: then they come once more, and no more.
+/// until all are protected again while the vCPUs stand still: then they come once more.
 #[test]
 fn resets_go_wrong() {
     const PAGES: &[usize] = &[0, 1, 2, 3];

@@ -6,10 +6,11 @@
 //!
 //! `cargo test --features shuttle --lib` runs some thousands of schedules of each composition and
 //! some hundreds of each model of `loom-tests/`; `SHUTTLE_SCHEDULES` says how many of each
-//! composition. A failure prints its schedule, which holds all that was left to chance. To see it again:
+//! composition. A failure prints its schedule, which holds all that was left to chance. To see it
+//! again:
 //!
 //! ```sh
-//! SHUTTLE_REPLAY=SCHEDULE cargo test --features shuttle --lib -- --exact shuttle_tests::NAME
+//! SHUTTLE_REPLAY=SCHEDULE cargo test --features shuttle --lib -- --exact shuttle_tests::compositions::NAME
 //! ```
 
 mod compositions;
