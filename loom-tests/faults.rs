@@ -10,7 +10,7 @@ use crate::sync::thread;
 #[test]
 fn short_reset_beside_a_guest() {
     model(3, || {
-        let machine = Machine::with_faults(1, 2, vec![Fault::Short]);
+        let machine = Machine::with_faults(1, 2, vec![Some(Fault::Short)]);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
         machine.write(0, 0, 1);
@@ -38,7 +38,7 @@ fn short_reset_beside_a_guest() {
 #[test]
 fn short_reset_beside_a_harvest() {
     model(2, || {
-        let machine = Machine::with_faults(2, 2, vec![Fault::Short]);
+        let machine = Machine::with_faults(2, 2, vec![Some(Fault::Short)]);
         let log = machine.log(2);
         let [_ring, mut ring] =
             [0, 1].map(|vcpu| log.attach_ring(machine.ring(vcpu).memory()).unwrap());
@@ -63,7 +63,7 @@ fn short_reset_beside_a_harvest() {
 #[test]
 fn failed_reset_keeps_its_pages() {
     model(4, || {
-        let machine = Machine::with_faults(1, 1, vec![Fault::Error]);
+        let machine = Machine::with_faults(1, 1, vec![Some(Fault::Error)]);
         let log = machine.log(2);
         let _ring = log.attach_ring(machine.ring(0).memory()).unwrap();
         machine.write(0, 0, 1);

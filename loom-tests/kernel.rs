@@ -1,5 +1,6 @@
-//! The kernel and the guest as the models see them.
+//! The kernel and the guest as the models see them, those in `shuttle-tests/` included.
 
+use core::ops::Range;
 use std::io;
 
 use crate::kernel::Kernel;
@@ -9,108 +10,158 @@ use crate::slot_id::SlotId;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 
 /// Entries of a model's ring; a vCPU stops two before the end.
-pub(super) const ENTRIES: u32 = 4;
-pub(super) const SOFT_LIMIT: u32 = 2;
+pub(crate) const ENTRIES: u32 = 4;
+pub(crate) const SOFT_LIMIT: u32 = 2;
 
 /// The slot whose pages the guest writes.
-pub(super) const SLOT: SlotId = SlotId::new(0, 0);
+pub(crate) const SLOT: SlotId = SlotId::new(0, 0);
 
 /// What a reset does wrong.
 #[derive(Clone, Copy)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     /// Fails, and does nothing.
     Error,
     /// Recycles one entry, does not arm its page, and stops.
     Short,
 }
 
-/// A machine of one slot.
-pub(super) struct Machine {
+/// A machine. Its pages are counted through all slots.
+pub(crate) struct Machine {
     rings: Vec<Producer>,
-    pages: Vec<Page>,
+    pub(crate) pages: Vec<Page>,
     /// Held through a reset, as KVM's `slots_lock` is.
-    resets: Mutex<Vec<Fault>>,
+    resets: Mutex<Vec<Option<Fault>>>,
 }
 
-struct Page {
-    /// Whether the next write is logged. The lock makes "armed? then log, then write" one step
-    /// towards re-arming, as the processor's fault and the TLB flush make it.
-    armed: Mutex<bool>,
+pub(crate) struct Page {
+    pub(crate) slot: SlotId,
+    /// Which page of its slot it is.
+    pub(crate) number: u64,
+    /// The lock makes "armed? then log, then write" one step towards re-arming, as the processor's
+    /// fault and the TLB flush make it.
+    pub(crate) state: Mutex<State>,
     /// What the guest wrote. Relaxed, so that only the crate's own orderings make a copy current.
     content: AtomicU64,
 }
 
+/// What a write to a page does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// It is logged, and opens the page.
+    Armed,
+    /// It is not logged.
+    Open,
+    /// Nothing: the page's slot is deleted, or not created yet.
+    Gone,
+}
+
 impl Machine {
-    pub(super) fn new(vcpus: usize, pages: usize) -> Arc<Self> {
+    pub(crate) fn new(vcpus: usize, pages: usize) -> Arc<Self> {
         Self::with_faults(vcpus, pages, Vec::new())
     }
 
-    /// A machine whose first resets go wrong, the last of `faults` first.
-    pub(super) fn with_faults(vcpus: usize, pages: usize, faults: Vec<Fault>) -> Arc<Self> {
-        let page = || Page {
-            armed: Mutex::new(true),
-            content: AtomicU64::new(0),
-        };
+    /// A machine whose first resets go wrong, by the last of `faults` first.
+    pub(crate) fn with_faults(vcpus: usize, pages: usize, faults: Vec<Option<Fault>>) -> Arc<Self> {
+        Self::with_slots(vcpus, &[(SLOT, pages)], faults)
+    }
+
+    /// As above, with several slots and the pages of each. Where two have one id, the first is there
+    /// and the other yet to be created.
+    pub(crate) fn with_slots(
+        vcpus: usize,
+        slots: &[(SlotId, usize)],
+        faults: Vec<Option<Fault>>,
+    ) -> Arc<Self> {
+        let mut pages = Vec::new();
+        for (place, &(slot, count)) in slots.iter().enumerate() {
+            let state = match slots[..place].iter().any(|&(before, _)| before == slot) {
+                true => State::Gone,
+                false => State::Armed,
+            };
+            pages.extend((0..count as u64).map(|number| Page {
+                slot,
+                number,
+                state: Mutex::new(state),
+                content: AtomicU64::new(0),
+            }));
+        }
         Arc::new(Self {
             rings: (0..vcpus).map(|_| Producer::new(ENTRIES, 0)).collect(),
-            pages: (0..pages).map(|_| page()).collect(),
+            pages,
             resets: Mutex::new(faults),
         })
     }
 
-    /// A log of `shards` shards over this machine, its slot added. Rings are attached by the
-    /// caller, in order.
-    pub(super) fn log(self: &Arc<Self>, shards: usize) -> DirtyLog {
+    /// A log of `shards` shards over this machine, the slot of the models added. Rings are attached
+    /// by the caller, in order.
+    pub(crate) fn log(self: &Arc<Self>, shards: usize) -> DirtyLog {
         let kernel = Box::new(Ioctl(Arc::clone(self)));
         let log = DirtyLog::new(kernel, ENTRIES, shards, false);
-        log.add_slot(SLOT, self.pages.len() as u64).unwrap();
+        let pages = self.pages.iter().filter(|page| page.slot == SLOT).count();
+        log.add_slot(SLOT, pages as u64).unwrap();
         log
     }
 
     /// The ring of vCPU `vcpu`.
-    pub(super) fn ring(&self, vcpu: usize) -> &Producer {
+    pub(crate) fn ring(&self, vcpu: usize) -> &Producer {
         &self.rings[vcpu]
     }
 
     /// The guest writes; false, and nothing happens, if the vCPU's ring is full.
-    pub(super) fn write(&self, vcpu: usize, page: usize, value: u64) -> bool {
+    pub(crate) fn write(&self, vcpu: usize, page: usize, value: u64) -> bool {
         if self.rings[vcpu].used() >= SOFT_LIMIT {
             return false;
         }
-        let mut armed = lock(&self.pages[page].armed);
-        if core::mem::replace(&mut *armed, false) {
-            self.rings[vcpu].push(SLOT.raw(), page as u64);
+        let page = &self.pages[page];
+        let mut state = lock(&page.state);
+        match *state {
+            State::Armed => self.rings[vcpu].push(page.slot.raw(), page.number),
+            State::Open => {}
+            State::Gone => return true,
         }
-        self.pages[page].content.store(value, Ordering::Relaxed);
+        *state = State::Open;
+        page.content.store(value, Ordering::Relaxed);
         true
     }
 
     /// A device writes: no vCPU logs it.
-    pub(super) fn device_write(&self, page: usize, value: u64) {
+    pub(crate) fn device_write(&self, page: usize, value: u64) {
         self.pages[page].content.store(value, Ordering::Relaxed);
     }
 
     /// Copies a page.
-    pub(super) fn read(&self, page: usize) -> u64 {
+    pub(crate) fn read(&self, page: usize) -> u64 {
         self.pages[page].content.load(Ordering::Relaxed)
+    }
+
+    /// The places of page `number` of `slot`: as many as there are slots of that id.
+    fn pages_at(&self, slot: SlotId, number: u64) -> impl Iterator<Item = usize> {
+        let places = self.pages.iter().enumerate();
+        let named = places.filter(move |(_, page)| page.slot == slot && page.number == number);
+        named.map(|(place, _)| place)
     }
 
     fn reset(&self) -> io::Result<u32> {
         let mut faults = lock(&self.resets);
         let limit = match faults.pop() {
-            Some(Fault::Error) => return Err(io::Error::from_raw_os_error(libc::ENOMEM)),
-            Some(Fault::Short) => 1,
-            None => u32::MAX,
+            Some(Some(Fault::Error)) => return Err(io::Error::from_raw_os_error(libc::ENOMEM)),
+            Some(Some(Fault::Short)) => 1,
+            Some(None) | None => u32::MAX,
         };
         let mut named = Vec::new();
         let mut recycled = 0;
         for ring in &self.rings {
-            recycled += ring.recycle(limit - recycled, |_, page| named.push(page as usize));
+            recycled += ring.recycle(limit - recycled, |slot, page| named.push((slot, page)));
         }
         // Entries are free before their pages are armed: only the return says that they are.
         if limit == u32::MAX || !self.rings.iter().any(Producer::awaits_reset) {
-            for page in named {
-                *lock(&self.pages[page].armed) = true;
+            for (slot, number) in named {
+                for page in self.pages_at(SlotId::from_raw(slot), number) {
+                    let mut state = lock(&self.pages[page].state);
+                    if *state == State::Open {
+                        *state = State::Armed;
+                    }
+                }
             }
         }
         Ok(recycled)
@@ -127,33 +178,38 @@ impl Kernel for Ioctl {
 }
 
 /// A migration's destination.
-pub(super) struct Copy(Vec<u64>);
+pub(crate) struct Copy(Vec<u64>);
 
 impl Copy {
-    pub(super) fn new(machine: &Machine) -> Self {
+    pub(crate) fn new(machine: &Machine) -> Self {
         Self(vec![0; machine.pages.len()])
     }
 
     /// One round: sync, then copy what it reports.
-    pub(super) fn round(&mut self, machine: &Machine, log: &DirtyLog) {
+    pub(crate) fn round(&mut self, machine: &Machine, log: &DirtyLog) {
         let mut dirty = crate::DirtyPages::new();
         log.sync(&mut dirty).unwrap();
         self.take(machine, &dirty);
     }
 
     /// Copies the pages in `dirty`.
-    pub(super) fn take(&mut self, machine: &Machine, dirty: &crate::DirtyPages) {
-        for run in dirty.runs() {
-            for page in run.first_page..run.first_page + run.pages {
-                self.0[page as usize] = machine.read(page as usize);
+    pub(crate) fn take(&mut self, machine: &Machine, dirty: &crate::DirtyPages) {
+        for (slot, number) in dirty.pages() {
+            for page in machine.pages_at(slot, number) {
+                self.0[page] = machine.read(page);
             }
         }
     }
 
     /// Fails the model unless the copy equals the original.
-    pub(super) fn verify(&self, machine: &Machine) {
-        for (page, &copy) in self.0.iter().enumerate() {
-            assert_eq!(copy, machine.read(page), "page {page} was lost");
+    pub(crate) fn verify(&self, machine: &Machine) {
+        self.verify_pages(machine, 0..self.0.len());
+    }
+
+    /// The same of some pages.
+    pub(crate) fn verify_pages(&self, machine: &Machine, pages: Range<usize>) {
+        for page in pages {
+            assert_eq!(self.0[page], machine.read(page), "page {page} was lost");
         }
     }
 }

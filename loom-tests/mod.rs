@@ -1,13 +1,14 @@
 //! Models of the crate's own code: every interleaving of a few threads, and every value that a
 //! weakly ordered load may return.
 //!
-//! `cargo test --features loom` explores them; without the feature the same closures run on plain
-//! threads, many times over. What is modelled besides the crate is the kernel: see [`kernel`].
+//! `cargo test --features loom` explores them; under shuttle the same closures run in random
+//! interleavings, without either on plain threads, many times over. What is modelled besides the
+//! crate is the kernel: see [`kernel`].
 
 mod device;
 mod faults;
 mod gate;
-mod kernel;
+pub(crate) mod kernel;
 mod migration;
 mod occupancy;
 mod ring;
@@ -25,8 +26,14 @@ fn model(preemptions: usize, body: impl Fn() + Send + Sync + 'static) {
     builder.check(body);
 }
 
+/// Samples interleavings of `body`.
+#[cfg(all(feature = "modelled", not(feature = "loom")))]
+fn model(_preemptions: usize, body: impl Fn() + Send + Sync + 'static) {
+    crate::shuttle_tests::explore(500, body);
+}
+
 /// Runs `body` on plain threads, often.
-#[cfg(not(feature = "loom"))]
+#[cfg(not(feature = "modelled"))]
 fn model(_preemptions: usize, body: impl Fn() + Send + Sync + 'static) {
     for _ in 0..200 {
         body();

@@ -1,13 +1,13 @@
 //! How the reaper sleeps, and who wakes it.
 
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 use {crate::sync::PoisonError, core::time::Duration, std::time::Instant};
 
 use crate::sync::{Condvar, Mutex, lock};
 
 /// How long the reaper is deaf to full exits after one has woken it: in a storm of them one
 /// look does for many.
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub(crate) const DEAF: Duration = Duration::from_micros(500);
 
 /// Rung by vCPUs that stop on a full ring, and by the reaper's owner.
@@ -20,14 +20,14 @@ pub(crate) struct Alarm {
 #[derive(Default)]
 struct Rung {
     full: bool,
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     command: bool,
     /// Somebody waits whom a full exit may wake: to wake nobody costs a system call, too.
     listening: bool,
 }
 
 /// What ended a wait.
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Heard {
     /// The owner.
@@ -49,14 +49,14 @@ impl Alarm {
     }
 
     /// The owner has something to say, which whoever waits will hear at once.
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn command(&self) {
         lock(&self.rung).command = true;
         self.bell.notify_all();
     }
 
     /// Waits for a command.
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn wait_for_command(&self) {
         let mut rung = lock(&self.rung);
         while !rung.command {
@@ -66,7 +66,7 @@ impl Alarm {
     }
 
     /// Waits for the alarm until `until`; until `deaf` for a command only.
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn wait(&self, deaf: Instant, until: Instant) -> Heard {
         let mut rung = lock(&self.rung);
         let heard = loop {
@@ -95,7 +95,7 @@ impl Alarm {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use std::sync::Arc;
     use std::thread;

@@ -80,38 +80,41 @@ mod alarm;
 mod bitmap;
 mod dirty_pages;
 pub mod error;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 mod guest_map;
 mod kernel;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
 mod log;
 mod memslots;
 pub mod pacing;
 mod pass;
 mod prefetch;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 mod reaper;
 mod reset;
 pub mod ring;
-#[cfg(all(any(test, feature = "test-utils"), not(all(test, feature = "loom"))))]
+#[cfg(all(
+    any(test, feature = "test-utils"),
+    not(all(test, feature = "modelled"))
+))]
 pub mod sim;
 mod slot_id;
 mod stats;
 mod sync;
 mod targets;
 mod vcpu;
-#[cfg(all(feature = "vm-memory", not(all(test, feature = "loom"))))]
+#[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;
 
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub use guest_map::{GuestMap, GuestRegion};
 pub use kernel::Kernel;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub use reaper::{Priority, Reaper, ReaperBuilder, ReaperStats};
 pub use slot_id::SlotId;
 pub use stats::{Stats, VcpuStats};
@@ -119,3 +122,7 @@ pub use stats::{Stats, VcpuStats};
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]
 mod loom_tests;
+
+#[cfg(all(test, feature = "modelled", not(feature = "loom")))]
+#[path = "../shuttle-tests/mod.rs"]
+mod shuttle_tests;

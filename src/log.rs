@@ -28,7 +28,7 @@ pub struct DirtyLog {
 }
 
 #[cfg_attr(
-    all(test, feature = "loom"),
+    all(test, feature = "modelled"),
     expect(dead_code, reason = "KVM and the reaper's thread are not modelled")
 )]
 pub(crate) struct Inner {
@@ -73,12 +73,12 @@ impl DirtyLog {
     }
 
     /// A log over a KVM VM.
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn over_kvm(vm: Box<dyn Kernel>, ring_entries: u32) -> Self {
         Self::new(vm, ring_entries, MAX_SHARDS, true)
     }
 
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
@@ -114,7 +114,7 @@ impl DirtyLog {
         })
     }
 
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn is_kvm(&self) -> bool {
         self.inner.kvm
     }

@@ -1,12 +1,13 @@
 //! The only file that names atomics, locks and threads.
 //!
-//! Built for its own tests with the `loom` feature, the crate runs on loom's versions of them, so
-//! that the models in `loom-tests/` check the code that ships. Everything else, a dependent that
-//! turns the feature on included, gets the standard library's.
+//! Built for its own tests with the feature `loom` or `shuttle`, the crate runs on loom's or shuttle's
+//! versions of them, so that the models in `loom-tests/` and `shuttle-tests/` check the code that
+//! ships; with both, on loom's. Everything else, a dependent that turns the features on included,
+//! gets the standard library's.
 
 pub(crate) use std::sync::{Arc, OnceLock, PoisonError};
 
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 mod real {
     pub(crate) use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
     pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
@@ -19,7 +20,8 @@ mod real {
             ///
             /// Relaxed atomic accesses compile to plain loads and stores, and keep a mistake (or a
             /// kernel that breaks the protocol) from being undefined behaviour. Under loom this is
-            /// a cell that reports every access not ordered by happens-before.
+            /// a cell that reports every access not ordered by happens-before, under shuttle one
+            /// that reports two at once.
             #[repr(transparent)]
             #[derive(Default)]
             pub(crate) struct $name($atomic);
@@ -102,28 +104,64 @@ mod model {
     plain!(PlainU8, u8);
     plain!(PlainU32, u32);
     plain!(PlainU64, u64);
-
-    /// Lends a copy of `memory`, each access checked on the way there and back.
-    ///
-    /// # Safety
-    /// As for the production function; a breach fails the model.
-    pub(crate) unsafe fn lend<P: super::Plain, T>(
-        memory: &[P],
-        borrower: impl FnOnce(&mut [P::Int]) -> T,
-    ) -> T {
-        let mut copy: Vec<_> = memory.iter().map(P::load).collect();
-        let result = borrower(&mut copy);
-        memory
-            .iter()
-            .zip(copy)
-            .for_each(|(to, from)| to.store(from));
-        result
-    }
 }
 
-#[cfg(all(test, feature = "loom"))]
+#[cfg(all(test, feature = "modelled", not(feature = "loom")))]
+mod model {
+    use shuttle::sync::RwLock;
+    pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+    pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard};
+    pub(crate) use shuttle::thread;
+
+    macro_rules! plain {
+        ($name:ident, $int:ty) => {
+            /// The race-checked double of the production type: a lock that nobody waits for. Others
+            /// get their turn while it is held.
+            #[derive(Default)]
+            pub(crate) struct $name(RwLock<$int>);
+
+            impl super::Plain for $name {
+                type Int = $int;
+
+                fn load(&self) -> $int {
+                    *self.0.try_read().expect("a data race: read while written")
+                }
+
+                fn store(&self, value: $int) {
+                    *self
+                        .0
+                        .try_write()
+                        .expect("a data race: written while accessed") = value;
+                }
+            }
+        };
+    }
+    plain!(PlainU8, u8);
+    plain!(PlainU32, u32);
+    plain!(PlainU64, u64);
+}
+
+/// Lends a copy of `memory`, each access checked on the way there and back.
+///
+/// # Safety
+/// As for the production function; a breach fails the model.
+#[cfg(all(test, feature = "modelled"))]
+pub(crate) unsafe fn lend<P: Plain, T>(
+    memory: &[P],
+    borrower: impl FnOnce(&mut [P::Int]) -> T,
+) -> T {
+    let mut copy: Vec<_> = memory.iter().map(P::load).collect();
+    let result = borrower(&mut copy);
+    memory
+        .iter()
+        .zip(copy)
+        .for_each(|(to, from)| to.store(from));
+    result
+}
+
+#[cfg(all(test, feature = "modelled"))]
 pub(crate) use model::*;
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub(crate) use real::*;
 
 /// What `PlainU8`, `PlainU32` and `PlainU64` have in common.
@@ -147,7 +185,7 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
 }
 
 /// A statistic: many may add, anybody may read, and nothing is ever decided by it, so it is a plain
-/// relaxed counter that loom need not see.
+/// relaxed counter that models need not see.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(core::sync::atomic::AtomicU64);
 
@@ -170,20 +208,20 @@ impl Counter {
 ///
 /// # Safety
 /// An all-zero bit pattern must be a valid value of the type.
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub(crate) unsafe trait Zero: Sized {}
 
-/// Types that start at zero; loom's are built one by one.
-#[cfg(all(test, feature = "loom"))]
+/// Types that start at zero; those of models are built one by one.
+#[cfg(all(test, feature = "modelled"))]
 pub(crate) trait Zero: Default {}
 
 macro_rules! zero {
     ($($type:ty),*) => {$(
         // SAFETY: an integer, or a transparent wrapper of one, for which zero is a value.
-        #[cfg(not(all(test, feature = "loom")))]
+        #[cfg(not(all(test, feature = "modelled")))]
         unsafe impl Zero for $type {}
 
-        #[cfg(all(test, feature = "loom"))]
+        #[cfg(all(test, feature = "modelled"))]
         impl Zero for $type {}
     )*};
 }
@@ -193,7 +231,7 @@ zero!(u8, u64, AtomicU64, PlainU8, PlainU64);
 ///
 /// Large blocks come straight from the operating system as zero pages and take memory only where
 /// they are written: an idle guest's bitmaps cost next to nothing.
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
     let layout = core::alloc::Layout::array::<T>(len).ok()?;
     if layout.size() == 0 {
@@ -210,8 +248,8 @@ pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
     Some(unsafe { Box::from_raw(slice) })
 }
 
-/// `len` zeroes, each known to loom.
-#[cfg(all(test, feature = "loom"))]
+/// `len` zeroes, each known to the model.
+#[cfg(all(test, feature = "modelled"))]
 pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
     Some((0..len).map(|_| T::default()).collect())
 }

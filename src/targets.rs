@@ -234,7 +234,7 @@ impl<'a> Lookup<'a> {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
     use crate::slot_id::SlotId;

@@ -78,7 +78,7 @@ impl Iterator for BitRuns<'_> {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
 

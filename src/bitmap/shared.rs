@@ -41,7 +41,7 @@ impl SharedBits {
     }
 
     /// Whether the bit of `page`, which is in the slot, is set just now.
-    #[cfg(all(feature = "vm-memory", not(all(test, feature = "loom"))))]
+    #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
     pub(crate) fn contains(&self, page: u64) -> bool {
         // Relaxed: pairs with nothing. It is true of a moment, and nothing is decided by it here.
         let word = self.words[(page / 64) as usize].load(Ordering::Relaxed);

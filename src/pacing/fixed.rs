@@ -66,7 +66,7 @@ impl Period {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 pub(super) mod tests {
     use super::*;
     use crate::pacing::{PassCost, RingObservation};

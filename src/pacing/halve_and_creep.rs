@@ -53,7 +53,7 @@ impl Pacing for HalveAndCreep {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
     use crate::pacing::fixed::tests::AtEachPass;

@@ -243,7 +243,7 @@ impl fmt::Debug for Pacer {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use std::sync::{Arc, Mutex};
 

@@ -90,7 +90,7 @@ impl Pacing for RunLevels {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
     use crate::pacing::RingObservation;

@@ -29,7 +29,7 @@ pub struct Entry {
     offset: PlainU64,
 }
 
-#[cfg(not(all(test, feature = "loom")))]
+#[cfg(not(all(test, feature = "modelled")))]
 const _: () = {
     use core::mem::{align_of, offset_of, size_of};
     use kvm_bindings::kvm_dirty_gfn;

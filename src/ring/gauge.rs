@@ -62,7 +62,7 @@ impl<'a> Gauge<'a> {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::super::RingView;
     use super::super::producer::Producer;

@@ -78,7 +78,7 @@ impl RingMemory {
     }
 
     /// Gives the ring a name that others of its VM don't have, in place of its address.
-    #[cfg(not(all(test, feature = "loom")))]
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn named(self, name: String) -> Self {
         Self { name, ..self }
     }

@@ -186,7 +186,7 @@ fn prefetch_lines(entries: &[Entry]) {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::producer::Producer;
     use super::*;

@@ -279,7 +279,7 @@ impl core::fmt::Debug for SimVm {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
 
