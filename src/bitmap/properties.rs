@@ -11,7 +11,7 @@ use super::shared::SharedBits;
 use super::words::{BLOCK_WORDS, words_for};
 use crate::sync::Plain;
 
-/// Neighbouring words with the same bits. Places are reduced to what there is.
+/// Neighbouring words with the same bits. For places, see [`place`].
 #[derive(Debug, Clone, Copy)]
 struct Stretch {
     at: u32,
@@ -31,6 +31,15 @@ enum Deed {
     CopyShared,
     Fill,
     Clear,
+}
+
+/// `at` among `of`: low numbers count from the begin, high ones from the end.
+fn place(at: u32, of: u64) -> u64 {
+    let back = u32::MAX - at;
+    match at < back {
+        true => u64::from(at) % of,
+        false => of - 1 - u64::from(back) % of,
+    }
 }
 
 /// The bits of words that are not zero.
@@ -62,7 +71,7 @@ impl Bitmaps {
 
     fn stretch(&self, stretch: Stretch) -> Vec<(usize, u64)> {
         let words = words_for(self.pages);
-        let first = stretch.at as usize % words;
+        let first = place(stretch.at, words as u64) as usize;
         let stretched = first..words.min(first + stretch.words);
         let bits = stretched.map(|word| (word, stretch.bits & self.room(word)));
         bits.filter(|(_, bits)| *bits != 0).collect()
@@ -85,7 +94,7 @@ impl Bitmaps {
                 }
             }
             Deed::Write(first, pages) => {
-                let first = u64::from(first) % self.pages;
+                let first = place(first, self.pages);
                 let pages = pages.min(self.pages - first);
                 self.shared.0.set(first, pages);
                 for page in first..first + pages {
@@ -179,16 +188,17 @@ fn size() -> impl Strategy<Value = u64> {
 }
 
 fn deed() -> impl Strategy<Value = Deed> {
-    // Mostly at the slot's begin, where all sizes have words.
-    let at = || prop_oneof![0u32..20, 500u32..520, any::<u32>()];
+    // Mostly where all sizes have words, and in the last of their groups.
+    let back = (0u32..20).prop_map(|back| u32::MAX - back);
+    let at = prop_oneof![0u32..20, 500u32..520, back, any::<u32>()].boxed();
     let bits = prop_oneof![Just(u64::MAX), Just(1), Just(1 << 63), any::<u64>()];
-    let stretch = (at(), 1usize..30, bits);
+    let stretch = (at.clone(), 1usize..30, bits);
     let stretch = stretch.prop_map(|(at, words, bits)| Stretch { at, words, bits });
     let stretch = stretch.boxed();
     prop_oneof![
         3 => stretch.clone().prop_map(Deed::Merge),
         6 => stretch.prop_map(Deed::Harvest),
-        4 => (any::<u32>(), 0u64..300).prop_map(|(first, pages)| Deed::Write(first, pages)),
+        4 => (at, 0u64..300).prop_map(|(first, pages)| Deed::Write(first, pages)),
         3 => Just(Deed::TakeShard),
         2 => Just(Deed::TakeShared),
         1 => Just(Deed::CopyShared),
