@@ -63,6 +63,8 @@
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later.
 //!   `SECURITY.md` has the whole list, thread by thread.
 //!
+//! `docs/guide.md` leads through all of it, from the size of the rings to the final pass.
+//!
 //! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
 //! simulated kernel, `sim` (feature `test-utils`).
 
