@@ -59,6 +59,10 @@
 //!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
 //! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
 //!   page-modification logging hold pages back until a vCPU exits.
+//! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
+//!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
+//! - On aarch64: mark what KVM writes for no vCPU, the tables of the GIC and of its ITS, when they are
+//!   saved. No ring has them, and `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP` is not enabled.
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later.
 //!   `SECURITY.md` has the whole list, thread by thread.

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicU64;
 
 use kvm_dirty_ring::error::{AttachError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Fixed;
-use kvm_dirty_ring::ring::RingMemory;
+use kvm_dirty_ring::ring::{RingMemory, RingView};
 use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, Kernel, Reaper};
 use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, ROM, run};
@@ -380,4 +380,23 @@ fn a_ring_is_unmapped_last() {
     assert!(is_mapped());
     reaper.stop().unwrap();
     assert!(!is_mapped());
+}
+
+/// Entries that somebody else has marked do not stand in, later, for some that a reset has left.
+#[test]
+fn entries_marked_by_somebody_else_hide_no_short_reset() {
+    let mut machine = Machine::new();
+    let other = machine.vm.add_vcpu();
+    for page in 200..210 {
+        other.write(RAM, page).unwrap();
+    }
+    RingView::new(other.ring_memory()).harvest(|_, _| ());
+    machine.write([50]);
+    machine.sync();
+    machine.write(0..10);
+    machine.vm.inject([ResetFault::Short { after: 5 }]);
+    machine.sync();
+    assert_eq!(machine.log.stats().short_resets, 1);
+    machine.write([3]);
+    assert!(machine.sync().contains(&run(RAM, 0, 10)), "page 3 is lost");
 }
