@@ -83,6 +83,7 @@ pub mod error;
 #[cfg(not(all(test, feature = "modelled")))]
 mod guest_map;
 mod kernel;
+mod kernel_bits;
 #[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
 mod log;
@@ -110,7 +111,7 @@ pub mod vm_memory;
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use guest_map::{GuestMap, GuestRegion};
-pub use kernel::Kernel;
+pub use kernel::{Kernel, Mode};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
