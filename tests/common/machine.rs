@@ -5,7 +5,9 @@ use std::mem;
 use std::sync::{Arc, Mutex};
 
 use kvm_dirty_ring::error::SlotError;
-use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError};
+use kvm_dirty_ring::sim::{
+    BitmapFault, ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError,
+};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, RetiredSlot, SlotId, Stats, VcpuRing};
 
 use super::ops::{Op, Setup, Write};
@@ -104,6 +106,8 @@ impl Machine {
         config.reserved = setup.reserved;
         config.pml = setup.pml;
         config.first_index = setup.first_index;
+        config.mode = setup.mode;
+        config.with_bitmap = setup.with_bitmap;
         let vm = SimVm::new(config);
         let memory = Arc::new(Memory {
             log: vm.dirty_log(),
@@ -145,6 +149,7 @@ impl Machine {
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::Write(write) => self.write(write),
+            Op::KernelWrite(write) => self.kernel_write(write),
             Op::Reap => self.may_fail(|log| log.reap().is_ok()),
             Op::ReapRings(rings) => {
                 let wanted = [0, 1, 2, 3].map(|ring| rings >> ring & 1 == 1);
@@ -168,6 +173,7 @@ impl Machine {
                 in_reset.push_back((*phase, writes.clone()));
             }
             Op::Inject(faults) => self.inject(faults),
+            Op::InjectBitmap(faults) => self.inject_bitmap(faults),
             Op::Garble { vcpu, unknown_slot } => {
                 let slot = if *unknown_slot { 77 } else { SLOTS[0].raw() };
                 self.vcpu(*vcpu).garble_next(slot, 1 << 40);
@@ -231,6 +237,21 @@ impl Machine {
         self.memory.vm.inject(faults.iter().copied());
     }
 
+    fn inject_bitmap(&mut self, faults: &[BitmapFault]) {
+        self.injected += faults.len();
+        self.memory.vm.inject_bitmap(faults.iter().copied());
+    }
+
+    fn kernel_write(&mut self, write: &Write) {
+        let Some((slot, pages)) = self.memory.pages(write) else {
+            return;
+        };
+        for page in pages {
+            assert!(self.memory.vm.kernel_write(slot, page));
+            self.written.entry(slot).or_default().insert(page);
+        }
+    }
+
     fn add_vcpu(&mut self) {
         if self.rings.len() < MOST_VCPUS {
             let vcpu = self.memory.vm.add_vcpu();
@@ -281,7 +302,7 @@ impl Machine {
         let slot = SLOTS[index];
         let injected = self.injected > 0;
         let failed = |error| match error {
-            SlotError::Reset(_) if injected => {}
+            SlotError::Reset(_) | SlotError::Bitmap(_) if injected => {}
             error => panic!("{error}"),
         };
         let life = mem::replace(&mut self.lives[index], Life::Absent);
