@@ -50,7 +50,7 @@
 //!
 //! # What the VMM must do
 //!
-//! - Enable the log before the first vCPU, and not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
+//! - Enable the log before the first vCPU, on arm64 before the first memslot, and not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
 //!   `INITIALLY_SET` beside it.
 //! - Add each logged memslot before it is created; remove it in [two
 //!   steps](DirtyLog::retire_slot).
@@ -62,6 +62,13 @@
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later.
 //!   `SECURITY.md` has the whole list, thread by thread.
+//!
+//! # Without rings
+//!
+//! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
+//! [`DirtyLog::enable_bitmap`] insists on them, and [`DirtyLog::mode`] tells which it is. All calls are
+//! the same, and so are the promises; vCPUs never stop for a full ring, and a reaper finds nothing to do.
+//! A slot must be created in KVM before the first sync after `add_slot`: until then all of it is dirty.
 //!
 //! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
 //! simulated kernel, `sim` (feature `test-utils`).

@@ -177,7 +177,10 @@ fn syncs_and_removals_beside_each_other() {
         log.sync(&mut dirty).unwrap();
         let mut found = found.lock().unwrap();
         for (slot, page) in dirty.pages() {
-            assert!(slot != large || found.insert(page), "page {page} came twice");
+            assert!(
+                slot != large || found.insert(page),
+                "page {page} came twice"
+            );
         }
     };
     thread::scope(|scope| {

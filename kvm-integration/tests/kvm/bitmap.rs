@@ -146,7 +146,10 @@ fn a_removal_takes_what_was_written() -> Outcome {
     let left = machine.vm.vm_fd().get_dirty_log(2, 200 * 4096)?;
     assert!(left.iter().all(|&word| word == 0), "{left:x?}");
     machine.round()?;
-    assert_eq!(machine.dirty().words(slot_id(2)), Some(&[u64::MAX, u64::MAX, u64::MAX, 0xff][..]));
+    assert_eq!(
+        machine.dirty().words(slot_id(2)),
+        Some(&[u64::MAX, u64::MAX, u64::MAX, 0xff][..])
+    );
     machine.compare()?;
     machine.delete_slot(2)?;
     assert_eq!(machine.round()?, 0, "of a slot that is no more");
@@ -201,10 +204,16 @@ fn what_is_refused() -> Outcome {
 
     let rings = Machine::new(1024, &[64])?;
     let refused = DirtyLog::enable_bitmap(rings.vm.vm_fd());
-    assert!(matches!(refused, Err(EnableError::AlreadyEnabled)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(EnableError::AlreadyEnabled)),
+        "{refused:?}"
+    );
     // Rings that were refused are no reason for bitmaps.
     let refused = DirtyLog::enable_auto(rings.vm.vm_fd(), entries());
-    assert!(matches!(refused, Err(EnableError::AlreadyEnabled)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(EnableError::AlreadyEnabled)),
+        "{refused:?}"
+    );
 
     let machine = Machine::with_bitmap(&[64])?;
     let load = machine.load(Workload::Walk, 0, 1);
