@@ -8,7 +8,7 @@ use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::{
     BitmapFault, ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError,
 };
-use kvm_dirty_ring::{DirtyLog, DirtyPages, RetiredSlot, SlotId, Stats, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, RetiredSlot, SlotId, Stats, VcpuRing};
 
 use super::ops::{Op, Setup, Write};
 use super::shape::{PageSet, pages_of};
@@ -94,6 +94,10 @@ pub struct Machine {
     pub stuck: bool,
     /// The exact oracle: pages written since the last sync, by guest or device.
     pub written: PageSet,
+    /// Those of them that no deletion of their slot takes from the log: the kernel's bits go with it.
+    kept: PageSet,
+    /// Whether vCPUs' writes go to the kernel's bits.
+    bitmap_mode: bool,
     /// The migration oracle: each page's version when it was last copied.
     copy: BTreeMap<SlotId, Vec<u64>>,
 }
@@ -130,6 +134,8 @@ impl Machine {
             overran: false,
             stuck: false,
             written: PageSet::new(),
+            kept: PageSet::new(),
+            bitmap_mode: setup.mode == Mode::Bitmap,
             copy: BTreeMap::new(),
         };
         machine.step_slot(0, 100);
@@ -272,6 +278,9 @@ impl Machine {
                 Some(_) => {}
             }
             self.written.entry(slot).or_default().insert(page);
+            if write.vcpu.is_none() || !self.bitmap_mode {
+                self.kept.entry(slot).or_default().insert(page);
+            }
         }
     }
 
@@ -316,7 +325,11 @@ impl Machine {
                 Life::Live
             }
             Life::Live => match log.retire_slot(slot) {
-                Ok(retired) => Life::Retired(retired),
+                Ok(retired) => {
+                    let written = self.written.get(&slot).cloned();
+                    self.kept.insert(slot, written.unwrap_or_default());
+                    Life::Retired(retired)
+                }
                 Err(error) => {
                     failed(error);
                     Life::Live
@@ -331,6 +344,9 @@ impl Machine {
                 let vcpus = self.memory.vcpus.lock().unwrap();
                 vcpus.iter().for_each(SimVcpu::exit);
                 self.copy.remove(&slot);
+                self.written.remove(&slot);
+                let kept = self.kept.remove(&slot).filter(|kept| !kept.is_empty());
+                self.written.extend(kept.map(|kept| (slot, kept)));
                 Life::Deleted(retired)
             }
             Life::Deleted(retired) => match log.finish_slot(&retired) {
@@ -375,6 +391,7 @@ impl Machine {
 
     /// The pages written since the last time this was asked.
     pub fn take_written(&mut self) -> PageSet {
+        self.kept.clear();
         let mut written = mem::take(&mut self.written);
         written.retain(|slot, _| self.tracked.contains_key(slot));
         written
