@@ -3,11 +3,11 @@
 use core::ops::Range;
 use std::io;
 
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Mode};
 use crate::log::DirtyLog;
 use crate::ring::producer::Producer;
 use crate::slot_id::SlotId;
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread};
 
 /// Entries of a model's ring; a vCPU stops two before the end.
 pub(crate) const ENTRIES: u32 = 4;
@@ -27,6 +27,7 @@ pub(crate) enum Fault {
 
 /// A machine. Its pages are counted through all slots.
 pub(crate) struct Machine {
+    mode: Mode,
     rings: Vec<Producer>,
     pub(crate) pages: Vec<Page>,
     /// Held through a reset, as KVM's `slots_lock` is.
@@ -40,6 +41,8 @@ pub(crate) struct Page {
     /// The lock makes "armed? then log, then write" one step towards re-arming, as the processor's
     /// fault and the TLB flush make it.
     pub(crate) state: Mutex<State>,
+    /// Its bit in the kernel's bitmap. Relaxed: the lock of the state orders it.
+    logged: AtomicBool,
     /// What the guest wrote. Relaxed, so that only the crate's own orderings make a copy current.
     content: AtomicU64,
 }
@@ -65,9 +68,23 @@ impl Machine {
         Self::with_slots(vcpus, &[(SLOT, pages)], faults)
     }
 
+    /// A machine without rings, which logs into bitmaps.
+    pub(crate) fn with_bitmap(pages: usize) -> Arc<Self> {
+        Self::make(Mode::Bitmap, 0, &[(SLOT, pages)], Vec::new())
+    }
+
     /// As above, with several slots and the pages of each. Where two have one id, the first is there
     /// and the other yet to be created.
     pub(crate) fn with_slots(
+        vcpus: usize,
+        slots: &[(SlotId, usize)],
+        faults: Vec<Option<Fault>>,
+    ) -> Arc<Self> {
+        Self::make(Mode::Rings, vcpus, slots, faults)
+    }
+
+    fn make(
+        mode: Mode,
         vcpus: usize,
         slots: &[(SlotId, usize)],
         faults: Vec<Option<Fault>>,
@@ -82,10 +99,12 @@ impl Machine {
                 slot,
                 number,
                 state: Mutex::new(state),
+                logged: AtomicBool::new(false),
                 content: AtomicU64::new(0),
             }));
         }
         Arc::new(Self {
+            mode,
             rings: (0..vcpus).map(|_| Producer::new(ENTRIES, 0)).collect(),
             pages,
             resets: Mutex::new(faults),
@@ -105,6 +124,20 @@ impl Machine {
     /// The ring of vCPU `vcpu`.
     pub(crate) fn ring(&self, vcpu: usize) -> &Producer {
         &self.rings[vcpu]
+    }
+
+    /// The guest writes, on whatever vCPU: in bitmap mode.
+    pub(crate) fn write_page(&self, page: usize, value: u64) {
+        let page = &self.pages[page];
+        let mut state = lock(&page.state);
+        if *state == State::Gone {
+            return;
+        }
+        if *state == State::Armed {
+            page.logged.store(true, Ordering::Relaxed);
+        }
+        *state = State::Open;
+        page.content.store(value, Ordering::Relaxed);
     }
 
     /// The guest writes; false, and nothing happens, if the vCPU's ring is full.
@@ -168,12 +201,42 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Takes all bits, and arms their pages at the very end: only the return says that they are.
+    fn take_bitmap(&self, slot: SlotId, words: &mut [u64]) {
+        let mut taken = Vec::new();
+        for page in self.pages.iter().filter(|page| page.slot == slot) {
+            let _state = lock(&page.state);
+            if page.logged.swap(false, Ordering::Relaxed) {
+                taken.push(page);
+            }
+        }
+        thread::yield_now();
+        for page in taken {
+            words[(page.number / 64) as usize] |= 1 << (page.number % 64);
+            let mut state = lock(&page.state);
+            if *state == State::Open {
+                *state = State::Armed;
+            }
+        }
+    }
+}
+
 /// The machine behind its ioctl.
 struct Ioctl(Arc<Machine>);
 
 impl Kernel for Ioctl {
     fn reset(&self) -> io::Result<u32> {
         self.0.reset()
+    }
+
+    fn mode(&self) -> Mode {
+        self.0.mode
+    }
+
+    fn take_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        self.0.take_bitmap(slot, words);
+        Ok(())
     }
 }
 

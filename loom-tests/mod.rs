@@ -5,6 +5,7 @@
 //! interleavings, without either on plain threads, many times over. What is modelled besides the
 //! crate is the kernel: see [`kernel`].
 
+mod bitmap;
 mod device;
 mod faults;
 mod gate;

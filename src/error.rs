@@ -65,7 +65,8 @@ pub enum HostError {
     },
 }
 
-/// Why the dirty rings of a VM could not be enabled. The VM is as it was.
+/// Why the dirty log of a VM could not be enabled. The VM is as it was, but with
+/// [`SlotExists`](Self::SlotExists).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EnableError {
@@ -88,6 +89,14 @@ pub enum EnableError {
         "KVM refused the dirty rings, as it does once a vCPU exists: enable them before the first"
     )]
     VcpuExists,
+    /// A memslot exists already, on a host whose rings have [bitmaps beside
+    /// them](crate::HostSupport::with_bitmap). The VM has rings by now, for good, and what the kernel
+    /// writes without a vCPU would be lost: make another VM.
+    #[error(
+        "KVM refused the bitmaps beside the dirty rings, as it does once a memslot exists: enable the \
+         log of a new VM before the first"
+    )]
+    SlotExists,
     /// The VMM switched on manual protection with all pages initially set.
     #[error(
         "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is on with INITIALLY_SET, which loses pages beside dirty \
@@ -207,6 +216,9 @@ pub enum SlotError {
     /// The pass that a removal needs did not complete; try again.
     #[error(transparent)]
     Reset(#[from] ResetError),
+    /// The kernel's own bits of the slot could not all be taken; try again.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
 }
 
 /// Why a map of guest memory was refused.
@@ -258,6 +270,29 @@ impl ResetError {
     }
 }
 
+/// The kernel's own bits of a slot could not all be taken. Those that were are kept, and come with the
+/// next sync that completes.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("taking the dirty bitmap of slot {slot} failed")]
+pub struct BitmapError {
+    pub(crate) slot: SlotId,
+    /// What the kernel said.
+    #[source]
+    pub(crate) source: Arc<io::Error>,
+}
+
+impl BitmapError {
+    /// The slot.
+    pub fn slot(&self) -> SlotId {
+        self.slot
+    }
+
+    /// The kernel's error number, where it gave one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
 /// Why a sync did not complete. Nothing is lost: its pages come with the next one that does.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -265,6 +300,9 @@ pub enum SyncError {
     /// A reset failed.
     #[error(transparent)]
     Reset(#[from] ResetError),
+    /// The kernel's own bits of a slot could not all be taken.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     /// No memory for the list of dirty pages.
     #[error("no memory for the dirty pages")]
     NoMemory,

@@ -1,10 +1,32 @@
 //! What the crate needs of a kernel.
 
+use core::fmt;
 use std::io;
+
+use crate::slot_id::SlotId;
 
 /// Entries that every kernel keeps in reserve (`KVM_DIRTY_RING_RSVD_ENTRIES` in the kernel's
 /// include/linux/kvm_dirty_ring.h).
 pub(crate) const RESERVED_ENTRIES: u32 = 64;
+
+/// How the kernel logs what vCPUs write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Mode {
+    /// Into one ring for each vCPU.
+    Rings,
+    /// Into one bitmap for each slot.
+    Bitmap,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rings => "rings",
+            Self::Bitmap => "bitmap",
+        })
+    }
+}
 
 /// The kernel behind a [`DirtyLog`](crate::DirtyLog): KVM, or the simulated one.
 pub trait Kernel: Send + Sync {
@@ -24,5 +46,31 @@ pub trait Kernel: Send + Sync {
     /// *ring full* that many before the end. Only a prior; the log learns the true number.
     fn reserved_entries(&self) -> u32 {
         RESERVED_ENTRIES
+    }
+
+    /// How it logs what vCPUs write.
+    fn mode(&self) -> Mode {
+        Mode::Rings
+    }
+
+    /// Whether it keeps bits of its own: of all writes without rings, of those that no vCPU made
+    /// beside them.
+    fn has_bitmap(&self) -> bool {
+        self.mode() == Mode::Bitmap
+    }
+
+    /// Moves the kernel's own bits of the dirty pages of `slot`, which is to have `pages` pages, into
+    /// `words`, which are zero: page p is bit p % 64 of word p / 64. The log calls it once at a time.
+    ///
+    /// When it has returned, well or with an error, every page whose bit it took from the kernel is in
+    /// `words`, and is write-protected again, on every vCPU. More pages than that may be there.
+    ///
+    /// # Errors
+    /// Not all bits were taken: those in `words` count, the kernel still has the others. But with
+    /// ENOENT (it has no bits of the slot) and EFAULT (they are more than fit) they may be gone, and
+    /// every page is taken for dirty.
+    fn take_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+        let _ = (slot, pages, words);
+        Err(io::ErrorKind::Unsupported.into())
     }
 }

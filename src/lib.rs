@@ -50,8 +50,8 @@
 //!
 //! # What the VMM must do
 //!
-//! - Enable the log before the first vCPU, and not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
-//!   `INITIALLY_SET` beside it.
+//! - Enable the log before the first vCPU, on aarch64 before the first memslot too, and not use
+//!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` beside it.
 //! - Add each logged memslot before it is created; remove it in [two
 //!   steps](DirtyLog::retire_slot).
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
@@ -61,11 +61,16 @@
 //!   page-modification logging hold pages back until a vCPU exits.
 //! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
 //!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
-//! - On aarch64: mark what KVM writes for no vCPU, the tables of the GIC and of its ITS, when they are
-//!   saved. No ring has them, and `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP` is not enabled.
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later.
 //!   `SECURITY.md` has the whole list, thread by thread.
+//!
+//! # Without rings
+//!
+//! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
+//! [`DirtyLog::enable_bitmap`] insists on them, and [`DirtyLog::mode`] tells which it is. All calls are
+//! the same, and so are the promises; vCPUs never stop for a full ring, and a reaper finds nothing to do.
+//! A slot must be created in KVM before the first sync after `add_slot`: until then all of it is dirty.
 //!
 //! `docs/guide.md` leads through all of it, from the size of the rings to the final pass.
 //!
@@ -89,6 +94,7 @@ pub mod error;
 #[cfg(not(all(test, feature = "modelled")))]
 mod guest_map;
 mod kernel;
+mod kernel_bits;
 #[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
 mod log;
@@ -116,7 +122,7 @@ pub mod vm_memory;
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use guest_map::{GuestMap, GuestRegion};
-pub use kernel::Kernel;
+pub use kernel::{Kernel, Mode};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};

@@ -9,7 +9,8 @@ use crate::bitmap::pool::MAX_SHARDS;
 use crate::bitmap::shared::SharedBits;
 use crate::dirty_pages::DirtyPages;
 use crate::error::{AttachError, ResetError, SlotError, SyncError};
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Mode};
+use crate::kernel_bits::KernelBits;
 use crate::memslots::Slot;
 use crate::pacing::RingObservation;
 use crate::pass::Harvester;
@@ -33,9 +34,10 @@ pub struct DirtyLog {
 )]
 pub(crate) struct Inner {
     pub(crate) harvester: Harvester,
+    pub(crate) kernel_bits: KernelBits,
     pub(crate) alarm: Alarm,
     ring_entries: u32,
-    /// Whether rings are those of a KVM VM.
+    /// Whether the log is that of a KVM VM.
     kvm: bool,
     /// One sync at a time. What an unfinished one had collected waits here for the next.
     pending: Mutex<DirtyPages>,
@@ -60,6 +62,7 @@ impl DirtyLog {
     ) -> Self {
         let inner = Inner {
             harvester: Harvester::new(kernel, shards),
+            kernel_bits: KernelBits::default(),
             alarm: Alarm::default(),
             ring_entries,
             kvm,
@@ -83,7 +86,13 @@ impl DirtyLog {
         &self.inner
     }
 
-    /// Size of each ring, in entries.
+    /// How the kernel logs what vCPUs write.
+    pub fn mode(&self) -> Mode {
+        self.inner.harvester.kernel().mode()
+    }
+
+    /// Size of each ring, in entries; in [`Mode::Bitmap`] on KVM that of the empty one which each
+    /// vCPU has in its place.
     pub fn ring_entries(&self) -> u32 {
         self.inner.ring_entries
     }
@@ -158,10 +167,12 @@ impl DirtyLog {
         // A pass on an older layout would not know the slot's entries, or would give them to the
         // slot that had the id before.
         harvester.quiesce();
+        // Nor may who takes the kernel's bits for that slot, by its id, be given the new one's.
+        drop(self.inner.kernel_bits.lock());
         Ok(())
     }
 
-    /// Begins to remove a memslot: empties the rings, so that what the guest wrote is known before
+    /// Begins to remove a memslot: empties the rings and the kernel's own bits of it, so that what the guest wrote is known before
     /// the slot goes. Then delete the slot in KVM and call [`finish_slot`](Self::finish_slot). In
     /// between the slot is still tracked, and its id cannot be added. Whoever wants its last pages has
     /// to sync before it is finished.
@@ -172,16 +183,25 @@ impl DirtyLog {
     /// first or treat all of it as dirty.
     ///
     /// # Errors
-    /// The slot is not tracked or being removed already, or the reset failed; then nothing has
-    /// changed.
+    /// The slot is not tracked or being removed already, or the reset or the taking of its bits
+    /// failed; then nothing has changed.
     pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let harvester = &self.inner.harvester;
         let _one_at_a_time = lock(&self.inner.slot_change);
         // The slot must be there before the rings are emptied for it.
-        if harvester.layout().slots.get(slot.raw()).is_none() {
-            return Err(SlotError::Unknown { slot });
-        }
+        let layout = harvester.layout();
+        let tracked = layout.slots.get(slot.raw());
+        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
         harvester.reap()?;
+        if harvester.kernel().has_bitmap() {
+            let mut taking = self.inner.kernel_bits.lock();
+            if !taking.fit(tracked.pages()) {
+                let pages = tracked.pages();
+                return Err(SlotError::NoMemory { slot, pages });
+            }
+            let retired = layout.slots.is_retired(tracked);
+            taking.take(harvester.kernel(), tracked, retired)?;
+        }
         let slot = harvester.change_layout(|layout| layout.slots.retire(slot))?;
         Ok(RetiredSlot { slot })
     }
@@ -232,7 +252,8 @@ impl DirtyLog {
     /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
     /// for all slots that need it: that, with the vCPUs
     /// stopped, the VMM has set the slot's memory region without `KVM_MEM_LOG_DIRTY_PAGES` and
-    /// then with it. Pages under suspicion come with the next sync once more and are then clean.
+    /// then with it. Pages under suspicion come with the next sync once more and are then clean; where
+    /// the kernel [has bitmaps](Mode::Bitmap), which it throws away thereby, all pages of the slot come.
     ///
     /// # Errors
     /// The slot is not tracked, or there is no memory; the pages stay suspect.
@@ -244,6 +265,10 @@ impl DirtyLog {
         if !pending.fit(&layout.slots) {
             let pages = tracked.pages();
             return Err(SlotError::NoMemory { slot, pages });
+        }
+        if self.inner.harvester.kernel().has_bitmap() {
+            // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
+            tracked.device().set(0, tracked.pages());
         }
         for (slot, bits) in pending.slots_mut() {
             if core::ptr::eq(slot, &**tracked) {
@@ -303,8 +328,8 @@ impl DirtyLog {
     /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time.
     ///
     /// # Errors
-    /// A reset failed, or there is no memory. `dirty` is empty then, and the pages come with the
-    /// next sync.
+    /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,
+    /// and the pages come with the next sync.
     pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         dirty.clear();
         let mut collected = Collected {
@@ -336,12 +361,31 @@ impl DirtyLog {
                 return Err(SyncError::NoMemory);
             }
         }
+        if harvester.kernel().has_bitmap() {
+            self.take_kernel_bits()?;
+        }
         if !dirty.fit(&harvester.layout().slots) {
             return Err(SyncError::NoMemory);
         }
         for (slot, bits) in dirty.slots_mut() {
             slot.device().take_into(bits);
             slot.copy_suspects_into(bits);
+        }
+        Ok(())
+    }
+
+    /// Moves what the kernel itself has logged to the device bits of each slot.
+    fn take_kernel_bits(&self) -> Result<(), SyncError> {
+        let harvester = &self.inner.harvester;
+        let mut taking = self.inner.kernel_bits.lock();
+        // Now, so that `add_slot` waits for us if an id is about to name another slot.
+        let layout = harvester.layout();
+        for slot in layout.slots.slots() {
+            if !taking.fit(slot.pages()) {
+                return Err(SyncError::NoMemory);
+            }
+            let retired = layout.slots.is_retired(slot);
+            taking.take(harvester.kernel(), slot, retired)?;
         }
         Ok(())
     }
@@ -384,7 +428,8 @@ impl DirtyLog {
 
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
-        Stats::read(&self.inner.harvester)
+        let missing = self.inner.kernel_bits.missing.get();
+        Stats::read(&self.inner.harvester, missing)
     }
 }
 
@@ -407,6 +452,7 @@ impl Drop for Collected<'_> {
 impl fmt::Debug for DirtyLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DirtyLog")
+            .field("mode", &self.mode())
             .field("ring_entries", &self.inner.ring_entries)
             .field("stats", &self.stats())
             .finish_non_exhaustive()
@@ -452,6 +498,8 @@ impl VcpuRing {
     /// # Errors
     /// The reset failed: the ring is still full, its pages are kept. Entering the guest again
     /// leads to the same exit at once.
+    ///
+    /// In [`Mode::Bitmap`] there is no such exit, and nothing to be done.
     pub fn on_full(&mut self) -> Result<(), ResetError> {
         let start = Instant::now();
         let result = self.make_room();

@@ -149,6 +149,11 @@ impl Table {
         staying.map(|tracked| &tracked.slot)
     }
 
+    /// Whether the removal of `slot`, which is tracked, has begun.
+    pub(crate) fn is_retired(&self, slot: &Slot) -> bool {
+        self.tracked(slot.id).is_some_and(|tracked| tracked.retired)
+    }
+
     /// Whether `slot` itself, not only its id, is tracked.
     pub(crate) fn holds(&self, slot: &Arc<Slot>) -> bool {
         let now = self.get(slot.id.raw());

@@ -26,6 +26,10 @@ pub struct Stats {
     pub out_of_range_entries: u64,
     /// Times that a ring was found overrun. Each makes every page suspect.
     pub overruns: u64,
+    /// Times that a slot's own bitmap could not be had from a kernel that should have it: the slot is
+    /// not in KVM, is not logged there, or is larger than the log was told. Each reports all pages of
+    /// the slot once.
+    pub missing_bitmaps: u64,
     /// Pages under suspicion now, which every sync reports: after what the counts from
     /// `short_resets` on tell of, and until their slots are [re-armed](crate::DirtyLog::rearm).
     pub suspect_pages: u64,
@@ -53,7 +57,7 @@ impl Stats {
         self.vcpus.iter().map(|vcpu| vcpu.full_exits).sum()
     }
 
-    pub(crate) fn read(harvester: &Harvester) -> Self {
+    pub(crate) fn read(harvester: &Harvester, missing_bitmaps: u64) -> Self {
         let counts = &harvester.counts;
         let gate = harvester.gate.stats();
         let layout = harvester.layout();
@@ -66,6 +70,7 @@ impl Stats {
             unknown_slot_entries: counts.unknown_slot.get(),
             out_of_range_entries: counts.out_of_range.get(),
             overruns: counts.overruns.get(),
+            missing_bitmaps,
             suspect_pages: layout.slots.slots().map(|slot| slot.suspects()).sum(),
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
         }

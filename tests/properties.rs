@@ -45,6 +45,27 @@ proptest! {
     }
 
     #[test]
+    fn a_sync_reports_exactly_what_the_kernels_bits_say(
+        setup in script::setup_with_bitmap(false),
+        mut ops in script::calm_bitmap_script(),
+    ) {
+        let mut machine = Machine::new(&setup);
+        ops.push(Op::Sync);
+        run_exactly(&mut machine, &ops);
+        assert_faultless(&machine);
+    }
+
+    #[test]
+    fn a_migration_survives_bad_bitmaps(
+        setup in script::setup_with_bitmap(true),
+        ops in script::bad_bitmaps_script(),
+    ) {
+        let mut machine = Machine::new(&setup);
+        run_migration(&mut machine, &ops);
+        assert_faultless(&machine);
+    }
+
+    #[test]
     fn a_migration_survives_bad_resets(
         setup in script::setup(true),
         ops in script::bad_resets_script(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::{ResetPhase, SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
 /// The slot that comes and goes.
@@ -132,8 +132,9 @@ impl Machine {
     }
 }
 
-fn migrate_under_load(seed: u64) {
+fn migrate_under_load(mode: Mode, seed: u64) {
     let mut config = SimConfig::default();
+    config.mode = mode;
     config.ring_entries = 32;
     config.reserved = 8;
     config.pml = [0, 8][seed as usize % 2];
@@ -180,7 +181,8 @@ fn migrate_under_load(seed: u64) {
     reaper.stop().unwrap();
 
     let stats = log.stats();
-    assert!(stats.full_exits() > 0 && stats.entries > 0, "{stats:?}");
+    let used = stats.full_exits() > 0 && stats.entries > 0;
+    assert_eq!(used, mode == Mode::Rings, "{stats:?}");
     let faults = [
         stats.short_resets,
         stats.unknown_slot_entries,
@@ -194,7 +196,15 @@ fn migrate_under_load(seed: u64) {
 fn a_migration_under_load_loses_no_write() {
     for seed in 0..24 {
         println!("seed {seed}");
-        migrate_under_load(seed);
+        migrate_under_load(Mode::Rings, seed);
+    }
+}
+
+#[test]
+fn a_migration_by_bitmap_under_load_loses_no_write() {
+    for seed in 0..24 {
+        println!("seed {seed}");
+        migrate_under_load(Mode::Bitmap, seed);
     }
 }
 

@@ -3,6 +3,7 @@
 //! The machine, the scripts and their judges are those of the property tests.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
+use kvm_dirty_ring::Mode;
 use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
 
 use crate::common::judge::{assert_faultless, run_exactly, run_migration, run_repaired};
@@ -115,6 +116,8 @@ fn setup(u: &mut Unstructured<'_>, pml: bool) -> Result<Setup> {
         pml: if pml { buffer } else { 0 },
         first_index: 0u32.wrapping_sub(before_the_wrap.into()),
         vcpus: u.int_in_range(1..=3)?,
+        mode: Mode::Rings,
+        with_bitmap: false,
     })
 }
 

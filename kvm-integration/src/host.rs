@@ -77,6 +77,21 @@ pub enum HostError {
 /// Says which of these is not so, and what to do about it; one line, fit for a skipped test.
 pub fn kvm_available() -> Result<Kvm, HostError> {
     HostSupport::query()?;
+    kvm_that_works()
+}
+
+/// The same, but that KVM need not have dirty rings.
+///
+/// # Errors
+/// As above.
+pub fn kvm_with_or_without_rings() -> Result<Kvm, HostError> {
+    match HostSupport::query() {
+        Ok(_) | Err(kvm_dirty_ring::error::HostError::NoDirtyRing) => kvm_that_works(),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn kvm_that_works() -> Result<Kvm, HostError> {
     let kvm = Kvm::new().map_err(HostError::NoVm)?;
     kvm.create_vm().map_err(HostError::NoVm)?;
     Ok(kvm)

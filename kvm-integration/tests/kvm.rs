@@ -13,6 +13,7 @@ mod kvm {
     mod harness;
 
     mod absent;
+    mod bitmap;
     mod complete;
     mod full;
     mod guest;
@@ -43,6 +44,7 @@ mod kvm {
                 suspicion::tests(),
                 overrun::tests(),
                 process::tests(),
+                bitmap::tests(),
                 seccomp::tests(),
             ]
             .concat(),

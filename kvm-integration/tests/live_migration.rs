@@ -55,6 +55,7 @@ fn promised_keys_hold_what_they_promise() {
             .unwrap_or_else(|| panic!("{key}: {object}"))
     };
     assert_eq!(object["backend"], "sim");
+    assert_eq!(object["mode"], "rings");
     assert_eq!(integer("vcpus"), 3);
     assert_eq!(integer("ring_entries"), 256);
     assert_eq!(integer("pages_total"), 4096);
@@ -78,6 +79,7 @@ fn people_get_a_table() {
     assert_eq!(ran.status, Some(0), "{}", ran.stderr);
     for wanted in [
         "backend: sim, as asked for",
+        "log: rings, simulated",
         "2 vCPUs, 16 MiB in two slots, rings of 256, look-first; walk (30,000 stores/s), link 64 MiB/s",
         "dirtied pages/s",
         "\n stopped ",
@@ -151,7 +153,7 @@ fn nonsense_is_refused_with_what_is_allowed() {
         ("--ring-entries 1", "at least 256"),
         ("--ring-entries 1048576", "at most 65536"),
         ("--workload stroll", "choose walk, random or hot-and-cold"),
-        ("--backend qemu", "auto, kvm, sim"),
+        ("--backend qemu", "auto, kvm, bitmap, sim"),
         (
             "--pacing qemu",
             "look-first, fixed, run-levels, run-levels-as-posted, halve-and-creep",
@@ -191,7 +193,11 @@ fn help_names_every_option() {
 fn auto_says_what_and_why() {
     let ran = run(&format!("{SMALL} --json"));
     assert_eq!(ran.status, Some(0), "{}", ran.stderr);
-    let line = ran.stderr.lines().next().expect("a line about the backend");
+    let mut lines = ran.stderr.lines();
+    let line = lines.next().expect("a line about the backend");
+    let log = lines.next().expect("a line about the log");
+    // Every KVM that this suite takes for one has rings.
+    assert!(log.starts_with("log: rings, "), "{log}");
     let object: Value = serde_json::from_str(&ran.stdout).unwrap();
     let backend = if kvm_available().is_ok() && cfg!(target_arch = "x86_64") {
         "kvm"
@@ -261,6 +267,33 @@ fn kvm_every_policy() {
     }
 }
 
+fn kvm_by_bitmap() {
+    for workload in ["walk", "random", "hot-and-cold"] {
+        let args = format!("--memory-mib 64 --vcpus 4 --workload {workload}");
+        let object = json(&format!("--backend bitmap {args}"));
+        assert_eq!(
+            (&object["backend"], &object["mode"]),
+            (&"kvm".into(), &"bitmap".into())
+        );
+        for none in ["ring_full_exits", "resets", "entries_harvested"] {
+            assert_eq!(object[none], 0, "{object}");
+        }
+        let object = json(&format!("--backend kvm {args}"));
+        assert_eq!(object["mode"], "rings");
+    }
+    let ran = run("--backend bitmap --memory-mib 16");
+    for wanted in [
+        "backend: kvm, as asked for\nlog: bitmap, as asked for\n",
+        "in two slots, bitmap, ",
+    ] {
+        assert!(
+            ran.stdout.contains(wanted),
+            "no `{wanted}` in {}",
+            ran.stdout
+        );
+    }
+}
+
 fn kvm_as_fast_as_it_goes() {
     for workload in ["walk", "random", "hot-and-cold"] {
         let args = "--memory-mib 64 --ring-entries 1024 --write-rate 0 --bandwidth-mib 0";
@@ -292,6 +325,7 @@ fn main() -> ExitCode {
         kvm_eight_vcpus_on_small_rings,
         kvm_twenty_seeds,
         kvm_every_policy,
+        kvm_by_bitmap,
         kvm_as_fast_as_it_goes,
         kvm_one_signal_ends_it,
     ];

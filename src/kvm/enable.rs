@@ -6,12 +6,13 @@ use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
+    kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use memmap2::MmapMut;
 
+use super::bitmap::Bitmaps;
 use super::{ioctl, ioctl_struct, ioctl_value, page_size};
 use crate::error::{EnableError, HostError, RingSizeError};
 
@@ -72,6 +73,9 @@ pub struct HostSupport {
     /// Whether it is offered as `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`, or only in the older form, which
     /// serves on x86 alone.
     pub acq_rel: bool,
+    /// Whether bitmaps beside the rings hold what is written without a vCPU
+    /// (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`): on arm64, since Linux 6.4.
+    pub with_bitmap: bool,
 }
 
 impl HostSupport {
@@ -111,10 +115,13 @@ impl HostSupport {
             let bytes = ioctl_value(fd, ioctl::CHECK_EXTENSION, cap.into())?;
             Ok::<_, io::Error>(bytes / size_of::<kvm_dirty_gfn>() as u32)
         };
+        let with_bitmap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
+        let with_bitmap = ioctl_value(fd, ioctl::CHECK_EXTENSION, with_bitmap.into())? > 0;
         let found = |max_entries, acq_rel, cap| {
             let support = Self {
                 max_entries,
                 acq_rel,
+                with_bitmap,
             };
             Ok(Some((support, cap)))
         };
@@ -135,40 +142,94 @@ impl HostSupport {
     }
 }
 
-/// Enables rings of `entries` on the VM behind `fd`, or says why not.
-pub(super) fn enable(fd: &impl AsRawFd, entries: RingEntries) -> Result<(), EnableError> {
-    let failed = |call| move |source| EnableError::Kvm { call, source };
+/// Enables rings of `entries` on the VM behind `fd`, or says why not. Returns the bitmaps beside them,
+/// where there are any.
+pub(super) fn enable(
+    fd: &impl AsRawFd,
+    entries: RingEntries,
+) -> Result<Option<Bitmaps>, EnableError> {
+    let (support, cap) = of_vm(fd)?.ok_or(EnableError::NoDirtyRing)?;
+    fits(entries.get(), support.max_entries)?;
+    if is_enabled(fd, support.with_bitmap)? {
+        return Err(EnableError::AlreadyEnabled);
+    }
+    if is_initially_set(fd)? {
+        return Err(EnableError::InitiallySet);
+    }
+    // `kvm_vm_ioctl_enable_dirty_log_ring` says EINVAL for a wrong size, for a second time, both ruled
+    // out by now, and once a vCPU exists.
+    enable_cap(fd, cap, entries.bytes(), EnableError::VcpuExists)?;
+    if !support.with_bitmap {
+        return Ok(None);
+    }
+    // EINVAL is what `kvm_vm_ioctl_enable_cap_generic` says without rings, and once a memslot exists.
+    let cap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
+    enable_cap(fd, cap, 0, EnableError::SlotExists)?;
+    bitmaps(fd).map(Some)
+}
+
+/// The bitmaps of the VM behind `fd`, if it has no rings.
+pub(super) fn enable_bitmap(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
+    let with_bitmap = of_vm(fd)?.is_some_and(|(support, _)| support.with_bitmap);
+    if is_enabled(fd, with_bitmap)? {
+        return Err(EnableError::AlreadyEnabled);
+    }
+    bitmaps(fd)
+}
+
+/// What the VM behind `fd` offers, if it is one.
+fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
     let found = HostSupport::of(fd).map_err(|error| match error.raw_os_error() {
         // EINVAL is what a vCPU says.
         Some(libc::ENOTTY | libc::EBADF | libc::EINVAL) => EnableError::NotAVm,
         _ => failed("KVM_CHECK_EXTENSION")(error),
     })?;
     // /dev/kvm answers both, a VM only the former.
-    if ioctl_value(fd, ioctl::GET_API_VERSION, 0).is_ok() {
-        return Err(EnableError::NotAVm);
+    match ioctl_value(fd, ioctl::GET_API_VERSION, 0) {
+        Ok(_) => Err(EnableError::NotAVm),
+        Err(_) => Ok(found),
     }
-    let (support, cap) = found.ok_or(EnableError::NoDirtyRing)?;
-    fits(entries.get(), support.max_entries)?;
-    if is_enabled(fd)? {
-        return Err(EnableError::AlreadyEnabled);
+}
+
+/// Has bits cleared by a call of its own, where KVM can. It forgets thereby if the VMM had set
+/// `INITIALLY_SET`, with which new slots begin as dirty and unprotected. Slots that have begun so
+/// have the bits that say so, so nothing is lost to it.
+fn bitmaps(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
+    let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+    let offered = ioctl_value(fd, ioctl::CHECK_EXTENSION, cap.into());
+    let offered = offered.map_err(failed("KVM_CHECK_EXTENSION"))?;
+    let manual = offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
+    if manual {
+        let call = "KVM_ENABLE_CAP";
+        let source = io::Error::from_raw_os_error(libc::EINVAL);
+        let enable = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into();
+        enable_cap(fd, cap, enable, EnableError::Kvm { call, source })?;
     }
-    if is_initially_set(fd)? {
-        return Err(EnableError::InitiallySet);
-    }
+    Ok(Bitmaps::new(manual))
+}
+
+/// Enables a capability that takes one number. EINVAL means `invalid`.
+fn enable_cap(
+    fd: &impl AsRawFd,
+    cap: u32,
+    argument: u64,
+    invalid: EnableError,
+) -> Result<(), EnableError> {
     let mut request = kvm_enable_cap {
         cap,
         ..Default::default()
     };
-    request.args[0] = entries.bytes();
-    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; this capability takes no address.
-    let enabled = unsafe { ioctl_struct(fd, ioctl::ENABLE_CAP, &mut request) };
-    match enabled {
+    request.args[0] = argument;
+    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; none of our capabilities takes an address.
+    match unsafe { ioctl_struct(fd, ioctl::ENABLE_CAP, &mut request) } {
         Ok(_) => Ok(()),
-        // `kvm_vm_ioctl_enable_dirty_log_ring` says EINVAL for a wrong size, for a second time,
-        // both ruled out by now, and once a vCPU exists.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(EnableError::VcpuExists),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(invalid),
         Err(error) => Err(failed("KVM_ENABLE_CAP")(error)),
     }
+}
+
+fn failed(call: &'static str) -> impl FnOnce(io::Error) -> EnableError {
+    move |source| EnableError::Kvm { call, source }
 }
 
 /// Whether the host at hand takes rings of that size.
@@ -192,7 +253,18 @@ pub(super) fn has_pml() -> bool {
 /// Whether the VM behind `fd` has its rings already: then it has no bitmap to ask for, and
 /// `kvm_get_dirty_log` says so before it looks at which slot is meant. Not by a reset, which would
 /// take entries from whoever has the rings.
-fn is_enabled(fd: &impl AsRawFd) -> Result<bool, EnableError> {
+///
+/// Where a VM can have both, KVM takes the bitmaps beside rings only, once more without harm, and as
+/// long as there is no memslot.
+fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError> {
+    if with_bitmap {
+        let cap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
+        match enable_cap(fd, cap, 0, EnableError::SlotExists) {
+            Ok(()) => return Ok(true),
+            Err(EnableError::SlotExists) => {}
+            Err(error) => return Err(error),
+        }
+    }
     let mut log = kvm_dirty_log {
         slot: u32::MAX,
         ..Default::default()
@@ -220,7 +292,6 @@ fn is_enabled(fd: &impl AsRawFd) -> Result<bool, EnableError> {
 /// KVM tells nobody what was enabled, but a slot shows it: one is made, its bitmap read, and it is
 /// deleted again (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
 fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    let failed = |call| move |source| EnableError::Kvm { call, source };
     let offered = ioctl_value(
         fd,
         ioctl::CHECK_EXTENSION,

@@ -1,4 +1,4 @@
-//! The mapping of a vCPU's ring: the only file that maps one.
+//! The mapping of a vCPU's ring, or what stands in for it: the only file that maps one.
 
 use core::ptr::NonNull;
 use std::fs;
@@ -10,6 +10,9 @@ use memmap2::{Advice, MmapOptions};
 
 use super::page_size;
 use crate::ring::{Entry, RingMemory};
+
+/// Entries of a ring that stays empty: those harvested in one go.
+pub(crate) const EMPTY_RING_ENTRIES: u32 = 64;
 
 /// Maps the ring of `entries` entries of the vCPU behind `vcpu_fd`.
 ///
@@ -35,11 +38,22 @@ pub(crate) fn map_ring(vcpu_fd: &impl AsRawFd, entries: u32) -> io::Result<RingM
     // `Entry` has the layout of `kvm_dirty_gfn`, any bytes are one, and this process accesses the
     // mapping through `Entry` alone.
     let ring = unsafe { RingMemory::new(start, entries, Box::new(map)) };
+    Ok(named(ring, vcpu_fd))
+}
+
+/// A ring in our own memory, which stays empty, for the vCPU behind `vcpu_fd`.
+pub(crate) fn empty_ring(vcpu_fd: &impl AsRawFd) -> RingMemory {
+    let entries = (0..EMPTY_RING_ENTRIES).map(|_| Entry::free()).collect();
+    named(RingMemory::shared(entries, 0), vcpu_fd)
+}
+
+/// The ring under its vCPU's name.
+fn named(ring: RingMemory, vcpu_fd: &impl AsRawFd) -> RingMemory {
     // The link's target is the vCPU's number (`create_vcpu_fd` in virt/kvm/kvm_main.c). Without
     // /proc, a vCPU that is attached twice goes unnoticed.
     let link = fs::read_link(format!("/proc/self/fd/{}", vcpu_fd.as_raw_fd()));
-    Ok(match link {
+    match link {
         Ok(vcpu) => ring.named(vcpu.to_string_lossy().into_owned()),
         Err(_) => ring,
-    })
+    }
 }

@@ -1,5 +1,6 @@
 //! The real kernel: the only files that make system calls.
 
+mod bitmap;
 mod enable;
 mod mmap;
 mod signals;
@@ -7,13 +8,15 @@ mod signals;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use bitmap::Bitmaps;
 pub use enable::{HostSupport, RingEntries};
 use signals::SignalsBlocked;
 pub(crate) use signals::block_for_good;
 
 use crate::error::{AttachError, EnableError};
-use crate::kernel::{Kernel, RESERVED_ENTRIES};
+use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES};
 use crate::log::{DirtyLog, VcpuRing};
+use crate::slot_id::SlotId;
 use crate::vcpu::MOST_RESERVED_ENTRIES;
 
 /// Numbers of KVM's ioctls, from the kernel's include/uapi/linux/kvm.h.
@@ -23,6 +26,7 @@ mod ioctl {
     pub(super) const GET_DIRTY_LOG: u64 = 0x4010_ae42;
     pub(super) const SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
     pub(super) const ENABLE_CAP: u64 = 0x4068_aea3;
+    pub(super) const CLEAR_DIRTY_LOG: u64 = 0xc018_aec0;
     pub(super) const RESET_DIRTY_RINGS: u64 = 0xaec7;
 }
 
@@ -52,13 +56,19 @@ pub(crate) fn page_size() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// A KVM virtual machine with dirty rings.
+/// A KVM virtual machine with its dirty log enabled.
 struct Vm {
     fd: OwnedFd,
+    mode: Mode,
+    /// All there is in bitmap mode; beside rings, where there are both.
+    bitmaps: Option<Bitmaps>,
 }
 
 impl Kernel for Vm {
     fn reset(&self) -> io::Result<u32> {
+        if self.mode == Mode::Bitmap {
+            return Ok(0);
+        }
         // With a signal pending, `kvm_dirty_ring_reset` stops half-way, and pages that it has
         // recycled but not protected are never logged again.
         let _blocked = SignalsBlocked::new()?;
@@ -66,10 +76,25 @@ impl Kernel for Vm {
     }
 
     fn reserved_entries(&self) -> u32 {
-        if enable::has_pml() {
-            MOST_RESERVED_ENTRIES
-        } else {
-            RESERVED_ENTRIES
+        match self.mode {
+            Mode::Bitmap => 0,
+            Mode::Rings if enable::has_pml() => MOST_RESERVED_ENTRIES,
+            Mode::Rings => RESERVED_ENTRIES,
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn has_bitmap(&self) -> bool {
+        self.bitmaps.is_some()
+    }
+
+    fn take_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+        match &self.bitmaps {
+            Some(bitmaps) => bitmaps.take(&self.fd, slot, pages, words),
+            None => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }
@@ -81,20 +106,61 @@ impl DirtyLog {
     /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` is preferred; `KVM_CAP_DIRTY_LOG_RING` is taken on x86,
     /// whose memory model makes up for it.
     ///
+    /// On arm64 KVM writes some of the guest's memory without a vCPU (tables of the interrupt
+    /// controller), which no ring logs. Where `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP` is offered it is
+    /// enabled, too, for which no memslot may exist yet, and these pages come with each sync. That
+    /// costs a sync one ioctl a slot, which copies a bit a page, 32 KiB for 1 GiB, and one more for
+    /// each GiB with such pages.
+    ///
     /// # Errors
-    /// Each way in which KVM refuses it is a variant of its own; the VM is as it was.
+    /// Each way in which KVM refuses it is a variant of its own; the VM is as it was, but for
+    /// [`EnableError::SlotExists`].
     pub fn enable(vm_fd: &impl AsRawFd, entries: RingEntries) -> Result<Self, EnableError> {
-        // SAFETY: the caller's object keeps the descriptor open while we borrow it.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(vm_fd.as_raw_fd()) };
-        let call = "duplicating the VM's file descriptor";
-        let fd = borrowed.try_clone_to_owned();
-        let fd = fd.map_err(|source| EnableError::Kvm { call, source })?;
-        enable::enable(&fd, entries)?;
-        Ok(Self::over_kvm(Box::new(Vm { fd }), entries.get()))
+        let fd = duplicate(vm_fd)?;
+        let vm = Vm {
+            bitmaps: enable::enable(&fd, entries)?,
+            mode: Mode::Rings,
+            fd,
+        };
+        Ok(Self::over_kvm(Box::new(vm), entries.get()))
+    }
+
+    /// A log over the bitmaps that KVM keeps of a virtual machine's slots, for kernels without dirty
+    /// rings: at any time, on arm64 before the first memslot. The descriptor is duplicated. All else
+    /// is as with rings, but that syncs read the bitmap of each slot, that no vCPU ever stops for a
+    /// full ring, and that a reaper finds nothing to do.
+    ///
+    /// If the kernel offers `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, it is enabled, so that a sync takes
+    /// KVM's `mmu_lock` for the dirty part of a slot only; without `INITIALLY_SET`, whether or not the
+    /// VMM has set that. With it no harm is done, either: pages of new slots begin as dirty.
+    ///
+    /// # Errors
+    /// Not a VM, one whose dirty rings are enabled, or a call failed; the VM is as it was.
+    pub fn enable_bitmap(vm_fd: &impl AsRawFd) -> Result<Self, EnableError> {
+        let fd = duplicate(vm_fd)?;
+        let vm = Vm {
+            bitmaps: Some(enable::enable_bitmap(&fd)?),
+            mode: Mode::Bitmap,
+            fd,
+        };
+        Ok(Self::over_kvm(Box::new(vm), mmap::EMPTY_RING_ENTRIES))
+    }
+
+    /// [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where the kernel has no
+    /// dirty rings for this architecture. [`mode`](Self::mode) tells which it was.
+    ///
+    /// # Errors
+    /// Those of the two: rings that are there and refused are no reason for bitmaps.
+    pub fn enable_auto(vm_fd: &impl AsRawFd, entries: RingEntries) -> Result<Self, EnableError> {
+        match Self::enable(vm_fd, entries) {
+            Err(EnableError::NoDirtyRing) => Self::enable_bitmap(vm_fd),
+            enabled => enabled,
+        }
     }
 
     /// Maps the ring of a vCPU of this VM and starts to harvest it. One call for each vCPU, at any
-    /// time before it runs; the mapping outlives the descriptor.
+    /// time before it runs; the mapping outlives the descriptor. In [`Mode::Bitmap`] the vCPU has an
+    /// empty ring of ours, so that a VMM does the same in both modes.
     ///
     /// # Errors
     /// The ring cannot be mapped; or the log is not a KVM VM's.
@@ -102,7 +168,19 @@ impl DirtyLog {
         if !self.is_kvm() {
             return Err(AttachError::NotKvm);
         }
-        let memory = mmap::map_ring(vcpu_fd, self.ring_entries()).map_err(AttachError::Map)?;
-        self.attach_ring(memory)
+        let memory = match self.mode() {
+            Mode::Rings => mmap::map_ring(vcpu_fd, self.ring_entries()),
+            Mode::Bitmap => Ok(mmap::empty_ring(vcpu_fd)),
+        };
+        self.attach_ring(memory.map_err(AttachError::Map)?)
     }
+}
+
+/// A descriptor of our own for the VM behind `vm_fd`.
+fn duplicate(vm_fd: &impl AsRawFd) -> Result<OwnedFd, EnableError> {
+    // SAFETY: the caller's object keeps the descriptor open while we borrow it.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(vm_fd.as_raw_fd()) };
+    let call = "duplicating the VM's file descriptor";
+    let fd = borrowed.try_clone_to_owned();
+    fd.map_err(|source| EnableError::Kvm { call, source })
 }

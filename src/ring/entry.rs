@@ -41,6 +41,15 @@ const _: () = {
 };
 
 impl Entry {
+    /// A free one.
+    pub(crate) fn free() -> Self {
+        Self {
+            flags: AtomicU32::new(0),
+            slot: PlainU32::default(),
+            offset: PlainU64::default(),
+        }
+    }
+
     /// Whether the entry names a written page that nobody has harvested yet.
     #[inline(always)]
     pub(crate) fn is_dirty(&self) -> bool {
@@ -84,14 +93,6 @@ impl Entry {
 /// The kernel's side of an entry, for the simulated kernel and the models.
 #[cfg(any(test, feature = "test-utils"))]
 impl Entry {
-    pub(crate) fn free() -> Self {
-        Self {
-            flags: AtomicU32::new(0),
-            slot: PlainU32::default(),
-            offset: PlainU64::default(),
-        }
-    }
-
     /// `kvm_dirty_ring_push`: payload, barrier, flags.
     pub(crate) fn push(&self, slot: u32, offset: u64) {
         self.slot.store(slot);

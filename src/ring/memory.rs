@@ -55,8 +55,8 @@ impl RingMemory {
         }
     }
 
-    /// Ordinary memory, shared with a simulated kernel whose indices start at `first_index`.
-    #[cfg(any(test, feature = "test-utils"))]
+    /// Ordinary memory: shared with a simulated kernel whose indices start at `first_index`, or with
+    /// nobody.
     pub(crate) fn shared(memory: crate::sync::Arc<[Entry]>, first_index: u32) -> Self {
         let start = NonNull::from(&memory[..]).cast();
         let entries = memory.len() as u32;

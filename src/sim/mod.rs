@@ -8,7 +8,8 @@
 //!
 //! Where the kernel leaves room, the simulation takes the worst: a reset frees all entries first,
 //! then arms all pages at the very end, so that whoever copies a page before the reset has returned
-//! is found out. [Faults](ResetFault) make it misbehave.
+//! is found out; so does the reading of a [bitmap](Mode::Bitmap). [Faults](ResetFault) make it
+//! misbehave.
 //!
 //! ```
 //! use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -36,7 +37,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use crate::kernel::{Kernel, RESERVED_ENTRIES};
+use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES};
 use crate::log::DirtyLog;
 use crate::slot_id::SlotId;
 use slot::SimSlot;
@@ -58,18 +59,33 @@ pub struct SimConfig {
     pub pml: usize,
     /// Index at which rings start, to reach the wrap at 2^32.
     pub first_index: u32,
+    /// How it logs what vCPUs write. In [`Mode::Bitmap`] their rings stay empty.
+    pub mode: Mode,
+    /// Whether there are bitmaps beside rings, for [what the kernel writes](SimVm::kernel_write).
+    pub with_bitmap: bool,
 }
 
 impl Default for SimConfig {
-    /// Rings of 4,096 entries, 64 of them in reserve, no hardware buffer.
+    /// Rings of 4,096 entries, 64 of them in reserve, no hardware buffer, no bitmaps.
     fn default() -> Self {
         Self {
             ring_entries: 4096,
             reserved: RESERVED_ENTRIES,
             pml: 0,
             first_index: 0,
+            mode: Mode::Rings,
+            with_bitmap: false,
         }
     }
+}
+
+/// The reading of a slot's bitmap that fails half-way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BitmapFault {
+    /// Bits that it takes, if there are as many.
+    pub after: u64,
+    /// The error number that it fails with then.
+    pub error: i32,
 }
 
 /// Something that a reset does wrong.
@@ -87,13 +103,14 @@ pub enum ResetFault {
     Error(i32),
 }
 
-/// A moment inside a reset, at which a test may let the guest write.
+/// A moment inside a reset, or the reading of a bitmap, at which a test may let the guest write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResetPhase {
-    /// Nothing is recycled yet.
+    /// Nothing is recycled yet, no bit is taken.
     Begin,
-    /// All entries are free again, no page is armed yet: writes to them are still silent.
+    /// All entries are free again, or all bits taken; no page is armed yet: writes to them are still
+    /// silent.
     Recycled,
 }
 
@@ -114,6 +131,7 @@ struct Inner {
 #[derive(Default)]
 struct Resets {
     faults: VecDeque<ResetFault>,
+    bitmap_faults: VecDeque<BitmapFault>,
     hook: Option<Hook>,
 }
 
@@ -165,7 +183,7 @@ impl SimVm {
     /// Arms every page of a slot, as toggling `KVM_MEM_LOG_DIRTY_PAGES` does.
     pub fn rearm_slot(&self, slot: SlotId) {
         if let Some(slot) = self.slot(slot) {
-            slot.arm_all();
+            slot.rearm();
             self.flush();
         }
     }
@@ -184,6 +202,19 @@ impl SimVm {
         self.slot(slot).is_some_and(|slot| slot.write(page))
     }
 
+    /// Writes a page as the kernel itself does, without a vCPU: only a bitmap logs it. False if there is
+    /// no such page.
+    pub fn kernel_write(&self, slot: SlotId, page: u64) -> bool {
+        self.slot(slot).is_some_and(|slot| {
+            let written = slot.write(page);
+            // After the write, as in the kernel's `kvm_write_guest_page`.
+            if self.has_bitmap() {
+                slot.log(page);
+            }
+            written
+        })
+    }
+
     /// The truth: how often `page` was written since its slot was created; `None` if there is no
     /// such page. Reading it stands for copying the page.
     pub fn version(&self, slot: SlotId, page: u64) -> Option<u64> {
@@ -195,7 +226,12 @@ impl SimVm {
         self.resets().faults.extend(faults);
     }
 
-    /// Calls `hook` inside every reset from now on. It may write as vCPUs and devices do; it must
+    /// Lets the next readings of bitmaps go wrong.
+    pub fn inject_bitmap(&self, faults: impl IntoIterator<Item = BitmapFault>) {
+        self.resets().bitmap_faults.extend(faults);
+    }
+
+    /// Calls `hook` inside every reset, and every reading of a bitmap, from now on. It may write as vCPUs and devices do; it must
     /// not reset, sync, or change slots.
     pub fn on_reset(&self, hook: impl FnMut(ResetPhase) + Send + 'static) {
         self.resets().hook = Some(Box::new(hook));
@@ -268,6 +304,45 @@ impl Kernel for SimVm {
 
     fn reserved_entries(&self) -> u32 {
         self.inner.config.reserved
+    }
+
+    fn mode(&self) -> Mode {
+        self.inner.config.mode
+    }
+
+    fn has_bitmap(&self) -> bool {
+        self.mode() == Mode::Bitmap || self.inner.config.with_bitmap
+    }
+
+    fn take_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        let mut resets = self.resets();
+        let refused = |number| Err(io::Error::from_raw_os_error(number));
+        let Some(memory) = self.slot(slot) else {
+            return refused(libc::ENOENT);
+        };
+        let fault = resets.bitmap_faults.pop_front();
+        let most = fault.map_or(u64::MAX, |fault| fault.after);
+        if let Some(hook) = &mut resets.hook {
+            hook(ResetPhase::Begin);
+        }
+        let pages: Vec<u64> = memory.take_logged(most).collect();
+        if let Some(hook) = &mut resets.hook {
+            hook(ResetPhase::Recycled);
+        }
+        let mut fits = true;
+        for page in pages {
+            memory.arm(page);
+            match words.get_mut((page / 64) as usize) {
+                Some(word) => *word |= 1 << (page % 64),
+                None => fits = false,
+            }
+        }
+        self.flush();
+        match fault {
+            Some(fault) => refused(fault.error),
+            None if !fits => refused(libc::EFAULT),
+            None => Ok(()),
+        }
     }
 }
 

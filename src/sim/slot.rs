@@ -8,6 +8,8 @@ pub(super) struct SimSlot {
 
 struct SimPage {
     armed: AtomicBool,
+    /// Whether its bit is set in the kernel's bitmap.
+    logged: AtomicBool,
     version: AtomicU64,
 }
 
@@ -15,6 +17,7 @@ impl SimSlot {
     pub(super) fn new(pages: u64) -> Self {
         let page = || SimPage {
             armed: AtomicBool::new(true),
+            logged: AtomicBool::new(false),
             version: AtomicU64::new(0),
         };
         Self {
@@ -41,10 +44,29 @@ impl SimSlot {
         }
     }
 
-    pub(super) fn arm_all(&self) {
+    /// Arms every page, and forgets which were logged.
+    pub(super) fn rearm(&self) {
+        self.take_logged(u64::MAX).for_each(drop);
         for page in 0..self.pages.len() as u64 {
             self.arm(page);
         }
+    }
+
+    /// Sets the page's bit, if there is one.
+    pub(super) fn log(&self, page: u64) {
+        if let Some(page) = self.page(page) {
+            // Release: pairs with the acquire in `take_logged`.
+            page.logged.store(true, Ordering::Release);
+        }
+    }
+
+    /// Takes the bits that are set, `most` of them, ascending.
+    pub(super) fn take_logged(&self, most: u64) -> impl Iterator<Item = u64> {
+        // Acquire: pairs with the release in `log`.
+        let taken = |page: &SimPage| page.logged.swap(false, Ordering::Acquire);
+        let pages = (0..).zip(&self.pages);
+        let logged = pages.filter(move |(_, page)| taken(page));
+        logged.map(|(number, _)| number).take(most as usize)
     }
 
     /// Writes the page. False if there is none.

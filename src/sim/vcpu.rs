@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::SimVm;
+use crate::kernel::Mode;
 use crate::ring::RingMemory;
 use crate::ring::producer::Producer;
 use crate::slot_id::SlotId;
@@ -41,7 +42,7 @@ pub(super) struct Inner {
 
 #[derive(Default)]
 struct Running {
-    /// Pages logged by the hardware that have not reached the ring.
+    /// Pages logged by the hardware that have not reached the ring, or the bitmap.
     buffer: Vec<(u32, u64)>,
     /// Payloads to push in place of the true ones.
     garbage: VecDeque<(u32, u64)>,
@@ -91,6 +92,7 @@ impl SimVcpu {
         store: impl FnOnce(),
     ) -> Result<(), WriteError> {
         let mut running = self.inner.running();
+        // In bitmap mode nothing is ever in the ring.
         if !running.ignores_limit && self.inner.ring.used() >= self.vm.soft_limit() {
             return Err(WriteError::RingFull);
         }
@@ -99,11 +101,11 @@ impl SimVcpu {
         if memory.disarm(page).ok_or(missing)? {
             let pml = self.vm.inner.config.pml;
             if pml == 0 {
-                self.inner.push(&mut running, slot.raw(), page);
+                self.push(&mut running, slot.raw(), page);
             } else {
                 running.buffer.push((slot.raw(), page));
                 if running.buffer.len() == pml {
-                    self.inner.push_buffer(&mut running);
+                    self.push_buffer(&mut running);
                 }
             }
         }
@@ -112,9 +114,27 @@ impl SimVcpu {
         Ok(())
     }
 
-    /// Leaves the guest, as a kick makes a vCPU do: what the hardware has logged reaches the ring.
+    /// Leaves the guest, as a kick makes a vCPU do: what the hardware has logged reaches the ring, or
+    /// the bitmap.
     pub fn exit(&self) {
-        self.inner.push_buffer(&mut self.inner.running());
+        self.push_buffer(&mut self.inner.running());
+    }
+
+    fn push(&self, running: &mut Running, slot: u32, page: u64) {
+        if self.vm.inner.config.mode == Mode::Bitmap {
+            if let Some(slot) = self.vm.slot(SlotId::from_raw(slot)) {
+                slot.log(page);
+            }
+            return;
+        }
+        let (slot, page) = running.garbage.pop_front().unwrap_or((slot, page));
+        self.inner.ring.push(slot, page);
+    }
+
+    fn push_buffer(&self, running: &mut Running) {
+        for (slot, page) in core::mem::take(&mut running.buffer) {
+            self.push(running, slot, page);
+        }
     }
 
     /// Entries in the ring that are not recycled yet.
@@ -139,17 +159,6 @@ impl Inner {
     fn running(&self) -> MutexGuard<'_, Running> {
         let running = &self.running;
         running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn push(&self, running: &mut Running, slot: u32, page: u64) {
-        let (slot, page) = running.garbage.pop_front().unwrap_or((slot, page));
-        self.ring.push(slot, page);
-    }
-
-    fn push_buffer(&self, running: &mut Running) {
-        for (slot, page) in core::mem::take(&mut running.buffer) {
-            self.push(running, slot, page);
-        }
     }
 
     pub(super) fn flush(&self) {

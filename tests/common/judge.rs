@@ -54,8 +54,9 @@ pub fn assert_faultless(machine: &Machine) {
         stats.unknown_slot_entries,
         stats.out_of_range_entries,
         stats.overruns,
+        stats.missing_bitmaps,
     ];
-    assert_eq!(faults, [0; 5], "{stats:?}");
+    assert_eq!(faults, [0; 6], "{stats:?}");
 }
 
 /// After the faults of `faulty`: protects every slot anew, and then every sync of `calm` is exact.

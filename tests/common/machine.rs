@@ -5,8 +5,10 @@ use std::mem;
 use std::sync::{Arc, Mutex};
 
 use kvm_dirty_ring::error::SlotError;
-use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, RetiredSlot, SlotId, Stats, VcpuRing};
+use kvm_dirty_ring::sim::{
+    BitmapFault, ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError,
+};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, RetiredSlot, SlotId, Stats, VcpuRing};
 
 use super::ops::{Op, Setup, Write};
 use super::shape::{PageSet, pages_of};
@@ -92,6 +94,10 @@ pub struct Machine {
     pub stuck: bool,
     /// The exact oracle: pages written since the last sync, by guest or device.
     pub written: PageSet,
+    /// Those of them that no deletion of their slot takes from the log: the kernel's bits go with it.
+    kept: PageSet,
+    /// Whether vCPUs' writes go to the kernel's bits.
+    bitmap_mode: bool,
     /// The migration oracle: each page's version when it was last copied.
     copy: BTreeMap<SlotId, Vec<u64>>,
 }
@@ -104,6 +110,8 @@ impl Machine {
         config.reserved = setup.reserved;
         config.pml = setup.pml;
         config.first_index = setup.first_index;
+        config.mode = setup.mode;
+        config.with_bitmap = setup.with_bitmap;
         let vm = SimVm::new(config);
         let memory = Arc::new(Memory {
             log: vm.dirty_log(),
@@ -126,6 +134,8 @@ impl Machine {
             overran: false,
             stuck: false,
             written: PageSet::new(),
+            kept: PageSet::new(),
+            bitmap_mode: setup.mode == Mode::Bitmap,
             copy: BTreeMap::new(),
         };
         machine.step_slot(0, 100);
@@ -145,6 +155,7 @@ impl Machine {
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::Write(write) => self.write(write),
+            Op::KernelWrite(write) => self.kernel_write(write),
             Op::Reap => self.may_fail(|log| log.reap().is_ok()),
             Op::ReapRings(rings) => {
                 let wanted = [0, 1, 2, 3].map(|ring| rings >> ring & 1 == 1);
@@ -168,6 +179,7 @@ impl Machine {
                 in_reset.push_back((*phase, writes.clone()));
             }
             Op::Inject(faults) => self.inject(faults),
+            Op::InjectBitmap(faults) => self.inject_bitmap(faults),
             Op::Garble { vcpu, unknown_slot } => {
                 let slot = if *unknown_slot { 77 } else { SLOTS[0].raw() };
                 self.vcpu(*vcpu).garble_next(slot, 1 << 40);
@@ -231,6 +243,21 @@ impl Machine {
         self.memory.vm.inject(faults.iter().copied());
     }
 
+    fn inject_bitmap(&mut self, faults: &[BitmapFault]) {
+        self.injected += faults.len();
+        self.memory.vm.inject_bitmap(faults.iter().copied());
+    }
+
+    fn kernel_write(&mut self, write: &Write) {
+        let Some((slot, pages)) = self.memory.pages(write) else {
+            return;
+        };
+        for page in pages {
+            assert!(self.memory.vm.kernel_write(slot, page));
+            self.written.entry(slot).or_default().insert(page);
+        }
+    }
+
     fn add_vcpu(&mut self) {
         if self.rings.len() < MOST_VCPUS {
             let vcpu = self.memory.vm.add_vcpu();
@@ -251,6 +278,9 @@ impl Machine {
                 Some(_) => {}
             }
             self.written.entry(slot).or_default().insert(page);
+            if write.vcpu.is_none() || !self.bitmap_mode {
+                self.kept.entry(slot).or_default().insert(page);
+            }
         }
     }
 
@@ -281,7 +311,7 @@ impl Machine {
         let slot = SLOTS[index];
         let injected = self.injected > 0;
         let failed = |error| match error {
-            SlotError::Reset(_) if injected => {}
+            SlotError::Reset(_) | SlotError::Bitmap(_) if injected => {}
             error => panic!("{error}"),
         };
         let life = mem::replace(&mut self.lives[index], Life::Absent);
@@ -295,7 +325,11 @@ impl Machine {
                 Life::Live
             }
             Life::Live => match log.retire_slot(slot) {
-                Ok(retired) => Life::Retired(retired),
+                Ok(retired) => {
+                    let written = self.written.get(&slot).cloned();
+                    self.kept.insert(slot, written.unwrap_or_default());
+                    Life::Retired(retired)
+                }
                 Err(error) => {
                     failed(error);
                     Life::Live
@@ -310,6 +344,9 @@ impl Machine {
                 let vcpus = self.memory.vcpus.lock().unwrap();
                 vcpus.iter().for_each(SimVcpu::exit);
                 self.copy.remove(&slot);
+                self.written.remove(&slot);
+                let kept = self.kept.remove(&slot).filter(|kept| !kept.is_empty());
+                self.written.extend(kept.map(|kept| (slot, kept)));
                 Life::Deleted(retired)
             }
             Life::Deleted(retired) => match log.finish_slot(&retired) {
@@ -354,6 +391,7 @@ impl Machine {
 
     /// The pages written since the last time this was asked.
     pub fn take_written(&mut self) -> PageSet {
+        self.kept.clear();
         let mut written = mem::take(&mut self.written);
         written.retain(|slot, _| self.tracked.contains_key(slot));
         written

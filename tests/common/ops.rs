@@ -1,6 +1,7 @@
 //! What a script is made of: the guest's, its devices', the VMM's and a faulty kernel's deeds.
 
-use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
+use kvm_dirty_ring::Mode;
+use kvm_dirty_ring::sim::{BitmapFault, ResetFault, ResetPhase};
 
 /// The machine at its start.
 #[derive(Debug, Clone)]
@@ -10,6 +11,9 @@ pub struct Setup {
     pub pml: usize,
     pub first_index: u32,
     pub vcpus: usize,
+    pub mode: Mode,
+    /// Whether there are bitmaps beside rings.
+    pub with_bitmap: bool,
 }
 
 /// Consecutive pages, written one by one. Numbers are reduced to what exists when it comes to it.
@@ -26,6 +30,8 @@ pub struct Write {
 #[derive(Debug, Clone)]
 pub enum Op {
     Write(Write),
+    /// Writes that no vCPU makes, and that the log is not told of.
+    KernelWrite(Write),
     Reap,
     /// A pass over the rings whose bits are set.
     ReapRings(u8),
@@ -49,6 +55,7 @@ pub enum Op {
     /// Writes that happen inside the next reset.
     InReset(ResetPhase, Vec<Write>),
     Inject(Vec<ResetFault>),
+    InjectBitmap(Vec<BitmapFault>),
     /// The next page that the vCPU logs is logged as nonsense.
     Garble {
         vcpu: usize,

@@ -1,6 +1,7 @@
 //! Random scripts: what the guest, its devices, the VMM and a faulty kernel do, in which order.
 
-use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
+use kvm_dirty_ring::Mode;
+use kvm_dirty_ring::sim::{BitmapFault, ResetFault, ResetPhase};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -22,8 +23,20 @@ pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
             },
             first_index,
             vcpus,
+            mode: Mode::Rings,
+            with_bitmap: false,
         },
     )
+}
+
+/// The same without rings, or with bitmaps beside them.
+pub fn setup_with_bitmap(pml: bool) -> impl Strategy<Value = Setup> {
+    let modes = prop_oneof![Just((Mode::Bitmap, false)), Just((Mode::Rings, true))];
+    (setup(pml), modes).prop_map(|(setup, (mode, with_bitmap))| Setup {
+        mode,
+        with_bitmap,
+        ..setup
+    })
 }
 
 /// Sizes about the borders of words, and one beyond the 32,768 pages of a touched-flag.
@@ -83,6 +96,16 @@ fn busy_op() -> BoxedStrategy<Op> {
         1 => harvest_and_stop(),
     ]
     .boxed()
+}
+
+fn kernel_write() -> impl Strategy<Value = Op> {
+    guest_write().prop_map(Op::KernelWrite)
+}
+
+fn bitmap_fault() -> impl Strategy<Value = BitmapFault> {
+    const ERRORS: &[i32] = &[libc::EINTR, libc::ENOMEM, libc::EBADF];
+    let errors = prop::sample::select(ERRORS);
+    (0u64..=20, errors).prop_map(|(after, error)| BitmapFault { after, error })
 }
 
 fn fault() -> impl Strategy<Value = ResetFault> {
@@ -154,4 +177,18 @@ pub fn repairable_script() -> impl Strategy<Value = Vec<Op>> {
         vec(resets_and_garbage, 1..120),
         vec(overruns_and_garbage, 1..120),
     ]
+}
+
+/// No faults; the kernel writes, too.
+pub fn calm_bitmap_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(prop_oneof![6 => calm_op(), 1 => kernel_write()], 1..120)
+}
+
+/// Readings of bitmaps that fail half-way, writes inside them.
+pub fn bad_bitmaps_script() -> impl Strategy<Value = Vec<Op>> {
+    let faults = vec(bitmap_fault(), 1..4).prop_map(Op::InjectBitmap);
+    vec(
+        prop_oneof![8 => busy_op(), 2 => kernel_write(), 1 => faults],
+        1..120,
+    )
 }

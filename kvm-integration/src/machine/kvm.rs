@@ -13,6 +13,17 @@ use crate::thread::{Action, VcpuThread, pause_all};
 use crate::vcpu::Exit;
 use crate::vm::TinyVm;
 
+/// How KVM is to log what the guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logging {
+    /// Into rings.
+    Rings,
+    /// Into bitmaps.
+    Bitmap,
+    /// Into rings, or bitmaps where KVM has none.
+    Auto,
+}
+
 /// A guest on KVM, at privilege level 3: run natively everywhere.
 pub struct KvmMachine {
     vm: TinyVm,
@@ -27,9 +38,13 @@ impl KvmMachine {
     ///
     /// # Errors
     /// KVM, the log or the kernel's memory management refused something.
-    pub fn start(kvm: &Kvm, setup: &Setup) -> Result<Self, MachineError> {
+    pub fn start(kvm: &Kvm, setup: &Setup, logging: Logging) -> Result<Self, MachineError> {
         let vm = TinyVm::with_capacity(kvm, setup.vcpus, setup.list_length())?;
-        let log = DirtyLog::enable(vm.vm_fd(), setup.ring_entries)?;
+        let log = match logging {
+            Logging::Rings => DirtyLog::enable(vm.vm_fd(), setup.ring_entries)?,
+            Logging::Bitmap => DirtyLog::enable_bitmap(vm.vm_fd())?,
+            Logging::Auto => DirtyLog::enable_auto(vm.vm_fd(), setup.ring_entries)?,
+        };
         let mut slots = Vec::new();
         for (id, region) in setup.regions() {
             let slot = GuestSlot::new(id, region)?;

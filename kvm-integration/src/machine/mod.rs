@@ -15,7 +15,7 @@ use crate::rate::{Dormitory, Throttle};
 use crate::workload::{Region, Workload};
 
 #[cfg(target_arch = "x86_64")]
-pub use kvm::KvmMachine;
+pub use kvm::{KvmMachine, Logging};
 pub use sim::SimMachine;
 
 /// Where the two slots begin: below a hole, and far above it, as on a PC.
@@ -60,7 +60,7 @@ pub trait Guest {
     fn protect(&mut self, slot: SlotId) -> Result<(), MachineError>;
 }
 
-/// A guest with dirty rings.
+/// A guest with a dirty log.
 pub trait Machine: Guest {
     /// The log of everything its vCPUs write.
     fn log(&self) -> &DirtyLog;
@@ -91,8 +91,8 @@ pub enum MachineError {
     /// There is no memory for the guest.
     #[error("no memory for the guest: make it smaller")]
     Memory(#[from] MemoryError),
-    /// The dirty rings could not be enabled.
-    #[error("dirty rings could not be enabled")]
+    /// The dirty log could not be enabled.
+    #[error("the dirty log could not be enabled")]
     Enable(#[from] EnableError),
     /// A slot could not be tracked.
     #[error("a slot could not be tracked")]

@@ -70,6 +70,13 @@ impl Machine {
         Self::with(vm, log, slots)
     }
 
+    /// A machine in bitmap mode.
+    pub fn with_bitmap(slots: &[u64]) -> Result<Self, Failed> {
+        let vm = TinyVm::new(&kvm_available()?)?;
+        let log = DirtyLog::enable_bitmap(vm.vm_fd())?;
+        Self::with(vm, log, slots)
+    }
+
     /// The same with a machine and a log that are there already.
     pub fn with(vm: TinyVm, log: DirtyLog, slots: &[u64]) -> Result<Self, Failed> {
         let mut machine = Self {
@@ -253,6 +260,7 @@ pub fn assert_unsuspicious(stats: &Stats) {
         stats.unknown_slot_entries,
         stats.out_of_range_entries,
         stats.overruns,
+        stats.missing_bitmaps,
     ];
-    assert_eq!(suspicions, [0; 5], "{stats:?}");
+    assert_eq!(suspicions, [0; 6], "{stats:?}");
 }

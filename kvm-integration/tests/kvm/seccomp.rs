@@ -26,7 +26,9 @@ use seccompiler::{
 };
 
 use super::harness::Outcome;
-use super::machine::{Machine, assert_unsuspicious, pause, resume, run_passes, slot_id, stop};
+use super::machine::{
+    Machine, assert_unsuspicious, pause, resume, run_passes, serve, slot_id, stop,
+};
 
 tests![
     security_md_has_the_same_calls,
@@ -115,6 +117,18 @@ const ENABLE: Row = Row {
     ],
 };
 
+const ENABLE_BITMAP: Row = Row {
+    when: "enable bitmaps",
+    calls: calls![
+        SYS_fcntl(1: F_DUPFD_CLOEXEC = 1030),
+        SYS_ioctl(1: KVM_GET_API_VERSION = 0xae00),
+        SYS_ioctl(1: KVM_CHECK_EXTENSION = 0xae03),
+        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
+        SYS_ioctl(1: KVM_ENABLE_CAP = 0x4068_aea3),
+        SYS_close,
+    ],
+};
+
 const ATTACH: Row = Row {
     when: "attach a vCPU",
     calls: calls![
@@ -134,6 +148,14 @@ const PASS: Row = Row {
     calls: calls![
         SYS_rt_sigprocmask,
         SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
+    ],
+};
+
+const BITMAP: Row = Row {
+    when: "take bitmaps",
+    calls: calls![
+        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
+        SYS_ioctl(1: KVM_CLEAR_DIRTY_LOG = 0xc018_aec0),
     ],
 };
 
@@ -183,8 +205,20 @@ const DROP: Row = Row {
     calls: calls![SYS_munmap, SYS_close],
 };
 
-const TABLE: [Row; 11] = [
-    ANY, QUERY, ENABLE, ATTACH, PASS, THREAD, REAPER, CPUS, NICE, FIFO, DROP,
+const TABLE: [Row; 13] = [
+    ANY,
+    QUERY,
+    ENABLE,
+    ENABLE_BITMAP,
+    ATTACH,
+    PASS,
+    BITMAP,
+    THREAD,
+    REAPER,
+    CPUS,
+    NICE,
+    FIFO,
+    DROP,
 ];
 
 /// What this test itself does on threads with a filter: print a failure, end the thread, hand over
@@ -428,6 +462,51 @@ fn confined() -> Outcome {
     Ok(Completed)
 }
 
+/// The same in bitmap mode, but for the vCPU's thread, which calls nothing there.
+fn confined_to_bitmaps() -> Outcome {
+    let vm = TinyVm::new(&kvm_available()?)?;
+    let enable = move || {
+        let log = DirtyLog::enable_bitmap(vm.vm_fd());
+        (vm, log)
+    };
+    let (vm, log) = Confined::to(&[ANY, ENABLE_BITMAP])?.run(enable);
+    let mut machine = Machine::with(vm, log?, &[6000, 500])?;
+    let load = machine.load(Workload::Random, 0, 1);
+    let vcpu = machine.vm.create_vcpu(0, &load)?;
+    let log = machine.log.clone();
+    let attach = move || {
+        let ring = log.attach_vcpu(vcpu.fd());
+        (vcpu, ring)
+    };
+    let (vcpu, ring) = Confined::to(&[ANY, ATTACH])?.run(attach);
+    let ring = ring?;
+    let vcpus = [serve(vcpu, ring)?];
+    let syncing = Confined::to(&[ANY, BITMAP, DROP])?;
+    for _ in 0..3 {
+        run_passes(&vcpus, 1)?;
+        let sync = move || {
+            let synced = machine.round();
+            (machine, synced)
+        };
+        let (same, synced) = syncing.run(sync);
+        machine = same;
+        assert!(synced? > 0);
+    }
+    pause(&vcpus)?;
+    let finish = move || {
+        let finished = machine.round().and_then(|_| machine.compare());
+        let retired = machine.log.retire_slot(slot_id(2));
+        (machine, finished, retired)
+    };
+    let (machine, finished, retired) = syncing.run(finish);
+    finished?;
+    let _ = retired?;
+    resume(&vcpus);
+    stop(vcpus)?;
+    syncing.run(move || drop(machine));
+    Ok(Completed)
+}
+
 /// Whether this process was started on that CPU, by one call that its threads may make anyway.
 fn may_run_on(cpu: usize) -> bool {
     // SAFETY: cpu_set_t is an array of integers, for which zeroes are a valid value.
@@ -455,7 +534,8 @@ fn under_the_filter() -> Outcome {
         };
         // SAFETY: the call reads the struct that it is given.
         unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) };
-        return confined();
+        confined()?;
+        return confined_to_bitmaps();
     }
     let Output {
         status,
@@ -481,6 +561,7 @@ fn a_call_left_out_is_missed() -> Outcome {
         "readlink",
         "rt_sigprocmask",
         "ioctl(KVM_RESET_DIRTY_RINGS = 0xaec7)",
+        "ioctl(KVM_CLEAR_DIRTY_LOG = 0xc018aec0)",
         "futex",
         "prctl(PR_SET_TIMERSLACK = 29)",
         "sched_setaffinity",

@@ -54,6 +54,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
     };
     let destination = Destination::new(machine.slots())?;
     let log = machine.log().clone();
+    tell(&backend.tell_mode(log.mode()))?;
     let mut rings = Rings::start(&log, options.pacing.make())?;
     let mut bars = Bars::default();
     let outcome = migrate(
@@ -67,7 +68,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
     drop(bars);
     drop(machine);
 
-    let report = Report::new(options, backend.name(), &outcome, &log.stats());
+    let report = Report::new(options, backend.name(), &outcome, &log);
     tell(&report.table(&outcome))?;
     if options.json {
         say(&report.json()?)?;

@@ -11,7 +11,7 @@ use kvm_integration::{Policy, Workload};
 /// Pages of 4 KiB in a MiB.
 const PAGES_PER_MIB: u64 = 256;
 
-/// Migrates a live guest from one piece of memory to another by means of its dirty rings, and
+/// Migrates a live guest from one piece of memory to another by means of its dirty log, and
 /// compares both in the end, byte for byte.
 ///
 /// The guest writes its memory all the time. Round 0 copies all of it; each further round asks
@@ -83,10 +83,13 @@ pub struct Options {
 /// Who is to run the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BackendChoice {
-    /// KVM if /dev/kvm works, else the simulated kernel
+    /// KVM if /dev/kvm works, by dirty rings or, where it has none, by bitmaps; else the simulated
+    /// kernel
     Auto,
-    /// KVM
+    /// KVM, by dirty rings
     Kvm,
+    /// KVM, by bitmaps
+    Bitmap,
     /// The simulated kernel, with threads for vCPUs
     Sim,
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use kvm_dirty_ring::Stats;
+use kvm_dirty_ring::{DirtyLog, Mode};
 use kvm_integration::Host;
 use kvm_integration::migration::{Outcome, Round, mib};
 use serde::Serialize;
@@ -14,6 +14,7 @@ use crate::options::Options;
 #[derive(Debug, Serialize)]
 pub struct Report {
     backend: &'static str,
+    mode: String,
     host: String,
     vcpus: u32,
     memory_mib: u64,
@@ -56,10 +57,17 @@ struct RoundReport {
 
 impl Report {
     /// Sums up.
-    pub fn new(options: &Options, backend: &'static str, outcome: &Outcome, stats: &Stats) -> Self {
+    pub fn new(
+        options: &Options,
+        backend: &'static str,
+        outcome: &Outcome,
+        log: &DirtyLog,
+    ) -> Self {
+        let stats = log.stats();
         let stall: u64 = stats.vcpus.iter().map(|vcpu| vcpu.stall_ns).sum();
         Self {
             backend,
+            mode: log.mode().to_string(),
             host: Host::detect().to_string(),
             vcpus: options.vcpus,
             memory_mib: options.memory_mib,
@@ -115,10 +123,13 @@ impl Report {
         writeln!(out, "{}", self.host)?;
         writeln!(
             out,
-            "{} vCPUs, {} MiB in two slots, rings of {}, {}; {} ({}), link {}, seed {}",
+            "{} vCPUs, {} MiB in two slots, {}, {}; {} ({}), link {}, seed {}",
             self.vcpus,
             grouped(self.memory_mib),
-            grouped(self.ring_entries.into()),
+            match self.mode == Mode::Bitmap.to_string() {
+                true => self.mode.clone(),
+                false => format!("{} of {}", self.mode, grouped(self.ring_entries.into())),
+            },
             self.pacing,
             self.workload,
             limit(self.write_rate, "stores/s"),

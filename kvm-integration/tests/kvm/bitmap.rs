@@ -1,0 +1,299 @@
+//! The log in bitmap mode, and that it says the same as with rings.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    kvm_enable_cap,
+};
+use kvm_dirty_ring::error::{AttachError, EnableError, SyncError};
+use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, RingEntries};
+use kvm_integration::{GuestMemory, Load, TinyVm, Workload, kvm_available};
+use libtest_mimic::Completion::Completed;
+use libtest_mimic::Failed;
+use seccompiler::SeccompCmpArgLen::Dword;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    apply_filter,
+};
+
+use super::harness::Outcome;
+use super::machine::{
+    Machine, assert_unsuspicious, gpa, nap, page_of, pause, resume, run_passes, slot_id, stop,
+};
+
+tests![
+    last_sync_is_complete,
+    a_large_slot_is_cleared_in_parts,
+    protection_is_as_the_vmm_wants_it,
+    both_modes_say_the_same,
+    a_removal_takes_what_was_written,
+    a_slot_that_is_not_logged_is_dirty,
+    a_slot_that_is_larger_in_kvm_is_dirty,
+    what_is_refused,
+    rings_behind_the_logs_back_are_noticed,
+    auto_takes_bitmaps_where_there_are_no_rings,
+];
+
+fn entries() -> RingEntries {
+    RingEntries::new(1024).expect("every host has rings of 1,024 entries")
+}
+
+fn vm() -> Result<TinyVm, Failed> {
+    Ok(TinyVm::new(&kvm_available()?)?)
+}
+
+/// Lets `vcpus` vCPUs run for a moment, with syncs beside them, stops them, and wants everything.
+fn stop_and_sync(machine: &mut Machine, vcpus: u32) -> Result<(), Failed> {
+    let vcpus = machine.spawn_all(Workload::Random, vcpus)?;
+    let reaper = Reaper::spawn(&machine.log, LookFirst::default())?;
+    for round in 0..60 {
+        for _ in 0..3 {
+            // So that they are met at no moment in particular.
+            nap(Duration::from_micros(round * 37 % 1000));
+            machine.round()?;
+        }
+        machine.finish(&vcpus)?;
+        // Nobody has written since: nothing is left over.
+        assert_eq!(machine.round()?, 0);
+        resume(&vcpus);
+    }
+    run_passes(&vcpus, 1)?;
+    machine.finish(&vcpus)?;
+    reaper.stop()?;
+    stop(vcpus)?;
+    let stats = machine.log.stats();
+    assert_unsuspicious(&stats);
+    assert_eq!((stats.entries, stats.full_exits()), (0, 0));
+    Ok(())
+}
+
+fn last_sync_is_complete() -> Outcome {
+    // No whole words.
+    let mut machine = Machine::with_bitmap(&[1500, 547])?;
+    assert_eq!(machine.log.mode(), Mode::Bitmap);
+    stop_and_sync(&mut machine, 4)?;
+    Ok(Completed)
+}
+
+/// More than a GiB, which more than one call clears: where there is something to clear.
+fn a_large_slot_is_cleared_in_parts() -> Outcome {
+    const GIB: u64 = 1 << 18;
+    let mut machine = Machine::with_bitmap(&[3 * GIB + 70])?;
+    let pages = [0, GIB - 1, GIB, 3 * GIB + 1, 3 * GIB + 69];
+    let list = pages.map(|page| page_of(1, page));
+    let load = Load::new(kvm_integration::Mode::Native, list.into()).pass_exits();
+    let vcpu = [machine.spawn(0, &load)?];
+    for _ in 0..3 {
+        assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+        machine.round()?;
+        let dirty = machine.dirty().pages().map(|(_, page)| page);
+        assert_eq!(dirty.collect::<Vec<_>>(), pages);
+        assert_eq!(machine.round()?, 0, "not cleared");
+        // That all are protected shows in the next round, by their being dirty again.
+        resume(&vcpu);
+    }
+    assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+    machine.round()?;
+    machine.compare()?;
+    stop(vcpu)?;
+    Ok(Completed)
+}
+
+/// Manual protection with all pages initially set, or none of it, whenever the VMM says so.
+fn protection_is_as_the_vmm_wants_it() -> Outcome {
+    let set = |vm: &TinyVm, flags| {
+        let mut protect = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            ..Default::default()
+        };
+        protect.args[0] = flags;
+        vm.vm_fd().enable_cap(&protect)
+    };
+    for flags in [0, 1, 3] {
+        let before = vm()?;
+        set(&before, flags)?;
+        let log = DirtyLog::enable_bitmap(before.vm_fd())?;
+        let mut machine = Machine::with(before, log, &[700])?;
+        assert_eq!(machine.round()?, 0, "{flags}");
+        stop_and_sync(&mut machine, 1)?;
+
+        let after = vm()?;
+        let log = DirtyLog::enable_bitmap(after.vm_fd())?;
+        set(&after, flags)?;
+        let mut machine = Machine::with(after, log, &[700])?;
+        let initially = if flags == 3 { 700 } else { 0 };
+        assert_eq!(machine.round()?, initially, "{flags}");
+        stop_and_sync(&mut machine, 1)?;
+    }
+    Ok(Completed)
+}
+
+/// The same guest, pass by pass: the same pages, and the same copy.
+fn both_modes_say_the_same() -> Outcome {
+    let mut reports = Vec::new();
+    for mut machine in [
+        Machine::new(4096, &[500, 1000])?,
+        Machine::with_bitmap(&[500, 1000])?,
+    ] {
+        let load = machine.load(Workload::HotAndCold, 0, 1).pass_exits();
+        let vcpu = [machine.spawn(0, &load)?];
+        let mut report = Vec::new();
+        for _ in 0..5 {
+            assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+            machine.log.mark_dirty(slot_id(2), 998, 2)?;
+            machine.round()?;
+            report.push(machine.dirty().runs().collect::<Vec<_>>());
+            machine.compare()?;
+            resume(&vcpu);
+        }
+        assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+        stop(vcpu)?;
+        reports.push(report);
+    }
+    assert!(!reports[0][0].is_empty());
+    assert_eq!(reports[0], reports[1]);
+    Ok(Completed)
+}
+
+fn a_removal_takes_what_was_written() -> Outcome {
+    let mut machine = Machine::with_bitmap(&[64, 200])?;
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    run_passes(&vcpus, 1)?;
+    pause(&vcpus)?;
+    let retired = machine.log.retire_slot(slot_id(2))?;
+    // KVM has no bits of it any more: they are in the log.
+    let left = machine.vm.vm_fd().get_dirty_log(2, 200 * 4096)?;
+    assert!(left.iter().all(|&word| word == 0), "{left:x?}");
+    machine.round()?;
+    assert_eq!(
+        machine.dirty().words(slot_id(2)),
+        Some(&[u64::MAX, u64::MAX, u64::MAX, 0xff][..])
+    );
+    machine.compare()?;
+    machine.delete_slot(2)?;
+    assert_eq!(machine.round()?, 0, "of a slot that is no more");
+    machine.log.finish_slot(&retired)?;
+    // The next one of that id begins clean.
+    machine.add_slot(2, 200)?;
+    assert_eq!(machine.round()?, 0);
+    assert_unsuspicious(&machine.log.stats());
+    Ok(Completed)
+}
+
+/// KVM's ENOENT.
+fn a_slot_that_is_not_logged_is_dirty() -> Outcome {
+    let mut machine = Machine::with_bitmap(&[64])?;
+    assert_eq!(machine.round()?, 0);
+    machine.log.add_slot(slot_id(2), 100)?;
+    let mut dirty = DirtyPages::new();
+    // Not there, and there without a bitmap.
+    machine.log.sync(&mut dirty)?;
+    assert_eq!(dirty.page_count(), 100);
+    let memory = Arc::new(GuestMemory::new(100)?);
+    machine.vm.add_slot(2, gpa(2), memory, false)?;
+    machine.log.sync(&mut dirty)?;
+    assert_eq!(dirty.page_count(), 100);
+    assert_eq!(machine.log.stats().missing_bitmaps, 2);
+    Ok(Completed)
+}
+
+/// KVM writes as many bits as its slot has pages: not past the log's buffer.
+fn a_slot_that_is_larger_in_kvm_is_dirty() -> Outcome {
+    let vm = vm()?;
+    let log = DirtyLog::enable_bitmap(vm.vm_fd())?;
+    log.add_slot(slot_id(1), 100)?;
+    // 32 KiB of bits where 16 bytes are expected.
+    let memory = Arc::new(GuestMemory::new(1 << 18)?);
+    vm.add_slot(1, gpa(1), memory, true)?;
+    let mut dirty = DirtyPages::new();
+    for times in 1..=3 {
+        log.sync(&mut dirty)?;
+        assert_eq!(dirty.page_count(), 100);
+        assert_eq!(log.stats().missing_bitmaps, times);
+    }
+    Ok(Completed)
+}
+
+fn what_is_refused() -> Outcome {
+    let no_vm = |result: Result<DirtyLog, EnableError>| {
+        assert!(matches!(result, Err(EnableError::NotAVm)), "{result:?}");
+    };
+    no_vm(DirtyLog::enable_bitmap(&File::open("/dev/null")?));
+    no_vm(DirtyLog::enable_bitmap(&kvm_available()?));
+
+    let rings = Machine::new(1024, &[64])?;
+    let refused = DirtyLog::enable_bitmap(rings.vm.vm_fd());
+    assert!(
+        matches!(refused, Err(EnableError::AlreadyEnabled)),
+        "{refused:?}"
+    );
+    // Rings that were refused are no reason for bitmaps.
+    let refused = DirtyLog::enable_auto(rings.vm.vm_fd(), entries());
+    assert!(
+        matches!(refused, Err(EnableError::AlreadyEnabled)),
+        "{refused:?}"
+    );
+
+    let machine = Machine::with_bitmap(&[64])?;
+    let load = machine.load(Workload::Walk, 0, 1);
+    let (vcpu, mut ring) = machine.attach(0, &load)?;
+    let again = machine.log.attach_vcpu(vcpu.fd());
+    assert!(matches!(again, Err(AttachError::Twice)), "{again:?}");
+    assert_eq!(ring.occupancy(), 0);
+    ring.on_full()?;
+    Ok(Completed)
+}
+
+/// The bitmaps are gone then, and no sync takes that for clean.
+fn rings_behind_the_logs_back_are_noticed() -> Outcome {
+    let mut machine = Machine::with_bitmap(&[64])?;
+    machine.round()?;
+    let _rings = DirtyLog::enable(machine.vm.vm_fd(), entries())?;
+    let synced = machine.log.sync(&mut DirtyPages::new());
+    match synced {
+        Err(SyncError::Bitmap(error)) => assert_eq!(error.raw_os_error(), Some(libc::ENXIO)),
+        other => panic!("{other:?}"),
+    }
+    Ok(Completed)
+}
+
+/// A filter by which KVM seems to have no dirty rings: whoever asks for them is told 0.
+fn without_rings() -> Result<BpfProgram, Failed> {
+    const CHECK_EXTENSION: u64 = 0xae03;
+    let mut rules = Vec::new();
+    for cap in [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL] {
+        let equal = |place, value| SeccompCondition::new(place, Dword, SeccompCmpOp::Eq, value);
+        rules.push(SeccompRule::new(vec![
+            equal(1, CHECK_EXTENSION)?,
+            equal(2, cap.into())?,
+        ])?);
+    }
+    let rules = BTreeMap::from([(libc::SYS_ioctl, rules)]);
+    let (others, these) = (SeccompAction::Allow, SeccompAction::Errno(0));
+    let filter = SeccompFilter::new(rules, others, these, std::env::consts::ARCH.try_into()?)?;
+    Ok(filter.try_into()?)
+}
+
+fn auto_takes_bitmaps_where_there_are_no_rings() -> Outcome {
+    let log = DirtyLog::enable_auto(vm()?.vm_fd(), entries())?;
+    assert_eq!(log.mode(), Mode::Rings);
+
+    let (vm, filter) = (vm()?, without_rings()?);
+    let enable = || {
+        apply_filter(&filter).expect("a filter for the thread");
+        let rings = DirtyLog::enable(vm.vm_fd(), entries());
+        assert!(matches!(rings, Err(EnableError::NoDirtyRing)), "{rings:?}");
+        DirtyLog::enable_auto(vm.vm_fd(), entries())
+    };
+    let log = thread::scope(|scope| scope.spawn(enable).join()).expect("no panic")?;
+    assert_eq!(log.mode(), Mode::Bitmap);
+    let mut machine = Machine::with(vm, log, &[300])?;
+    stop_and_sync(&mut machine, 2)?;
+    Ok(Completed)
+}

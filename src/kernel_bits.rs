@@ -1,0 +1,98 @@
+//! Taking the bits that the kernel itself keeps of dirty pages.
+
+use crate::bitmap::words::{masks, words_for};
+use crate::error::BitmapError;
+use crate::kernel::Kernel;
+use crate::memslots::Slot;
+use crate::sync::{Arc, Counter, Mutex, MutexGuard, lock, zeroed};
+
+/// Who takes the kernel's bits, one at a time, and the room for them.
+#[derive(Default)]
+pub(crate) struct KernelBits {
+    /// Zeroes, but while somebody takes bits.
+    words: Mutex<Box<[u64]>>,
+    /// Times that the kernel could not tell which pages of a slot are dirty.
+    pub(crate) missing: Counter,
+}
+
+impl KernelBits {
+    /// Waits until bits that somebody else has taken are where a sync finds them: who asks the kernel
+    /// before that finds neither.
+    pub(crate) fn lock(&self) -> Taking<'_> {
+        Taking {
+            words: lock(&self.words),
+            missing: &self.missing,
+        }
+    }
+}
+
+/// The right to take bits.
+pub(crate) struct Taking<'a> {
+    words: MutexGuard<'a, Box<[u64]>>,
+    missing: &'a Counter,
+}
+
+impl Taking<'_> {
+    /// Makes room for the bits of `pages` pages. False if there is no memory for it.
+    pub(crate) fn fit(&mut self, pages: u64) -> bool {
+        let len = words_for(pages);
+        if self.words.len() < len {
+            match zeroed(len) {
+                Some(words) => *self.words = words,
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Moves the kernel's bits of `slot`, for which there is room, to its device bits: only now that
+    /// their pages are protected again, and whether or not the kernel got to its end.
+    ///
+    /// Where it can't tell, every page is dirty; but of a slot whose removal has begun it need not
+    /// have any bits.
+    pub(crate) fn take(
+        &mut self,
+        kernel: &dyn Kernel,
+        slot: &Slot,
+        retired: bool,
+    ) -> Result<(), BitmapError> {
+        let words = &mut self.words[..words_for(slot.pages())];
+        let found = Found { words, slot };
+        let taken = kernel.take_bitmap(slot.id(), slot.pages(), found.words);
+        drop(found);
+        let Err(source) = taken else {
+            return Ok(());
+        };
+        match source.raw_os_error() {
+            Some(libc::ENOENT) if retired => Ok(()),
+            Some(libc::ENOENT | libc::EFAULT) => {
+                self.missing.add(1);
+                slot.device().set(0, slot.pages());
+                Ok(())
+            }
+            _ => Err(BitmapError {
+                slot: slot.id(),
+                source: Arc::new(source),
+            }),
+        }
+    }
+}
+
+/// Bits on their way to the device bits of their slot, where they go when this is dropped: by
+/// unwinding, too.
+struct Found<'a> {
+    words: &'a mut [u64],
+    slot: &'a Slot,
+}
+
+impl Drop for Found<'_> {
+    fn drop(&mut self) {
+        for (word, mask) in masks(0, self.slot.pages()) {
+            // No kernel sets bits past the slot's end; one that does names no page.
+            let bits = core::mem::take(&mut self.words[word]) & mask;
+            if bits != 0 {
+                self.slot.device().merge(word, bits);
+            }
+        }
+    }
+}

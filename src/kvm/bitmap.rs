@@ -1,0 +1,129 @@
+//! The dirty bitmaps that KVM keeps of a VM's slots.
+
+use core::ptr;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{kvm_clear_dirty_log, kvm_dirty_log};
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::{ioctl, ioctl_struct, page_size};
+use crate::slot_id::SlotId;
+use crate::sync::{Mutex, lock};
+
+/// Words of a bitmap that are cleared by one call, which holds KVM's `mmu_lock`, kicks every vCPU
+/// where there is page-modification logging, and flushes TLBs: those of 1 GiB in pages of 4 KiB.
+const CLEARED_WORDS: usize = 4096;
+
+/// How a VM's bitmaps are read.
+pub(super) struct Bitmaps {
+    /// Whether bits are cleared, and their pages protected, by a call of its own.
+    manual: bool,
+    buffer: Mutex<Option<Guarded>>,
+}
+
+impl Bitmaps {
+    pub(super) fn new(manual: bool) -> Self {
+        Self {
+            manual,
+            buffer: Mutex::new(None),
+        }
+    }
+
+    /// As [`Kernel::take_bitmap`](crate::Kernel::take_bitmap).
+    pub(super) fn take(
+        &self,
+        fd: &impl AsRawFd,
+        slot: SlotId,
+        pages: u64,
+        words: &mut [u64],
+    ) -> io::Result<()> {
+        let mut buffer = lock(&self.buffer);
+        let buffer = Guarded::fit(&mut buffer, words.len())?;
+        let mut log = kvm_dirty_log {
+            slot: slot.raw(),
+            ..Default::default()
+        };
+        log.__bindgen_anon_1.dirty_bitmap = buffer.last(words.len()).cast();
+        // SAFETY: KVM_GET_DIRTY_LOG takes such a request and writes as many bits as *its* slot has
+        // pages, whatever we were told: into the buffer, and not beyond, where nobody may write.
+        unsafe { ioctl_struct(fd, ioctl::GET_DIRTY_LOG, &mut log)? };
+        buffer.read(words);
+        match self.manual {
+            true => clear(fd, slot, pages, words),
+            // KVM has cleared them, and protected their pages.
+            false => Ok(()),
+        }
+    }
+}
+
+/// Clears the bits that are set in `words`, and no others, and has their pages protected.
+fn clear(fd: &impl AsRawFd, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+    for (place, chunk) in words.chunks_mut(CLEARED_WORDS).enumerate() {
+        let dirty = |word: &u64| *word != 0;
+        let Some(first) = chunk.iter().position(dirty) else {
+            continue;
+        };
+        let end = chunk.iter().rposition(dirty).map_or(first, |last| last + 1);
+        // KVM wants a first page, and a number of pages, of whole words: but at the slot's end.
+        let first_page = (place * CLEARED_WORDS + first) as u64 * 64;
+        let num_pages = ((end - first) as u64 * 64).min(pages.saturating_sub(first_page));
+        let mut log = kvm_clear_dirty_log {
+            slot: slot.raw(),
+            num_pages: num_pages as u32,
+            first_page,
+            ..Default::default()
+        };
+        log.__bindgen_anon_1.dirty_bitmap = chunk[first..end].as_mut_ptr().cast();
+        // SAFETY: KVM_CLEAR_DIRTY_LOG takes such a request, and reads `num_pages` bits, padded to 64,
+        // at the address in it, where there are as many.
+        unsafe { ioctl_struct(fd, ioctl::CLEAR_DIRTY_LOG, &mut log)? };
+    }
+    Ok(())
+}
+
+/// Memory for KVM to write to, with a page behind it that nobody may write: a slot that is larger in
+/// KVM than the VMM has told the log ends there, with EFAULT.
+struct Guarded {
+    map: MmapRaw,
+    /// Bytes before that page.
+    room: usize,
+}
+
+impl Guarded {
+    /// The buffer in `place`, or another one if it has no room for `words` words.
+    fn fit(place: &mut Option<Self>, words: usize) -> io::Result<&mut Self> {
+        let fits = |buffer: &Self| buffer.room >= words * size_of::<u64>();
+        let buffer = match place.take().filter(fits) {
+            Some(buffer) => buffer,
+            None => Self::new(words)?,
+        };
+        Ok(place.insert(buffer))
+    }
+
+    fn new(words: usize) -> io::Result<Self> {
+        let room = (words * size_of::<u64>()).next_multiple_of(page_size());
+        let map = MmapOptions::new().len(room + page_size()).map_anon()?;
+        let map = MmapRaw::from(map);
+        let guard = map.as_mut_ptr().wrapping_add(room);
+        // SAFETY: the last page of a mapping of our own, to which there are no references.
+        match unsafe { libc::mprotect(guard.cast(), page_size(), libc::PROT_NONE) } {
+            0 => Ok(Self { map, room }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Where the last `words` words begin, for which there is room.
+    fn last(&self, words: usize) -> *mut u64 {
+        let start = self.room - words * size_of::<u64>();
+        self.map.as_mut_ptr().wrapping_add(start).cast()
+    }
+
+    /// Copies the last words.
+    fn read(&self, words: &mut [u64]) {
+        let start = self.last(words.len());
+        // SAFETY: so many words, aligned as the page behind them is, are ours until the drop, are
+        // written by KVM only while it is called, and are not in `words`.
+        unsafe { ptr::copy_nonoverlapping(start, words.as_mut_ptr(), words.len()) }
+    }
+}

@@ -1,0 +1,216 @@
+//! The kernel's own bits, without rings and beside them, on the simulated kernel.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use kvm_dirty_ring::error::{SlotError, SyncError};
+use kvm_dirty_ring::sim::{BitmapFault, SimConfig, SimVcpu, SimVm};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, SlotId};
+
+const RAM: SlotId = SlotId::new(0, 1);
+const PAGES: u64 = 130;
+
+/// A machine in bitmap mode with one slot and one vCPU.
+fn machine() -> (SimVm, DirtyLog, SimVcpu) {
+    let mut config = SimConfig::default();
+    config.mode = Mode::Bitmap;
+    let vm = SimVm::new(config);
+    let log = vm.dirty_log();
+    log.add_slot(RAM, PAGES).unwrap();
+    vm.create_slot(RAM, PAGES);
+    let vcpu = vm.add_vcpu();
+    (vm, log, vcpu)
+}
+
+/// The pages of `RAM` that a sync reports.
+fn sync(log: &DirtyLog) -> Vec<u64> {
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    dirty.pages().map(|(_, page)| page).collect()
+}
+
+#[test]
+fn a_log_says_what_it_rests_on() {
+    let (_, log, _) = machine();
+    assert_eq!(log.mode(), Mode::Bitmap);
+    assert_eq!(log.mode().to_string(), "bitmap");
+    let log = SimVm::new(SimConfig::default()).dirty_log();
+    assert_eq!(log.mode(), Mode::Rings);
+    assert_eq!(log.mode().to_string(), "rings");
+}
+
+#[test]
+fn vcpus_never_stop_for_a_ring() {
+    let (_vm, log, vcpu) = machine();
+    let mut ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    for page in 0..PAGES {
+        vcpu.write(RAM, page).unwrap();
+    }
+    assert_eq!(ring.occupancy(), 0);
+    ring.on_full().unwrap();
+    assert_eq!(log.reap().unwrap(), 0);
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    assert!(sync(&log).is_empty());
+}
+
+/// Without a bitmap beside rings nobody hears of such a write, as in KVM.
+#[test]
+fn what_the_kernel_writes_comes_by_the_bitmap() {
+    for with_bitmap in [false, true] {
+        let mut config = SimConfig::default();
+        config.with_bitmap = with_bitmap;
+        let vm = SimVm::new(config);
+        let log = vm.dirty_log();
+        log.add_slot(RAM, PAGES).unwrap();
+        vm.create_slot(RAM, PAGES);
+        let vcpu = vm.add_vcpu();
+        let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        vcpu.write(RAM, 3).unwrap();
+        assert!(vm.kernel_write(RAM, 129));
+        let expected: &[u64] = if with_bitmap { &[3, 129] } else { &[3] };
+        assert_eq!(sync(&log), expected);
+        assert_eq!(log.stats().entries, 1);
+    }
+}
+
+/// A slot that KVM does not have, or does not log, may have been written anywhere.
+#[test]
+fn a_slot_without_a_bitmap_is_dirty() {
+    let (vm, log, vcpu) = machine();
+    vm.delete_slot(RAM);
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    assert_eq!(log.stats().missing_bitmaps, 1);
+    vm.create_slot(RAM, PAGES);
+    assert!(sync(&log).is_empty());
+    vcpu.write(RAM, 64).unwrap();
+    assert_eq!(sync(&log), [64]);
+    assert_eq!(log.stats().missing_bitmaps, 1);
+}
+
+#[test]
+fn a_slot_that_is_larger_in_the_kernel_is_dirty() {
+    let (vm, log, vcpu) = machine();
+    vm.create_slot(RAM, PAGES + 64);
+    vcpu.write(RAM, PAGES + 63).unwrap();
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    assert_eq!(log.stats().missing_bitmaps, 1);
+}
+
+/// Bits past the slot's end, in its last word, are no pages of it.
+#[test]
+fn bits_past_the_end_are_no_pages() {
+    let (vm, log, vcpu) = machine();
+    vm.create_slot(RAM, PAGES + 62);
+    vcpu.write(RAM, PAGES + 61).unwrap();
+    vcpu.write(RAM, PAGES - 1).unwrap();
+    assert_eq!(sync(&log), [PAGES - 1]);
+}
+
+#[test]
+fn a_reading_that_fails_loses_nothing() {
+    let (vm, log, vcpu) = machine();
+    let written = [0, 63, 64, 100, 129];
+    for after in 0..=written.len() as u64 {
+        for page in written {
+            vcpu.write(RAM, page).unwrap();
+        }
+        let error = libc::ENOMEM;
+        vm.inject_bitmap([BitmapFault { after, error }; 2]);
+        let mut dirty = DirtyPages::new();
+        match log.sync(&mut dirty) {
+            Err(SyncError::Bitmap(failed)) => {
+                assert_eq!(failed.slot(), RAM);
+                assert_eq!(failed.raw_os_error(), Some(error));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(dirty.is_empty());
+        let removal = log.retire_slot(RAM);
+        assert!(matches!(removal, Err(SlotError::Bitmap(_))), "{removal:?}");
+        assert_eq!(sync(&log), written, "after {after}");
+        assert!(sync(&log).is_empty());
+    }
+}
+
+#[test]
+fn a_removal_takes_what_was_written() {
+    let (vm, log, vcpu) = machine();
+    vcpu.write(RAM, 77).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    let again = log.retire_slot(RAM);
+    assert!(matches!(again, Err(SlotError::Retired { .. })), "{again:?}");
+    vm.delete_slot(RAM);
+    // It has no bitmap any more, and needs none.
+    assert_eq!(sync(&log), [77]);
+    assert!(sync(&log).is_empty());
+    log.finish_slot(&retired).unwrap();
+    assert_eq!(log.stats().missing_bitmaps, 0);
+}
+
+/// The kernel's bits go when the slot's log is switched off.
+#[test]
+fn a_slot_that_was_rearmed_is_dirty() {
+    let (vm, log, vcpu) = machine();
+    vcpu.write(RAM, 5).unwrap();
+    vm.rearm_slot(RAM);
+    log.rearmed(RAM).unwrap();
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    assert!(sync(&log).is_empty());
+}
+
+/// Every page is written once, while several threads sync and another slot comes and goes: each page
+/// is reported once, by one of them.
+#[test]
+fn syncs_and_removals_beside_each_other() {
+    const OTHER: SlotId = SlotId::new(0, 2);
+    const MANY: u64 = 20_000;
+    let (vm, log, vcpu) = machine();
+    let large = SlotId::new(1, 0);
+    log.add_slot(large, MANY).unwrap();
+    vm.create_slot(large, MANY);
+    let over = AtomicBool::new(false);
+    let found = Mutex::new(BTreeSet::new());
+    let collect = || {
+        let mut dirty = DirtyPages::new();
+        log.sync(&mut dirty).unwrap();
+        let mut found = found.lock().unwrap();
+        for (slot, page) in dirty.pages() {
+            assert!(
+                slot != large || found.insert(page),
+                "page {page} came twice"
+            );
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    collect();
+                }
+            });
+        }
+        scope.spawn(|| {
+            let mut size = 1;
+            while !over.load(Ordering::Relaxed) {
+                // Created first, so that no sync finds it missing.
+                vm.create_slot(OTHER, size);
+                log.add_slot(OTHER, size).unwrap();
+                vcpu.write(OTHER, size - 1).unwrap();
+                let retired = log.retire_slot(OTHER).unwrap();
+                vm.delete_slot(OTHER);
+                log.finish_slot(&retired).unwrap();
+                size = size % 300 + 1;
+            }
+        });
+        let writer = vm.add_vcpu();
+        for page in 0..MANY {
+            writer.write(large, page).unwrap();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    collect();
+    assert_eq!(found.into_inner().unwrap().len() as u64, MANY);
+    assert_eq!(log.stats().missing_bitmaps, 0);
+}
