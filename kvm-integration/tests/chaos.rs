@@ -54,6 +54,11 @@ fn no_page_is_missed_on_the_simulated_kernel() {
     let object = json("--backend sim --seed 3 --episodes 100");
     is_sound(&object, "sim", 100);
     assert_eq!(object["seed"], 3);
+    // So many episodes have some of each.
+    let faults = object["faults"].as_object().expect("faults by kind");
+    for (fault, times) in faults {
+        assert_ne!(times, 0, "{fault}: {object}");
+    }
 }
 
 fn kvm_no_page_is_missed() {
