@@ -50,8 +50,8 @@
 //!
 //! # What the VMM must do
 //!
-//! - Enable the log before the first vCPU, on arm64 before the first memslot, and not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
-//!   `INITIALLY_SET` beside it.
+//! - Enable the log before the first vCPU, on aarch64 before the first memslot too, and not use
+//!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` beside it.
 //! - Add each logged memslot before it is created; remove it in [two
 //!   steps](DirtyLog::retire_slot).
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
@@ -59,6 +59,8 @@
 //!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
 //! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
 //!   page-modification logging hold pages back until a vCPU exits.
+//! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
+//!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later.
 //!   `SECURITY.md` has the whole list, thread by thread.
@@ -69,6 +71,8 @@
 //! [`DirtyLog::enable_bitmap`] insists on them, and [`DirtyLog::mode`] tells which it is. All calls are
 //! the same, and so are the promises; vCPUs never stop for a full ring, and a reaper finds nothing to do.
 //! A slot must be created in KVM before the first sync after `add_slot`: until then all of it is dirty.
+//!
+//! `docs/guide.md` leads through all of it, from the size of the rings to the final pass.
 //!
 //! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
 //! simulated kernel, `sim` (feature `test-utils`).

@@ -251,10 +251,11 @@ impl<'a> Pass<'a, Harvested> {
         vcpu.note_taken(gap);
         drop(ring);
         self.note_marked(&mut marking, gap);
-        if gap > 0 {
+        let was_behind = gap > 0;
+        if was_behind {
             self.note_overrun();
         }
-        gap > 0
+        was_behind
     }
 
     /// The kernel overwrote entries that nobody had harvested, or whose pages it had yet to

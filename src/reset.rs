@@ -201,7 +201,8 @@ impl Drop for Turn<'_> {
                 state.succeeded = state.finished;
                 // What is left stays outstanding. A later reset may recycle it; written off, it
                 // would then stand in for as many entries that one has left.
-                state.recycled += recycled;
+                // What somebody else had marked does so neither.
+                state.recycled = (state.recycled + recycled).min(state.marked);
             }
             Err(error) => {
                 self.gate.failures.add(1);

@@ -127,3 +127,38 @@ impl Vcpu {
         }
     }
 }
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+    use crate::ring::producer::Producer;
+    use crate::sync::lock;
+
+    /// Entries taken are counted on for ever, the ring's indices wrap at 2^32, whatever the first.
+    #[test]
+    fn an_onlooker_finds_the_head_after_any_number_of_entries() {
+        for first_index in [0, 5, u32::MAX - 5] {
+            for laps in 0..3u64 {
+                for ahead in 0..20 {
+                    let producer = Producer::new(8, first_index);
+                    let vcpu = Vcpu::new(producer.memory(), 1);
+                    for _ in 0..laps {
+                        // 2^32 entries, after which the head is where it was.
+                        vcpu.note_taken(u32::MAX);
+                        vcpu.note_taken(1);
+                    }
+                    for page in 0..ahead {
+                        producer.push(0, page);
+                        vcpu.note_taken(lock(&vcpu.ring).harvest(|_, _| ()));
+                        producer.recycle(1, |_, _| ());
+                    }
+                    let taken = (laps << 32) + ahead;
+                    assert_eq!(vcpu.occupancy(), (0, taken));
+                    (0..3).for_each(|page| producer.push(0, page));
+                    assert_eq!(vcpu.occupancy(), (3, taken));
+                    assert!(vcpu.at_least(3) && !vcpu.at_least(4));
+                }
+            }
+        }
+    }
+}

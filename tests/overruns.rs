@@ -5,8 +5,9 @@ mod scenario;
 
 use std::ops::Range;
 
+use kvm_dirty_ring::ring::RingView;
 use kvm_dirty_ring::sim::{ResetFault, WriteError};
-use scenario::{ALL_RAM, Machine, RAM, run};
+use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, run};
 
 #[test]
 fn an_overrun_makes_all_suspect() {
@@ -126,4 +127,21 @@ fn a_full_exit_crosses_a_gap_that_no_pass_has_seen() {
     late.sync(&mut machine.dirty).unwrap();
     assert!(machine.dirty.runs().eq([ALL_RAM]));
     assert_eq!(late.stats().overruns, 1);
+}
+
+/// Somebody else has marked an entry: what the vCPU logs from then on lies beyond a gap. No sync sees
+/// it; the next full exit does.
+#[test]
+fn a_full_exit_crosses_a_gap_that_somebody_else_has_made() {
+    let mut machine = Machine::new();
+    machine.write([100]);
+    RingView::new(machine.vcpu.ring_memory()).harvest(|_, _| ());
+    machine.write(0..10);
+    assert_eq!(machine.sync(), [], "known limit");
+    machine.write(10..59);
+    assert_eq!(machine.vcpu.write(RAM, 60), Err(WriteError::RingFull));
+    machine.ring.on_full().unwrap();
+    assert_eq!(machine.sync(), [ALL_RAM, ALL_ROM]);
+    machine.write([60]);
+    assert_eq!(machine.vcpu.used(), 1);
 }

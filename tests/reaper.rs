@@ -254,6 +254,33 @@ fn a_pause_waits_for_a_pass() {
     reaper.stop().unwrap();
 }
 
+/// Whoever waits for a pause that another thread has ended in the meantime waits no more.
+#[test]
+fn a_pause_ends_with_a_resume() {
+    let (vm, log, vcpu, _ring) = machine();
+    let (begun, has_begun) = mpsc::channel();
+    let (end, may_end) = mpsc::channel::<()>();
+    vm.on_reset(move |phase| {
+        if phase == ResetPhase::Begin {
+            let _ = begun.send(());
+            let _ = may_end.recv_timeout(PATIENCE);
+        }
+    });
+    let reaper = Arc::new(Reaper::spawn(&log, OFTEN).unwrap());
+    vcpu.write(RAM, 0).unwrap();
+    has_begun.recv_timeout(PATIENCE).unwrap();
+    let paused = thread::spawn({
+        let reaper = Arc::clone(&reaper);
+        move || reaper.pause()
+    });
+    // By then it waits for the pass, which goes on.
+    thread::sleep(Duration::from_millis(100));
+    reaper.resume();
+    end.send(()).unwrap();
+    wait_until(|| paused.is_finished());
+    vm.on_reset(|_| ());
+}
+
 #[test]
 fn policies_are_swapped_while_it_runs() {
     let (_vm, log, vcpu, _ring) = machine();

@@ -6,6 +6,8 @@
 
 pub(crate) mod pages;
 pub(crate) mod pool;
+#[cfg(all(test, not(feature = "modelled")))]
+mod properties;
 pub(crate) mod runs;
 pub(crate) mod shard;
 pub(crate) mod shared;

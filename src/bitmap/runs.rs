@@ -89,6 +89,10 @@ mod tests {
         let mut runs = Vec::new();
         let mut page = 0;
         while page < pages {
+            if words[(page / 64) as usize] == 0 {
+                page = (page / 64 + 1) * 64;
+                continue;
+            }
             let start = page;
             while page < pages && bit(page) {
                 page += 1;

@@ -254,6 +254,8 @@ impl Reaper {
     pub fn resume(&self) {
         self.control
             .order(&self.log, |orders| orders.paused = false);
+        // Whoever still waits for the pause: the thread need not have noticed it.
+        self.control.obeyed.notify_all();
     }
 
     /// Stops the thread and waits for it. What is in the rings stays there for the next sync.

@@ -129,3 +129,23 @@ impl fmt::Debug for RingMemory {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::super::producer::Producer;
+
+    #[test]
+    fn a_shared_ring_is_the_same_ring() {
+        let producer = Producer::new(8, 3);
+        let ring = producer.memory().named("vCPU 1".to_owned());
+        let other = ring.share();
+        assert!(core::ptr::eq(ring.at(5), other.at(5)));
+        assert_eq!(other.name(), "vCPU 1");
+        assert_eq!((other.entries(), other.first_index()), (8, 3));
+        assert_eq!(format!("{other:?}"), "RingMemory { entries: 8, .. }");
+        assert_ne!(
+            producer.memory().name(),
+            Producer::new(8, 3).memory().name()
+        );
+    }
+}

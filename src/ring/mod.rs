@@ -10,6 +10,8 @@ mod gauge;
 mod memory;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) mod producer;
+#[cfg(all(test, not(feature = "modelled")))]
+mod properties;
 
 pub use entry::Entry;
 pub(crate) use gauge::Gauge;

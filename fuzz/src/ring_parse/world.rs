@@ -293,6 +293,8 @@ impl World {
         if self.returned < self.marked {
             merge(&mut self.suspect, &unreset);
         }
+        // What somebody else had marked does not make up for what a later one leaves.
+        self.returned = self.returned.min(self.marked);
     }
 
     /// What no entry waits for any more, no reset will ever recycle: it is not missed twice.

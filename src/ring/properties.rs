@@ -1,0 +1,203 @@
+//! Rings of every size against a naive oracle whose indices never wrap, from the first index on
+//! and across 2^32.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::producer::Producer;
+use super::{Gauge, RingView};
+
+#[derive(Debug, Clone, Copy)]
+enum Deed {
+    /// The vCPU writes so many pages, or as many as there is room for.
+    Push(u32),
+    Harvest,
+    Recycle(u32),
+    Rejoin,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum State {
+    Free,
+    Dirty,
+    Marked,
+}
+
+/// Each entry's state and payload, and both sides' indices, counted on for ever.
+struct Oracle {
+    entries: Vec<(State, (u32, u64))>,
+    pushed: u64,
+    head: u64,
+    recycled: u64,
+    was_overrun: bool,
+    /// Whether the vCPU ever filled the ring to its last entry, which the kernel's reserve forbids.
+    was_full: bool,
+}
+
+impl Oracle {
+    fn new(entries: u32, first_index: u32) -> Self {
+        let first = u64::from(first_index);
+        Self {
+            entries: vec![(State::Free, (0, 0)); entries as usize],
+            pushed: first,
+            head: first,
+            recycled: first,
+            was_overrun: false,
+            was_full: false,
+        }
+    }
+
+    fn at(&mut self, index: u64) -> &mut (State, (u32, u64)) {
+        let size = self.entries.len() as u64;
+        &mut self.entries[(index % size) as usize]
+    }
+
+    fn push(&mut self) -> (u32, u64) {
+        // No two alike.
+        let payload = (!self.pushed as u32, self.pushed << 20);
+        *self.at(self.pushed) = (State::Dirty, payload);
+        self.pushed += 1;
+        self.was_full |= self.pushed - self.recycled >= self.entries.len() as u64;
+        payload
+    }
+
+    fn is_overrun(&mut self) -> bool {
+        let behind = self.head + self.entries.len() as u64 - 1;
+        let overrun = self.at(behind).0 == State::Dirty;
+        self.was_overrun |= overrun;
+        overrun
+    }
+
+    /// The entries that a harvest took, which must be all that are dirty one after the other. Of a
+    /// ring that was overrun it may take more: blocks are looked at where they begin and end.
+    fn harvest(&mut self, taken: u32) -> Vec<(u32, u64)> {
+        self.is_overrun();
+        let mut payloads = Vec::new();
+        for _ in 0..taken {
+            let (state, payload) = self.at(self.head);
+            payloads.push(*payload);
+            let before = core::mem::replace(state, State::Marked);
+            assert!(self.was_overrun || before == State::Dirty, "not dirty");
+            self.head += 1;
+        }
+        assert_ne!(self.at(self.head).0, State::Dirty, "left behind");
+        payloads
+    }
+
+    fn recycle(&mut self, limit: u32) -> Vec<(u32, u64)> {
+        let mut recycled = Vec::new();
+        while recycled.len() < limit as usize && self.at(self.recycled).0 == State::Marked {
+            self.at(self.recycled).0 = State::Free;
+            recycled.push(self.at(self.recycled).1);
+            self.recycled += 1;
+        }
+        recycled
+    }
+
+    fn rejoin(&mut self) -> u32 {
+        let ahead = (0..self.entries.len() as u64)
+            .find(|ahead| self.at(self.head + ahead).0 == State::Dirty);
+        let gap = ahead.unwrap_or(0);
+        for _ in 0..gap {
+            self.at(self.head).0 = State::Marked;
+            self.head += 1;
+        }
+        self.was_overrun |= gap > 0;
+        gap as u32
+    }
+
+    fn none(&self, state: State) -> bool {
+        self.entries.iter().all(|entry| entry.0 != state)
+    }
+}
+
+/// Does as `deeds` say, and compares all that both sides can see after each.
+fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
+    let producer = Producer::new(entries, first_index);
+    let memory = producer.memory();
+    let mut view = RingView::new(producer.memory());
+    let mut oracle = Oracle::new(entries, first_index);
+    for &deed in deeds {
+        match deed {
+            Deed::Push(count) => {
+                let room = match may_overrun {
+                    true => u32::MAX,
+                    false => entries - 1 - producer.used(),
+                };
+                for _ in 0..count.min(room) {
+                    let (slot, page) = oracle.push();
+                    producer.push(slot, page);
+                }
+            }
+            Deed::Harvest => {
+                let mut taken = Vec::new();
+                let count = view.harvest(|slot, page| taken.push((slot, page)));
+                assert_eq!(taken, oracle.harvest(count));
+            }
+            Deed::Recycle(limit) => {
+                let mut recycled = Vec::new();
+                let count = producer.recycle(limit, |slot, page| recycled.push((slot, page)));
+                assert_eq!(recycled, oracle.recycle(limit));
+                assert_eq!(count as usize, recycled.len());
+            }
+            Deed::Rejoin => assert_eq!(view.rejoin(), oracle.rejoin()),
+        }
+        assert_eq!(view.is_overrun(), oracle.is_overrun());
+        assert_eq!(view.was_overrun(), oracle.was_overrun);
+        assert_eq!(view.nothing_awaits_reset(), oracle.none(State::Marked));
+        assert_eq!(u64::from(producer.used()), oracle.pushed - oracle.recycled);
+        if oracle.was_full {
+            continue;
+        }
+        let waiting = (oracle.pushed - oracle.head) as u32;
+        let gauge = Gauge::new(&memory, oracle.head as u32);
+        assert_eq!([view.occupancy(), gauge.occupancy()], [waiting; 2]);
+        for count in [0, 1, waiting, waiting + 1, entries, entries + 1, u32::MAX] {
+            assert_eq!(view.at_least(count), count <= waiting, "{count}");
+        }
+        assert_eq!(view.all_recycled(), oracle.recycled == oracle.head);
+        assert_eq!(producer.awaits_reset(), oracle.recycled != oracle.head);
+    }
+    assert!(may_overrun || !view.was_overrun());
+}
+
+fn ring() -> impl Strategy<Value = (u32, u32)> {
+    (1u32..=9).prop_flat_map(|bits| {
+        let entries = 1 << bits;
+        let first_index = prop_oneof![
+            1 => 0..2 * entries,
+            3 => (0..2 * entries).prop_map(|before| u32::MAX - before),
+        ];
+        (Just(entries), first_index)
+    })
+}
+
+fn deeds() -> impl Strategy<Value = Vec<Deed>> {
+    let count = || prop_oneof![0u32..8, 56u32..72, 0u32..600];
+    let deed = prop_oneof![
+        4 => count().prop_map(Deed::Push),
+        3 => Just(Deed::Harvest),
+        2 => count().prop_map(Deed::Recycle),
+        1 => Just(Deed::Recycle(u32::MAX)),
+        1 => Just(Deed::Rejoin),
+    ];
+    vec(deed, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 1_000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn a_ring_in_order((entries, first_index) in ring(), deeds in deeds()) {
+        run(entries, first_index, &deeds, false);
+    }
+
+    #[test]
+    fn a_ring_that_is_overrun((entries, first_index) in ring(), deeds in deeds()) {
+        run(entries, first_index, &deeds, true);
+    }
+}
