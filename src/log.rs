@@ -172,10 +172,10 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Begins to remove a memslot: empties the rings and the kernel's own bits of it, so that what the guest wrote is known before
-    /// the slot goes. Then delete the slot in KVM and call [`finish_slot`](Self::finish_slot). In
-    /// between the slot is still tracked, and its id cannot be added. Whoever wants its last pages has
-    /// to sync before it is finished.
+    /// Begins to remove a memslot: empties the rings, and takes the kernel's own bits of it, so that
+    /// what the guest wrote is known before the slot goes. Then delete the slot in KVM and call
+    /// [`finish_slot`](Self::finish_slot). In between the slot is still tracked, and its id cannot be
+    /// added. Whoever wants its last pages has to sync before it is finished.
     ///
     /// Pages that the guest writes after this and before the deletion are not copied by anybody
     /// any more, nor are those that a running vCPU has written before and its processor's

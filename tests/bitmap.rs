@@ -207,6 +207,10 @@ fn syncs_and_removals_beside_each_other() {
         let writer = vm.add_vcpu();
         for page in 0..MANY {
             writer.write(large, page).unwrap();
+            if page % 64 == 0 {
+                // So that the others get on meanwhile.
+                thread::yield_now();
+            }
         }
         over.store(true, Ordering::Relaxed);
     });
