@@ -250,10 +250,10 @@ impl DirtyLog {
     }
 
     /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
-    /// for all slots that need it: that, with the vCPUs
-    /// stopped, the VMM has set the slot's memory region without `KVM_MEM_LOG_DIRTY_PAGES` and
-    /// then with it. Pages under suspicion come with the next sync once more and are then clean; where
-    /// the kernel [has bitmaps](Mode::Bitmap), which it throws away thereby, all pages of the slot come.
+    /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
+    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
+    /// next sync once more and are then clean; where the kernel [has bitmaps](Mode::Bitmap), which it
+    /// throws away thereby, all pages of the slot come.
     ///
     /// # Errors
     /// The slot is not tracked, or there is no memory; the pages stay suspect.

@@ -200,8 +200,8 @@ impl Drop for Turn<'_> {
             Ok(recycled) => {
                 state.succeeded = state.finished;
                 // What is left stays outstanding. A later reset may recycle it; written off, it
-                // would then stand in for as many entries that one has left.
-                // What somebody else had marked does so neither.
+                // would then stand in for as many entries that one has left. So would what
+                // somebody else had marked, if it counted.
                 state.recycled = (state.recycled + recycled).min(state.marked);
             }
             Err(error) => {

@@ -3,8 +3,8 @@
 use crate::pass::Harvester;
 use crate::vcpu::Vcpu;
 
-/// Counts since the log was enabled. They go up only, but for `suspect_pages`, and are read one by one: passes under way
-/// may show in one and not yet in another.
+/// Counts since the log was enabled. They go up only, but for `suspect_pages`, and are read one by
+/// one: passes under way may show in one and not yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
