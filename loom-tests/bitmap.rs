@@ -44,6 +44,29 @@ fn last_sync_beside_a_removal() {
     });
 }
 
+/// The VMM deletes the slot in KVM as soon as its removal has begun: a sync does not take its bits for
+/// missing, and all of its pages for dirty.
+#[test]
+fn sync_beside_a_deletion() {
+    model(4, || {
+        let machine = Machine::with_bitmap(1);
+        let log = machine.log(1);
+        let removal = thread::spawn({
+            let (log, machine) = (log.clone(), machine.clone());
+            move || {
+                let retired = log.retire_slot(SLOT).unwrap();
+                machine.delete_slot(SLOT);
+                retired
+            }
+        });
+        let mut dirty = DirtyPages::new();
+        log.sync(&mut dirty).unwrap();
+        drop(removal.join().unwrap());
+        assert_eq!(log.stats().missing_bitmaps, 0, "a bitmap was missed");
+        assert!(dirty.is_empty(), "clean pages are dirty");
+    });
+}
+
 /// The guest goes on, beside a sync and a removal: what the removal has taken, and the sync before it
 /// is protected again must not be told of, is in the copy when all is over.
 #[test]

@@ -162,6 +162,13 @@ impl Machine {
         self.pages[page].content.store(value, Ordering::Relaxed);
     }
 
+    /// The VMM deletes a slot.
+    pub(crate) fn delete_slot(&self, slot: SlotId) {
+        for page in self.pages.iter().filter(|page| page.slot == slot) {
+            *lock(&page.state) = State::Gone;
+        }
+    }
+
     /// Copies a page.
     pub(crate) fn read(&self, page: usize) -> u64 {
         self.pages[page].content.load(Ordering::Relaxed)
@@ -202,11 +209,15 @@ impl Machine {
 }
 
 impl Machine {
-    /// Takes all bits, and arms their pages at the very end: only the return says that they are.
-    fn take_bitmap(&self, slot: SlotId, words: &mut [u64]) {
+    /// Takes all bits, and arms their pages at the very end: only the return says that they are. There
+    /// are none of a slot that was deleted.
+    fn take_bitmap(&self, slot: SlotId, words: &mut [u64]) -> io::Result<()> {
         let mut taken = Vec::new();
         for page in self.pages.iter().filter(|page| page.slot == slot) {
-            let _state = lock(&page.state);
+            let state = lock(&page.state);
+            if *state == State::Gone {
+                return Err(io::Error::from_raw_os_error(libc::ENOENT));
+            }
             if page.logged.swap(false, Ordering::Relaxed) {
                 taken.push(page);
             }
@@ -219,6 +230,7 @@ impl Machine {
                 *state = State::Armed;
             }
         }
+        Ok(())
     }
 }
 
@@ -235,8 +247,7 @@ impl Kernel for Ioctl {
     }
 
     fn take_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
-        self.0.take_bitmap(slot, words);
-        Ok(())
+        self.0.take_bitmap(slot, words)
     }
 }
 

@@ -193,8 +193,10 @@ impl DirtyLog {
         let tracked = layout.slots.get(slot.raw());
         let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
         harvester.reap()?;
+        // Held until the layout says that the slot goes: a sync in between would expect bits of a slot
+        // that the VMM has deleted by then.
+        let mut taking = self.inner.kernel_bits.lock();
         if harvester.kernel().has_bitmap() {
-            let mut taking = self.inner.kernel_bits.lock();
             if !taking.fit(tracked.pages()) {
                 let pages = tracked.pages();
                 return Err(SlotError::NoMemory { slot, pages });
@@ -203,6 +205,7 @@ impl DirtyLog {
             taking.take(harvester.kernel(), tracked, retired)?;
         }
         let slot = harvester.change_layout(|layout| layout.slots.retire(slot))?;
+        drop(taking);
         Ok(RetiredSlot { slot })
     }
 
