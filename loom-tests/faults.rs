@@ -33,6 +33,35 @@ fn short_reset_beside_a_guest() {
     });
 }
 
+/// A reset stops after the last entry, before it has protected what that one's batch names, while a guest
+/// writes and a reaper works: no count tells, only that the thread was stopped.
+#[test]
+fn reset_cut_short_at_its_end_beside_a_guest() {
+    model(3, || {
+        let machine = Machine::with_faults(2, 2, vec![Some(Fault::AtEnd)]);
+        let log = machine.log(2);
+        let _rings = [0, 1].map(|vcpu| log.attach_ring(machine.ring(vcpu).memory()).unwrap());
+        machine.write(0, 0, 1);
+        machine.write(1, 1, 1);
+        let reaper = thread::spawn({
+            let log = log.clone();
+            move || log.reap().unwrap()
+        });
+        let mut copy = Copy::new(&machine);
+        copy.round(&machine, &log);
+        let guest = thread::spawn({
+            let machine = machine.clone();
+            move || machine.write(1, 1, 2)
+        });
+        reaper.join().unwrap();
+        guest.join().unwrap();
+        copy.round(&machine, &log);
+        copy.verify(&machine);
+        let stats = log.stats();
+        assert_eq!((stats.short_resets, stats.doubtful_resets), (0, 1));
+    });
+}
+
 /// A full vCPU's reset stops half-way while a reaper harvests: what it recycled and left
 /// unprotected are the reaper's entries, which the count must not take for the vCPU's own.
 #[test]

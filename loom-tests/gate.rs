@@ -3,8 +3,8 @@
 use std::io;
 
 use super::model;
-use crate::kernel::Kernel;
-use crate::reset::ResetGate;
+use crate::kernel::{Kernel, Recycled};
+use crate::reset::{ResetGate, Rings};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock, thread};
 
 /// A kernel that protects, at its end, what was marked when it began.
@@ -33,7 +33,7 @@ impl<const N: usize> Slow<N> {
 }
 
 impl<const N: usize> Kernel for Slow<N> {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         let mut failures = lock(&self.failures);
         if *failures > 0 {
             *failures -= 1;
@@ -42,15 +42,26 @@ impl<const N: usize> Kernel for Slow<N> {
         // Everything relaxed: what is marked and not yet protected is ordered by the gate alone.
         let marked = self.marked.each_ref().map(|m| m.load(Ordering::Relaxed));
         thread::yield_now();
-        let mut recycled = 0;
+        let mut recycled = 0u32;
         for (marked, protected) in marked.into_iter().zip(&self.protected) {
             if marked && !protected.load(Ordering::Relaxed) {
                 protected.store(true, Ordering::Relaxed);
                 recycled += 1;
             }
         }
-        Ok(recycled)
+        Ok(recycled.into())
     }
+}
+
+/// Rings that are no business of the models of the gate.
+struct NoRings;
+
+impl Rings for NoRings {
+    fn nothing_awaits_reset(&self) -> bool {
+        false
+    }
+
+    fn suspect_last_batches(&self) {}
 }
 
 /// `N` passes at once, each of one entry.
@@ -62,7 +73,7 @@ fn passes<const N: usize>(preemptions: usize) {
             let (kernel, gate) = (Arc::clone(&kernel), Arc::clone(&gate));
             move || {
                 kernel.mark(me, &gate);
-                let faults = gate.reset(&*kernel, &|| false).unwrap();
+                let faults = gate.reset(&*kernel, &NoRings).unwrap();
                 assert_eq!(faults, 0, "a reset that did all it had to was called short");
                 assert!(
                     kernel.protected[me].load(Ordering::Relaxed),
@@ -100,7 +111,7 @@ fn gate_failure() {
             let (kernel, gate) = (Arc::clone(&kernel), Arc::clone(&gate));
             move || {
                 kernel.mark(me, &gate);
-                let served = gate.reset(&*kernel, &|| false).is_ok();
+                let served = gate.reset(&*kernel, &NoRings).is_ok();
                 if served {
                     let protected = kernel.protected[me].load(Ordering::Relaxed);
                     assert!(protected, "the failure was swallowed");
@@ -113,7 +124,7 @@ fn gate_failure() {
         other.join().unwrap();
         assert_eq!(gate.stats().failed, 1);
         // The entries of those it failed are recycled by the next that is not told of them again.
-        gate.reset(&*kernel, &|| false).unwrap();
+        gate.reset(&*kernel, &NoRings).unwrap();
         for protected in &kernel.protected {
             assert!(protected.load(Ordering::Relaxed));
         }

@@ -3,7 +3,7 @@
 use core::ops::Range;
 use std::io;
 
-use crate::kernel::{Kernel, Mode};
+use crate::kernel::{Kernel, Mode, Recycled};
 use crate::log::DirtyLog;
 use crate::ring::producer::Producer;
 use crate::slot_id::SlotId;
@@ -23,6 +23,8 @@ pub(crate) enum Fault {
     Error,
     /// Recycles one entry, does not arm its page, and stops.
     Short,
+    /// Recycles all, does not arm the pages of the last ring, and is stopped: the count is whole.
+    AtEnd,
 }
 
 /// A machine. Its pages are counted through all slots.
@@ -181,17 +183,25 @@ impl Machine {
         named.map(|(place, _)| place)
     }
 
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         let mut faults = lock(&self.resets);
-        let limit = match faults.pop() {
+        let (limit, interrupted) = match faults.pop() {
             Some(Some(Fault::Error)) => return Err(io::Error::from_raw_os_error(libc::ENOMEM)),
-            Some(Some(Fault::Short)) => 1,
-            Some(None) | None => u32::MAX,
+            Some(Some(Fault::Short)) => (1, false),
+            Some(Some(Fault::AtEnd)) => (u32::MAX, true),
+            Some(None) | None => (u32::MAX, false),
         };
         let mut named = Vec::new();
-        let mut recycled = 0;
+        let (mut recycled, mut last_ring) = (0, 0);
         for ring in &self.rings {
+            let before = named.len();
             recycled += ring.recycle(limit - recycled, |slot, page| named.push((slot, page)));
+            if named.len() > before {
+                last_ring = before;
+            }
+        }
+        if interrupted {
+            named.truncate(last_ring);
         }
         // Entries are free before their pages are armed: only the return says that they are.
         if limit == u32::MAX || !self.rings.iter().any(Producer::awaits_reset) {
@@ -204,7 +214,10 @@ impl Machine {
                 }
             }
         }
-        Ok(recycled)
+        Ok(Recycled {
+            entries: recycled,
+            interrupted,
+        })
     }
 }
 
@@ -238,7 +251,7 @@ impl Machine {
 struct Ioctl(Arc<Machine>);
 
 impl Kernel for Ioctl {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         self.0.reset()
     }
 

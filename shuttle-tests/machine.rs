@@ -37,9 +37,10 @@ impl Vm {
 
     /// With one slot, and resets that go wrong at random: `faults` at most.
     pub(super) fn with_faults(vcpus: usize, pages: usize, faults: usize) -> Self {
-        let fault = |_| match pick(0..3) {
+        let fault = |_| match pick(0..4) {
             0 => Some(Fault::Error),
             1 => Some(Fault::Short),
+            2 => Some(Fault::AtEnd),
             _ => None,
         };
         let list = (0..faults).map(fault).collect();

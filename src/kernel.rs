@@ -28,19 +28,41 @@ impl fmt::Display for Mode {
     }
 }
 
+/// What a reset has done, see [`Kernel::reset`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Recycled {
+    /// Entries that it recycled.
+    pub entries: u32,
+    /// Whether the calling thread may have been stopped during the call, by what nobody can block:
+    /// SIGSTOP, a debugger, the freezer. It may be said of a call that was not.
+    pub interrupted: bool,
+}
+
+impl From<u32> for Recycled {
+    /// So many entries, by a call that nothing interrupted.
+    fn from(entries: u32) -> Self {
+        Self {
+            entries,
+            interrupted: false,
+        }
+    }
+}
+
 /// The kernel behind a [`DirtyLog`](crate::DirtyLog): KVM, or the simulated one.
 pub trait Kernel: Send + Sync {
     /// Recycles the harvested entries of every ring of the VM and re-protects their pages: the
-    /// ioctl `KVM_RESET_DIRTY_RINGS`. Returns how many entries it recycled.
+    /// ioctl `KVM_RESET_DIRTY_RINGS`.
     ///
     /// When it has returned, every entry that was marked for reset before it was called is
     /// recycled and its page is write-protected, on every vCPU: unless the count falls short of
     /// what was marked. Then the kernel stopped half-way, and up to one batch of the recycled
-    /// entries' pages is *not* protected.
+    /// entries' pages is *not* protected. Interrupted at its very end, it may leave the last batch so
+    /// though the count is whole: entries side by side in one ring, whose pages are of one slot and
+    /// within 64 of each other.
     ///
     /// # Errors
     /// The call was refused, and no entry was recycled.
-    fn reset(&self) -> io::Result<u32>;
+    fn reset(&self) -> io::Result<Recycled>;
 
     /// How many entries of each ring the kernel is likely to keep in reserve: a vCPU stops with
     /// *ring full* that many before the end. Only a prior; the log learns the true number.

@@ -61,7 +61,7 @@
 //!   page-modification logging hold pages back until a vCPU exits.
 //! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
 //!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
-//! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or
+//! - Under seccomp, allow the ioctl `0xAEC7`, `rt_sigprocmask` and `getrusage` to every thread that syncs or
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later.
 //!   `SECURITY.md` has the whole list, thread by thread.
 //!
@@ -122,7 +122,7 @@ pub mod vm_memory;
 pub use dirty_pages::{DirtyPages, DirtyPart, Run};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use guest_map::{GuestMap, GuestRegion};
-pub use kernel::{Kernel, Mode};
+pub use kernel::{Kernel, Mode, Recycled};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};

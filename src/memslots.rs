@@ -75,6 +75,16 @@ impl Slot {
         unsafe { self.shards[held.index()].for_each(|word, bits| self.suspect.merge(word, bits)) }
     }
 
+    /// Puts the pages under suspicion that may be in one batch of a reset with `page`: KVM protects
+    /// pages that lie within the bits of a word at once (`kvm_dirty_ring_reset`).
+    pub(crate) fn suspect_batch(&self, page: u64) {
+        if page < self.pages {
+            let first = page.saturating_sub(u64::from(u64::BITS) - 1);
+            let end = (page + u64::from(u64::BITS)).min(self.pages);
+            self.suspect.set(first, end - first);
+        }
+    }
+
     /// Puts every page of the slot under suspicion.
     pub(crate) fn suspect_all(&self) {
         // Release: pairs with the acquire load in `copy_suspects_into`.

@@ -5,7 +5,7 @@ use crate::dirty_pages::DirtyPages;
 use crate::error::ResetError;
 use crate::kernel::Kernel;
 use crate::memslots::Table;
-use crate::reset::{Harvest, ResetGate};
+use crate::reset::{Harvest, ResetGate, Rings};
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
 use crate::targets::{Setter, Targets};
 use crate::vcpu::Vcpu;
@@ -111,12 +111,7 @@ impl Harvester {
 
     /// The reset gate, with what it needs to know.
     fn reset(&self) -> Result<u64, ResetError> {
-        let nothing_left = || {
-            let layout = self.layout();
-            let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
-            rings.all(|ring| ring.nothing_awaits_reset())
-        };
-        self.gate.reset(self.kernel(), &nothing_left)
+        self.gate.reset(self.kernel(), self)
     }
 
     /// Begins a pass on any shard.
@@ -150,6 +145,24 @@ impl Harvester {
         let taken = pass.harvest_those(wanted);
         pass.reset()?.publish();
         Ok(taken)
+    }
+}
+
+impl Rings for Harvester {
+    fn nothing_awaits_reset(&self) -> bool {
+        let layout = self.layout();
+        let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
+        rings.all(|ring| ring.nothing_awaits_reset())
+    }
+
+    fn suspect_last_batches(&self) {
+        let layout = self.layout();
+        for vcpu in layout.vcpus.iter().filter(|vcpu| vcpu.taken() > 0) {
+            let (slot, page) = lock(&vcpu.ring).last();
+            if let Some(slot) = layout.slots.get(slot) {
+                slot.suspect_batch(page);
+            }
+        }
     }
 }
 

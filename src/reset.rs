@@ -19,8 +19,20 @@ pub(crate) struct ResetGate {
     /// Resets that fell short. A pass compares the number before its first mark with the number
     /// after its reset, see [`ResetGate::reset`].
     faults: Counter,
+    /// Resets that may have been cut short after the last entry.
+    doubts: Counter,
     resets: Counter,
     failures: Counter,
+}
+
+/// The rings that are reset, as far as the gate needs to know them.
+pub(crate) trait Rings {
+    /// Whether no entry of any ring waits for a reset. No entry is marked meanwhile.
+    fn nothing_awaits_reset(&self) -> bool;
+
+    /// The last batch of some ring may be recycled and its pages not protected: which ring, the gate
+    /// can't tell. Called before anybody is told that the reset is over.
+    fn suspect_last_batches(&self);
 }
 
 /// Resets are numbered from 1 in the order in which they start.
@@ -46,6 +58,7 @@ struct State {
 pub(crate) struct GateStats {
     pub(crate) resets: u64,
     pub(crate) short: u64,
+    pub(crate) doubtful: u64,
     pub(crate) failed: u64,
 }
 
@@ -60,6 +73,7 @@ impl ResetGate {
         GateStats {
             resets: self.resets.get(),
             short: self.faults.get(),
+            doubtful: self.doubts.get(),
             failed: self.failures.get(),
         }
     }
@@ -83,13 +97,7 @@ impl ResetGate {
     /// A faulty (short) reset leaves up to a batch of recycled entries unprotected, whichever pass
     /// had marked them. So each pass that was under way while the number of faults changed must
     /// treat its pages as unprotected.
-    ///
-    /// `nothing_left` looks whether no entry of any ring waits for a reset.
-    pub(crate) fn reset(
-        &self,
-        kernel: &dyn Kernel,
-        nothing_left: &dyn Fn() -> bool,
-    ) -> Result<u64, ResetError> {
+    pub(crate) fn reset(&self, kernel: &dyn Kernel, rings: &dyn Rings) -> Result<u64, ResetError> {
         let mut state = lock(&self.state);
         // The one in flight, if there is one, started when our harvests had ended.
         let ticket = state.started + u64::from(!state.in_flight);
@@ -117,7 +125,7 @@ impl ResetGate {
                 gate: self,
                 outcome: Err(io::Error::other("the reset panicked")),
             };
-            turn.outcome = self.recycle(kernel, nothing_left, outstanding);
+            turn.outcome = self.recycle(kernel, rings, outstanding);
             drop(turn);
             state = lock(&self.state);
         }
@@ -140,15 +148,17 @@ impl ResetGate {
     }
 
     /// The ioctl; again while it falls short of `outstanding` and gets on. Entries recycled.
-    fn recycle(
-        &self,
-        kernel: &dyn Kernel,
-        nothing_left: &dyn Fn() -> bool,
-        outstanding: u64,
-    ) -> io::Result<u64> {
+    fn recycle(&self, kernel: &dyn Kernel, rings: &dyn Rings, outstanding: u64) -> io::Result<u64> {
         self.resets.add(1);
-        let mut recycled = u64::from(kernel.reset()?);
+        let first = kernel.reset()?;
+        let mut recycled = u64::from(first.entries);
         if recycled >= outstanding {
+            // `kvm_dirty_ring_reset` looks for signals once more after the last entry, and before it
+            // has protected the batch that this one ends: no count tells.
+            if first.interrupted && recycled > 0 {
+                self.doubts.add(1);
+                rings.suspect_last_batches();
+            }
             return Ok(recycled);
         }
         self.faults.add(1);
@@ -156,13 +166,13 @@ impl ResetGate {
             self.resets.add(1);
             // An error here adds nothing: the entries are suspect already.
             match kernel.reset() {
-                Ok(0) | Err(_) => break,
-                Ok(more) => recycled += u64::from(more),
+                Ok(more) if more.entries > 0 => recycled += u64::from(more.entries),
+                Ok(_) | Err(_) => break,
             }
         }
         // An overrun, or somebody else's reset, has left nothing to recycle of what we count: it
         // would make every later reset look short. No entry is marked meanwhile.
-        if nothing_left() {
+        if rings.nothing_awaits_reset() {
             recycled = recycled.max(outstanding);
         }
         Ok(recycled)

@@ -18,6 +18,11 @@ pub struct Stats {
     /// be blocked, or a ring was overrun. The pages concerned are reported by every sync until
     /// their slot is re-armed.
     pub short_resets: u64,
+    /// Reset ioctls that recycled what was marked, and during which the thread may have been stopped,
+    /// by SIGSTOP, a debugger or the freezer: the last pages may be unprotected. Up to 127 pages a
+    /// vCPU are reported by every sync until their slot is re-armed. A thread that had to wait for a
+    /// change of memslots in the kernel counts, too.
+    pub doubtful_resets: u64,
     /// Reset ioctls that failed.
     pub failed_resets: u64,
     /// Entries that named a slot which is not tracked. Each makes every page suspect.
@@ -66,6 +71,7 @@ impl Stats {
             entries: counts.entries.get(),
             resets: gate.resets,
             short_resets: gate.short,
+            doubtful_resets: gate.doubtful,
             failed_resets: gate.failed,
             unknown_slot_entries: counts.unknown_slot.get(),
             out_of_range_entries: counts.out_of_range.get(),

@@ -12,7 +12,7 @@ use kvm_dirty_ring::error::{AttachError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::ring::{RingMemory, RingView};
 use kvm_dirty_ring::sim::{ResetFault, ResetPhase, SimConfig, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, Kernel, Reaper};
+use kvm_dirty_ring::{DirtyLog, Kernel, Reaper, Recycled};
 use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, ROM, run};
 
 #[test]
@@ -53,6 +53,37 @@ fn a_reset_that_only_recycles_what_another_left_is_short() {
     machine.write([50]);
     let reported = machine.sync();
     assert!(reported.contains(&run(RAM, 50, 1)), "{reported:?}");
+}
+
+/// What is near the last page of a ring may be unprotected, and is reported until it is protected anew.
+/// Whose ring was the last one the log does not know.
+#[test]
+fn the_last_pages_of_a_doubtful_reset_are_reported_until_rearmed() {
+    let mut machine = Machine::new();
+    let other = machine.vm.add_vcpu();
+    let _ring = machine.log.attach_ring(other.ring_memory()).unwrap();
+    let idle = machine.vm.add_vcpu();
+    let _idle = machine.log.attach_ring(idle.ring_memory()).unwrap();
+    machine.write([0, 100]);
+    other.write(RAM, 230).unwrap();
+    machine.vm.inject([ResetFault::AtEnd]);
+    let near = [run(RAM, 37, 127), run(RAM, 167, 127)];
+    assert_eq!(machine.sync(), [&[run(RAM, 0, 1)][..], &near].concat());
+    let stats = machine.log.stats();
+    assert_eq!((stats.short_resets, stats.doubtful_resets), (0, 1));
+    assert_eq!(stats.suspect_pages, 2 * 127);
+    // Unlogged, for the last ring's is not armed.
+    other.write(RAM, 230).unwrap();
+    assert_eq!(machine.sync(), near);
+    assert_eq!(machine.log.stats().entries, stats.entries);
+    machine.rearm();
+    assert_eq!(machine.sync(), near);
+    assert_eq!(machine.sync(), []);
+    // A reset that finds nothing to recycle has nothing to leave.
+    machine.vm.inject([ResetFault::AtEnd]);
+    machine.ring.on_full().unwrap();
+    assert_eq!(machine.log.stats().doubtful_resets, 1);
+    assert_eq!(machine.sync(), []);
 }
 
 #[test]
@@ -147,7 +178,7 @@ fn an_entry_past_its_slots_end_makes_all_suspect() {
 struct Modest(SimVm);
 
 impl Kernel for Modest {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         self.0.reset()
     }
 
@@ -338,7 +369,7 @@ fn a_reset_by_somebody_else_is_forgiven() {
     let mut machine = Machine::new();
     machine.write(0..10);
     assert_eq!(machine.ring.harvest_and_stop(), 10);
-    assert_eq!(machine.vm.reset().unwrap(), 10);
+    assert_eq!(machine.vm.reset().unwrap(), 10.into());
     machine.sync();
     assert_eq!(machine.log.stats().short_resets, 1);
     machine.rearm();

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
 
-use kvm_dirty_ring::Kernel;
 use kvm_dirty_ring::ring::{Entry, RingMemory};
+use kvm_dirty_ring::{Kernel, Recycled};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::pin;
@@ -81,8 +81,8 @@ impl Ring {
 pub struct NoKernel;
 
 impl Kernel for NoKernel {
-    fn reset(&self) -> io::Result<u32> {
-        Ok(u32::MAX)
+    fn reset(&self) -> io::Result<Recycled> {
+        Ok(u32::MAX.into())
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, DirtyPart, Kernel, Run, SlotId};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, DirtyPart, Kernel, Recycled, Run, SlotId};
 
 use crate::memory::{Cell, DIRTY, RESET, RawRing};
 
@@ -155,7 +155,7 @@ impl Guest {
 }
 
 impl Kernel for Guest {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         let mut state = self.state.lock().unwrap();
         if std::mem::take(&mut state.fails) {
             return Err(io::ErrorKind::Interrupted.into());
@@ -165,7 +165,7 @@ impl Kernel for Guest {
             self.ring.set(state.recycled, Cell::default());
             state.recycled += 1;
         }
-        Ok(state.recycled - first)
+        Ok((state.recycled - first).into())
     }
 }
 

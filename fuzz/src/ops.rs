@@ -149,8 +149,9 @@ fn fault(u: &mut Unstructured<'_>) -> Result<ResetFault> {
         kind @ 0..=9 => {
             ResetFault::Error([libc::EINTR, libc::ENOMEM, libc::EBADF][usize::from(kind) % 3])
         }
+        10..=39 => ResetFault::AtEnd,
         after => ResetFault::Short {
-            after: u32::from(after) - 10,
+            after: u32::from(after) - 40,
         },
     })
 }

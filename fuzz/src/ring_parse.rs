@@ -12,7 +12,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_dirty_ring::error::SlotError;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, RetiredSlot, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, Recycled, RetiredSlot, SlotId, VcpuRing};
 
 use crate::common::shape::pages_of;
 pub use script::Script;
@@ -30,7 +30,7 @@ impl Wild {
 }
 
 impl Kernel for Wild {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         let mut world = self.world();
         world.note_marks();
         let reaction = world.reactions.pop_front().unwrap_or_default();
@@ -52,7 +52,7 @@ impl Kernel for Wild {
             world.change(change);
         }
         world.write_off();
-        answer
+        answer.map(Recycled::from)
     }
 
     fn reserved_entries(&self) -> u32 {

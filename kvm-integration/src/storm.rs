@@ -70,7 +70,11 @@ impl Storm {
         unsafe { libc::getpgrp() != libc::getpid() }
     }
 
-    /// Stops of this whole process, each soon followed by its continuation: nobody can block them.
+    /// Stops of this whole process, each followed by its continuation as soon as every thread has
+    /// stopped: nobody can block them.
+    ///
+    /// A stop that is taken back before a thread has come to it may cut short what the thread is at, and
+    /// leaves no trace whatever: there is nothing to be shown by it.
     ///
     /// A process of their own sends them. It ends only after a continuation: when its file is gone,
     /// or this process.
@@ -78,8 +82,19 @@ impl Storm {
     /// # Panics
     /// If that process can't be started.
     pub fn of_stops() -> Self {
-        const SCRIPT: &str =
-            r#"while [ -e "$1" ] && kill -STOP "$2" && kill -CONT "$2"; do :; done"#;
+        // The third field of `stat`, behind a name without spaces or not, is the thread's state.
+        const SCRIPT: &str = r#"
+            runs() {
+                for thread in /proc/"$1"/task/*; do
+                    read -r stat < "$thread/stat" || continue
+                    case "${stat##*)}" in " T "*) ;; *) return 0 ;; esac
+                done 2> /dev/null
+                return 1
+            }
+            while [ -e "$1" ] && kill -STOP "$2"; do
+                while runs "$2"; do :; done
+                kill -CONT "$2" || exit
+            done"#;
         let me = std::process::id();
         let file = std::env::temp_dir().join(format!("kvm-suite-storm-{me}"));
         fs::write(&file, "").expect("a file in the directory for temporary ones");

@@ -4,6 +4,7 @@ mod bitmap;
 mod enable;
 mod mmap;
 mod signals;
+mod stops;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -12,9 +13,10 @@ use bitmap::Bitmaps;
 pub use enable::{HostSupport, RingEntries};
 use signals::SignalsBlocked;
 pub(crate) use signals::block_for_good;
+use stops::StopWatch;
 
 use crate::error::{AttachError, EnableError};
-use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES};
+use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
 use crate::log::{DirtyLog, VcpuRing};
 use crate::slot_id::SlotId;
 use crate::vcpu::MOST_RESERVED_ENTRIES;
@@ -65,14 +67,19 @@ struct Vm {
 }
 
 impl Kernel for Vm {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         if self.mode == Mode::Bitmap {
-            return Ok(0);
+            return Ok(Recycled::default());
         }
         // With a signal pending, `kvm_dirty_ring_reset` stops half-way, and pages that it has
         // recycled but not protected are never logged again.
         let _blocked = SignalsBlocked::new()?;
-        ioctl_value(&self.fd, ioctl::RESET_DIRTY_RINGS, 0)
+        let watch = StopWatch::start();
+        let entries = ioctl_value(&self.fd, ioctl::RESET_DIRTY_RINGS, 0)?;
+        Ok(Recycled {
+            entries,
+            interrupted: watch.may_have_stopped(),
+        })
     }
 
     fn reserved_entries(&self) -> u32 {

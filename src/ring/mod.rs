@@ -154,6 +154,11 @@ impl RingView {
         (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
     }
 
+    /// What the last harvested entry says, as long as the vCPU has not come round to it: slot and page.
+    pub(crate) fn last(&self) -> (u32, u64) {
+        self.memory.at(self.head.wrapping_sub(1)).payload()
+    }
+
     /// Joins the consumer to the kernel again after the kernel overran the ring, and returns how
     /// many entries were passed over: zero where there was no gap.
     ///

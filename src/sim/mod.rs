@@ -37,7 +37,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES};
+use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
 use crate::log::DirtyLog;
 use crate::slot_id::SlotId;
 use slot::SimSlot;
@@ -99,6 +99,9 @@ pub enum ResetFault {
         /// Entries recycled.
         after: u32,
     },
+    /// The thread is stopped after the last entry: all are recycled, and the count says so; those of
+    /// them that end the last ring, within 64 pages, are not armed.
+    AtEnd,
     /// It fails with this error number and does nothing.
     Error(i32),
 }
@@ -270,8 +273,17 @@ impl SimVm {
     }
 }
 
+/// How many entries at the end of a ring may be one batch of a reset.
+fn last_batch(pages: &[(u32, u64)]) -> usize {
+    let Some(&(slot, page)) = pages.last() else {
+        return 0;
+    };
+    let is_near = |entry: &&(u32, u64)| entry.0 == slot && entry.1.abs_diff(page) < BATCH as u64;
+    pages.iter().rev().take_while(is_near).count()
+}
+
 impl Kernel for SimVm {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<Recycled> {
         let mut resets = self.resets();
         let fault = resets.faults.pop_front();
         if let Some(ResetFault::Error(number)) = fault {
@@ -287,8 +299,13 @@ impl Kernel for SimVm {
         let mut pages = Vec::new();
         let mut recycled = 0;
         let vcpus = self.vcpus();
+        let mut last_ring = 0;
         for vcpu in &vcpus {
+            let before = pages.len();
             recycled += vcpu.recycle(limit - recycled, &mut pages);
+            if pages.len() > before {
+                last_ring = before;
+            }
         }
         let short = recycled == limit && vcpus.iter().any(|vcpu| vcpu.awaits_reset());
         if let Some(hook) = &mut resets.hook {
@@ -297,9 +314,16 @@ impl Kernel for SimVm {
         if short {
             pages.truncate(pages.len().saturating_sub(BATCH));
         }
+        let interrupted = fault == Some(ResetFault::AtEnd);
+        if interrupted {
+            pages.truncate(pages.len() - last_batch(&pages[last_ring..]));
+        }
         self.arm(&pages);
         self.flush();
-        Ok(recycled)
+        Ok(Recycled {
+            entries: recycled,
+            interrupted,
+        })
     }
 
     fn reserved_entries(&self) -> u32 {

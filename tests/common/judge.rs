@@ -50,13 +50,14 @@ pub fn assert_faultless(machine: &Machine) {
     let stats = machine.stats();
     let faults = [
         stats.short_resets,
+        stats.doubtful_resets,
         stats.failed_resets,
         stats.unknown_slot_entries,
         stats.out_of_range_entries,
         stats.overruns,
         stats.missing_bitmaps,
     ];
-    assert_eq!(faults, [0; 6], "{stats:?}");
+    assert_eq!(faults, [0; 7], "{stats:?}");
 }
 
 /// After the faults of `faulty`: protects every slot anew, and then every sync of `calm` is exact.

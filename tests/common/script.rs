@@ -114,6 +114,7 @@ fn fault() -> impl Strategy<Value = ResetFault> {
         3 => (0u32..=70).prop_map(|after| ResetFault::Short { after }),
         // Mostly where the rings are not empty yet.
         3 => (0u32..=5).prop_map(|after| ResetFault::Short { after }),
+        2 => Just(ResetFault::AtEnd),
         2 => prop::sample::select(ERRORS).prop_map(ResetFault::Error),
     ]
 }

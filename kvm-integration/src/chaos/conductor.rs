@@ -196,6 +196,7 @@ impl<'a> Conductor<'a> {
             (Fault::FullExit, stats.full_exits()),
             (Fault::RingOverrun, stats.overruns),
             (Fault::ShortReset, stats.short_resets),
+            (Fault::DoubtfulReset, stats.doubtful_resets),
             (Fault::ResetFailed, stats.failed_resets),
         ];
         for (fault, times) in counted {
@@ -268,6 +269,9 @@ impl<'a> Conductor<'a> {
             }
             Act::Rearm { pick } => self.rearm(pick)?,
             Act::FailReset(number) => self.world.inject(ResetFault::Error(number))?,
+            Act::ShortenReset { after } if after % 4 == 0 => {
+                self.world.inject(ResetFault::AtEnd)?
+            }
             Act::ShortenReset { after } => self.world.inject(ResetFault::Short { after })?,
             Act::Garble { pick } => {
                 let which = pick as usize % self.vcpus.len();
@@ -329,8 +333,13 @@ impl<'a> Conductor<'a> {
     fn look_for_strays(&mut self, slot: &Instance) -> Result<(), ChaosError> {
         self.copier.round()?;
         let stats = self.log.stats();
-        let causes = [stats.short_resets, stats.overruns, strange_entries(&stats)];
-        if causes == [0; 3] {
+        let causes = [
+            stats.short_resets,
+            stats.doubtful_resets,
+            stats.overruns,
+            strange_entries(&stats),
+        ];
+        if causes == [0; 4] {
             let strays: Vec<u64> = self.copier.reported(slot.id).collect();
             self.episode.stray_pages += strays.len() as u64;
             self.find(slot, &strays, "reported of a slot that is new");

@@ -56,6 +56,8 @@ pub enum Fault {
     ResetFailed,
     /// A reset fell short.
     ShortReset,
+    /// A reset may have been cut short after its last entry.
+    DoubtfulReset,
     /// An entry named a page of no slot that the log was told of.
     EntryOfNoSlot,
     /// The guest wrote in the midst of a reset. (On KVM it always does, and nobody can tell when.)
@@ -64,7 +66,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::SignalsAtVcpus,
         Self::SignalsAtReaper,
         Self::SignalsAtOthers,
@@ -90,6 +92,7 @@ impl Fault {
         Self::RingOverrun,
         Self::ResetFailed,
         Self::ShortReset,
+        Self::DoubtfulReset,
         Self::EntryOfNoSlot,
         Self::WriteInReset,
     ];
@@ -122,6 +125,7 @@ impl Fault {
             Self::RingOverrun => "ring_overruns",
             Self::ResetFailed => "failed_resets",
             Self::ShortReset => "short_resets",
+            Self::DoubtfulReset => "doubtful_resets",
             Self::EntryOfNoSlot => "entries_of_no_slot",
             Self::WriteInReset => "writes_in_resets",
         }

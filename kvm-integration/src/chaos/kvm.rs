@@ -90,7 +90,7 @@ impl World for KvmWorld {
     fn inject(&self, fault: ResetFault) -> Result<(), ChaosError> {
         match fault {
             ResetFault::Error(number) => refuse_a_reset(&self.log, number)?,
-            ResetFault::Short { .. } => self.shorten_a_reset(),
+            ResetFault::Short { .. } | ResetFault::AtEnd => self.shorten_a_reset(),
             _ => {}
         }
         Ok(())

@@ -78,7 +78,7 @@ impl Backend {
     pub fn can(&self, fault: Fault) -> bool {
         match fault {
             Fault::RingOverrun => self.overruns(),
-            Fault::ShortReset => self.is_sim() || Storm::can_stop(),
+            Fault::ShortReset | Fault::DoubtfulReset => self.is_sim() || Storm::can_stop(),
             Fault::WriteInReset => self.is_sim(),
             _ => true,
         }

@@ -147,6 +147,7 @@ const PASS: Row = Row {
     when: "pass",
     calls: calls![
         SYS_rt_sigprocmask,
+        SYS_getrusage,
         SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
     ],
 };
@@ -180,6 +181,7 @@ const REAPER: Row = Row {
     when: "reaper",
     calls: calls![
         SYS_rt_sigprocmask,
+        SYS_getrusage,
         SYS_prctl(0: PR_SET_TIMERSLACK = 29),
         SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
     ],
@@ -560,6 +562,7 @@ fn a_call_left_out_is_missed() -> Outcome {
         "ioctl(KVM_ENABLE_CAP = 0x4068aea3)",
         "readlink",
         "rt_sigprocmask",
+        "getrusage",
         "ioctl(KVM_RESET_DIRTY_RINGS = 0xaec7)",
         "ioctl(KVM_CLEAR_DIRTY_LOG = 0xc018aec0)",
         "futex",

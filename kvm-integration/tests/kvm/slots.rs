@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use kvm_dirty_ring::Reaper;
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::pacing::Fixed;
+use kvm_dirty_ring::{Reaper, Stats};
 use kvm_integration::{Load, Mode, Workload};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
@@ -42,7 +42,9 @@ fn reuse(reaper: bool, rounds: u64) -> Result<(), Failed> {
     };
     let leavers = [machine.spawn(1, &loads[0])?, machine.spawn(2, &loads[1])?];
     pause(&leavers)?;
+    let mut checked = 0;
     for round in 0..rounds {
+        let doubts = machine.log.stats().doubtful_resets;
         let leaver = &leavers[(round % 2) as usize..][..1];
         leaver[0].resume();
         run_passes(leaver, 1)?;
@@ -57,21 +59,33 @@ fn reuse(reaper: bool, rounds: u64) -> Result<(), Failed> {
         machine.add_slot(2, SIZES[(round + 1) as usize % 2])?;
 
         machine.round()?;
-        let runs = machine.dirty().runs();
-        let stale: Vec<_> = runs.filter(|run| run.slot == slot_id(2)).collect();
-        assert_eq!(stale, [], "of the slot before, in round {round}");
-        assert_unsuspicious(&machine.log.stats());
+        let stats = machine.log.stats();
+        // A reset that had to wait for a change of slots may have been anything: near the last page
+        // that it was for, pages of whatever slot has the id are reported.
+        if stats.doubtful_resets == doubts {
+            let runs = machine.dirty().runs();
+            let stale: Vec<_> = runs.filter(|run| run.slot == slot_id(2)).collect();
+            assert_eq!(stale, [], "of the slot before, in round {round}");
+            checked += 1;
+        }
+        assert_nothing_but_doubts(stats);
     }
+    assert!(checked > 0, "each round had a doubtful reset");
     // And the last slot of that id is logged as the first one was.
     let leaver = &leavers[(rounds % 2) as usize];
     leaver.resume();
     run_passes(std::slice::from_ref(leaver), 2)?;
     pause(&leavers)?;
     machine.finish(&stayer)?;
-    assert_unsuspicious(&machine.log.stats());
+    assert_nothing_but_doubts(machine.log.stats());
     drop(reaper);
     stop(stayer.into_iter().chain(leavers))?;
     Ok(())
+}
+
+fn assert_nothing_but_doubts(mut stats: Stats) {
+    stats.doubtful_resets = 0;
+    assert_unsuspicious(&stats);
 }
 
 fn reused_id_gets_no_stale_entries() -> Outcome {
