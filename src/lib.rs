@@ -127,9 +127,9 @@ pub use kernel::{Kernel, Mode};
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
 #[cfg(not(all(test, feature = "modelled")))]
-pub use reaper::{Priority, Reaper, ReaperBuilder, ReaperStats};
+pub use reaper::{Priority, Reaper, ReaperBuilder};
 pub use slot_id::SlotId;
-pub use stats::{Stats, VcpuStats};
+pub use stats::{ReaperStats, Stats, VcpuStats};
 
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]

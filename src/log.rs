@@ -16,7 +16,7 @@ use crate::pacing::RingObservation;
 use crate::pass::Harvester;
 use crate::ring::RingMemory;
 use crate::slot_id::SlotId;
-use crate::stats::Stats;
+use crate::stats::{ReaperCounts, Stats};
 use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, lock};
 use crate::vcpu::Vcpu;
 
@@ -43,6 +43,7 @@ pub(crate) struct Inner {
     pending: Mutex<DirtyPages>,
     /// Whether a reaper runs: one at a time.
     pub(crate) reaped: AtomicBool,
+    pub(crate) reaper_counts: ReaperCounts,
     /// One change of slots at a time.
     slot_change: Mutex<()>,
 }
@@ -68,6 +69,7 @@ impl DirtyLog {
             kvm,
             pending: Mutex::default(),
             reaped: AtomicBool::new(false),
+            reaper_counts: ReaperCounts::default(),
             slot_change: Mutex::default(),
         };
         Self {
@@ -432,7 +434,7 @@ impl DirtyLog {
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
         let missing = self.inner.kernel_bits.missing.get();
-        Stats::read(&self.inner.harvester, missing)
+        Stats::read(&self.inner.harvester, missing, &self.inner.reaper_counts)
     }
 }
 
