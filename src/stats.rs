@@ -126,7 +126,7 @@ impl Stats {
             out_of_range_entries: counts.out_of_range.get(),
             overruns: counts.overruns.get(),
             missing_bitmaps,
-            suspect_pages: layout.slots.slots().map(|slot| slot.suspects()).sum(),
+            suspect_pages: layout.suspects(),
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
             reaper: reaper.read(),
         }

@@ -14,6 +14,7 @@ use crate::log::DirtyLog;
 use crate::pacing::{Pacer, Pacing};
 use crate::stats::ReaperStats;
 use crate::sync::{Arc, Condvar, Mutex, Ordering, lock, thread as threads, wait};
+use crate::trace;
 
 pub use thread::Priority;
 
@@ -67,7 +68,9 @@ impl core::fmt::Debug for Orders {
 
 impl Control {
     fn report(&self, error: impl Into<ReaperError>) {
-        *lock(&self.error) = Some(error.into());
+        let error = error.into();
+        *lock(&self.error) = Some(error.clone());
+        trace::reaper_error(&error);
     }
 
     /// Gives an order.
@@ -146,6 +149,7 @@ impl ReaperBuilder {
             log.inner().reaper_counts.rest();
             // Nobody is to wait for it.
             control.idle();
+            trace::reaper("end");
         };
         // Should this fail, dropping `reaper` gives the log free again.
         let thread = threads::Builder::new().name(name).spawn(body);
@@ -251,6 +255,8 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
     let mut load = Load::default();
     let mut deaf = start;
     let mut heard = Heard::Nothing;
+    let mut pauses = false;
+    trace::reaper("init");
     loop {
         let mut orders = lock(&control.orders);
         if orders.stop {
@@ -263,15 +269,22 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         drop(orders);
         if let Some(policy) = policy {
             pacer.set_policy(policy);
+            trace::reaper("policy");
         }
         if paused {
             control.obeyed.notify_all();
             pacer.restart();
             load = Load::default();
             counts.rest();
+            if !core::mem::replace(&mut pauses, true) {
+                trace::reaper("pause");
+            }
             alarm.wait_for_command();
             heard = Heard::Command;
             continue;
+        }
+        if core::mem::take(&mut pauses) {
+            trace::reaper("resume");
         }
 
         let now = start.elapsed();
@@ -304,9 +317,9 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         }
         let due = pacer.due();
         let asleep = start.elapsed();
-        counts
-            .delay_ns
-            .set(due.saturating_sub(asleep).as_nanos() as u64);
+        let delay_ns = due.saturating_sub(asleep).as_nanos() as u64;
+        counts.delay_ns.set(delay_ns);
+        trace::look(heard.kick(), pacer.reap(), delay_ns);
         heard = alarm.wait(deaf, start + due);
         let awake = start.elapsed();
         if heard == Heard::Full {

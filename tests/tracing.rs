@@ -1,0 +1,471 @@
+//! Events of the feature `tracing`: which there are, what they say, and that a subscriber which is
+//! slow, panics or asks back harms nobody.
+
+#[path = "common/scenario.rs"]
+#[expect(dead_code, reason = "other tests ask more of a machine")]
+mod scenario;
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_dirty_ring::error::ReaperError;
+use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing};
+use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, Reaper};
+use scenario::{Machine, RAM, ROM, run};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// Never reached on a machine that gets on.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An event as it was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Told {
+    level: Level,
+    name: &'static str,
+    fields: BTreeMap<&'static str, String>,
+}
+
+impl Told {
+    fn count(&self, field: &str) -> u64 {
+        self.fields[field].parse().unwrap()
+    }
+}
+
+impl Visit for Told {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.fields.insert(field.name(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.fields.insert(field.name(), value.into());
+    }
+}
+
+type Hook = Arc<dyn Fn(&Told) + Send + Sync>;
+
+/// Who is told: of all events of the process, whatever the thread.
+#[derive(Default)]
+struct Ear {
+    told: Mutex<Vec<Told>>,
+    hook: Mutex<Option<Hook>>,
+}
+
+struct Capture(Arc<Ear>);
+
+impl Subscriber for Capture {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "kvm_dirty_ring"
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let metadata = event.metadata();
+        let mut told = Told {
+            level: *metadata.level(),
+            name: metadata.name(),
+            fields: BTreeMap::new(),
+        };
+        event.record(&mut told);
+        // Subscribers that show no names of events show the message.
+        assert_eq!(told.fields.remove("message").as_deref(), Some(told.name));
+        lock(&self.0.told).push(told.clone());
+        let hook = lock(&self.0.hook).clone();
+        if let Some(hook) = hook {
+            hook(&told);
+        }
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One test at a time has the process's ear.
+struct Listening {
+    ear: Arc<Ear>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Listening {
+    fn new() -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        static EAR: OnceLock<Arc<Ear>> = OnceLock::new();
+        let alone = lock(&ALONE);
+        let ear = EAR.get_or_init(|| {
+            let ear = Arc::<Ear>::default();
+            tracing::subscriber::set_global_default(Capture(Arc::clone(&ear))).unwrap();
+            ear
+        });
+        lock(&ear.told).clear();
+        Self {
+            ear: Arc::clone(ear),
+            _alone: alone,
+        }
+    }
+
+    fn hook(&self, hook: impl Fn(&Told) + Send + Sync + 'static) {
+        *lock(&self.ear.hook) = Some(Arc::new(hook));
+    }
+
+    /// What was told since this was asked before.
+    fn take(&self) -> Vec<Told> {
+        core::mem::take(&mut lock(&self.ear.told))
+    }
+
+    /// Waits for an event that `wanted` wants.
+    fn wait_for(&self, what: &str, wanted: impl Fn(&Told) -> bool) {
+        let start = Instant::now();
+        while !lock(&self.ear.told).iter().any(&wanted) {
+            assert!(start.elapsed() < PATIENCE, "nobody tells of {what}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn wait_for_state(&self, state: &str) {
+        self.wait_for(state, |told| {
+            told.name == "kvm_dirty_ring_reaper" && told.fields["state"] == state
+        });
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        *lock(&self.ear.hook) = None;
+    }
+}
+
+fn names(told: &[Told]) -> Vec<&str> {
+    told.iter().map(|told| told.name).collect()
+}
+
+#[test]
+fn a_full_exit_is_told_on_its_own_thread() {
+    let listening = Listening::new();
+    let mut machine = Machine::new();
+    let second = machine.vm.add_vcpu();
+    let mut ring = machine.log.attach_ring(second.ring_memory()).unwrap();
+    assert_eq!((machine.ring.index(), ring.index()), (0, 1));
+    (0..60).for_each(|page| second.write(RAM, page).unwrap());
+    ring.on_full().unwrap();
+    machine.ring.on_full().unwrap();
+    let told = listening.take();
+    assert_eq!(names(&told), ["kvm_dirty_ring_full"; 2]);
+    for (told, (vcpu, entries)) in told.iter().zip([(1, 60), (0, 0)]) {
+        assert_eq!(told.level, Level::DEBUG);
+        assert_eq!((told.count("vcpu"), told.count("entries")), (vcpu, entries));
+        let stall = machine.log.stats().vcpus[vcpu as usize].stall_ns;
+        assert_eq!(told.count("ns"), stall);
+    }
+}
+
+#[test]
+fn passes_and_syncs_are_told() {
+    let listening = Listening::new();
+    let mut machine = Machine::new();
+    let second = machine.vm.add_vcpu();
+    let _ring = machine.log.attach_ring(second.ring_memory()).unwrap();
+    machine.write(0..3);
+    second.write(RAM, 9).unwrap();
+    assert_eq!(machine.log.reap().unwrap(), 4);
+    let told = listening.take();
+    let (vcpu, pass) = ("kvm_dirty_ring_reap_vcpu", "kvm_dirty_ring_reap");
+    assert_eq!(names(&told), [vcpu, vcpu, pass]);
+    for (told, (vcpu, entries)) in told.iter().zip([(0, 3), (1, 1)]) {
+        assert_eq!(told.level, Level::TRACE);
+        assert_eq!((told.count("vcpu"), told.count("entries")), (vcpu, entries));
+    }
+    assert_eq!((told[2].level, told[2].count("entries")), (Level::DEBUG, 4));
+    assert!(told[2].count("ns") > 0);
+
+    machine.write([5]);
+    assert_eq!(machine.log.reap_rings(&[false, true]).unwrap(), 0);
+    assert_eq!(names(&listening.take()), [vcpu, pass]);
+    machine.sync();
+    let told = listening.take();
+    assert_eq!(names(&told), ["kvm_dirty_ring_flush"; 2]);
+    assert_eq!(told[0].fields["finished"], "false");
+    assert_eq!(told[1].fields["finished"], "true");
+    assert_eq!(told[1].count("pages"), 5);
+    assert!(told[1].count("ns") > 0);
+}
+
+/// Each is told once, when the call ends that met it, with what is suspect by then.
+#[test]
+fn what_goes_wrong_is_told_once() {
+    let listening = Listening::new();
+    let mut machine = Machine::new();
+    let expect = |machine: &Machine, name, count, pages| {
+        let told = listening.take();
+        let warnings: Vec<_> = told
+            .iter()
+            .filter(|told| told.level == Level::WARN)
+            .collect();
+        assert_eq!(warnings.len(), 2, "{told:?}");
+        assert_eq!(
+            (warnings[0].name, warnings[0].count("count")),
+            (name, count)
+        );
+        assert_eq!(warnings[1].name, "kvm_dirty_ring_suspects");
+        assert_eq!(warnings[1].count("pages"), pages);
+        machine.rearm();
+        let told = listening.take();
+        assert_eq!(names(&told), ["kvm_dirty_ring_rearmed"; 2]);
+        let slots = told
+            .iter()
+            .map(|t| (t.count("address_space"), t.count("slot")));
+        assert!(slots.eq([(0, 0), (1, 2)]), "{told:?}");
+    };
+    machine.vm.inject([ResetFault::Short { after: 1 }]);
+    machine.write(0..10);
+    machine.log.reap().unwrap();
+    expect(&machine, "kvm_dirty_ring_short_reset", 1, 10);
+
+    machine.vm.inject([ResetFault::Error(libc::EPERM)]);
+    machine.write(20..30);
+    machine.ring.on_full().unwrap_err();
+    expect(&machine, "kvm_dirty_ring_failed_reset", 1, 0);
+
+    for (raw, page, name) in [
+        (7, 0, "kvm_dirty_ring_unknown_slot"),
+        (ROM.raw(), 70, "kvm_dirty_ring_out_of_range"),
+    ] {
+        machine.vcpu.garble_next(raw, page);
+        machine.write([5]);
+        machine.sync();
+        expect(&machine, name, 1, 370);
+        machine.sync();
+    }
+
+    machine.vcpu.ignore_soft_limit(true);
+    machine.write(100..170);
+    machine.vcpu.ignore_soft_limit(false);
+    machine.sync();
+    expect(&machine, "kvm_dirty_ring_overrun", 1, 370);
+
+    // All is well again, and nothing is told twice.
+    machine.sync();
+    machine.log.reap().unwrap();
+    let retired = machine.log.retire_slot(ROM).unwrap();
+    machine.vm.delete_slot(ROM);
+    machine.log.finish_slot(&retired).unwrap();
+    let told = listening.take();
+    assert!(told.iter().all(|told| told.level > Level::WARN), "{told:?}");
+}
+
+thread_local! {
+    /// Whether this thread is inside a reset, with its signals blocked if the kernel is KVM.
+    static RESETS: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread's events are to be asked about.
+    static ASKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The simulated kernel, which knows who is inside a reset.
+struct Watched(SimVm);
+
+impl Kernel for Watched {
+    fn reset(&self) -> io::Result<u32> {
+        RESETS.set(true);
+        let result = self.0.reset();
+        RESETS.set(false);
+        result
+    }
+}
+
+/// While a subscriber takes its time over any event, everybody else can do anything; and it can ask.
+#[test]
+fn an_event_holds_nobody_up() {
+    let listening = Listening::new();
+    let mut config = SimConfig::default();
+    config.ring_entries = 64;
+    config.reserved = 4;
+    let vm = SimVm::new(config);
+    let log = DirtyLog::with_kernel(Box::new(Watched(vm.clone())), 64);
+    for (slot, pages) in [(RAM, 300), (ROM, 70)] {
+        log.add_slot(slot, pages).unwrap();
+        vm.create_slot(slot, pages);
+    }
+    let vcpu = vm.add_vcpu();
+    let mut ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+
+    // Another vCPU, which stops on a full ring whenever it is asked to, and then a sync.
+    let (ask, asked) = mpsc::sync_channel::<()>(0);
+    let (answer, answered) = mpsc::sync_channel::<()>(0);
+    let other = vm.add_vcpu();
+    let mut others_ring = log.attach_ring(other.ring_memory()).unwrap();
+    let others_log = log.clone();
+    let helper = thread::spawn(move || {
+        let mut dirty = DirtyPages::new();
+        for () in asked {
+            other.write(RAM, 250).unwrap();
+            others_ring.on_full().unwrap();
+            others_log.sync(&mut dirty).unwrap();
+            others_log.rearmed(RAM).unwrap();
+            others_log.reap().unwrap();
+            answer.send(()).unwrap();
+        }
+    });
+    let (ask, answered) = (Mutex::new(ask), Mutex::new(answered));
+    let (hooks_log, heard) = (log.clone(), Arc::new(Mutex::new(Vec::new())));
+    let hooks_heard = Arc::clone(&heard);
+    listening.hook(move |told| {
+        if !ASKED.get() {
+            return;
+        }
+        lock(&hooks_heard).push((told.name, RESETS.get()));
+        let mut rings = Vec::new();
+        hooks_log.observe(&mut rings);
+        assert_eq!(rings.len(), hooks_log.stats().vcpus.len());
+        lock(&ask).send(()).unwrap();
+        match lock(&answered).recv_timeout(PATIENCE) {
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                // Unwinding would free what the others wait for, and it would be nobody's fault.
+                eprintln!("{} holds others up", told.name);
+                std::process::abort();
+            }
+        }
+    });
+
+    ASKED.set(true);
+    let mut dirty = DirtyPages::new();
+    (0..60).for_each(|page| vcpu.write(RAM, page).unwrap());
+    ring.on_full().unwrap();
+    vcpu.write(RAM, 1).unwrap();
+    log.reap().unwrap();
+    log.sync(&mut dirty).unwrap();
+    vm.inject([ResetFault::Short { after: 0 }]);
+    vcpu.write(ROM, 2).unwrap();
+    let retired = log.retire_slot(ROM).unwrap();
+    vm.delete_slot(ROM);
+    log.finish_slot(&retired).unwrap();
+    vm.rearm_slot(RAM);
+    log.rearmed(RAM).unwrap();
+    ASKED.set(false);
+
+    let heard = core::mem::take(&mut *lock(&heard));
+    for name in [
+        "kvm_dirty_ring_full",
+        "kvm_dirty_ring_reap_vcpu",
+        "kvm_dirty_ring_reap",
+        "kvm_dirty_ring_flush",
+        "kvm_dirty_ring_short_reset",
+        "kvm_dirty_ring_suspects",
+        "kvm_dirty_ring_rearmed",
+    ] {
+        assert!(
+            heard.iter().any(|(heard, _)| *heard == name),
+            "{name}: {heard:?}"
+        );
+    }
+    assert!(heard.iter().all(|(_, resets)| !resets), "{heard:?}");
+    drop(listening);
+    helper.join().unwrap();
+}
+
+/// Whoever panics in an event loses the event, and nothing else.
+#[test]
+fn a_subscriber_that_panics_loses_no_page() {
+    let listening = Listening::new();
+    listening.hook(|told| {
+        // Not through the hook of panics: it would say so a hundred times.
+        std::panic::resume_unwind(Box::new(told.name));
+    });
+    let mut machine = Machine::new();
+    let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_millis(1))).unwrap();
+    listening.wait_for_state("wakeup");
+    machine.write(0..60);
+    machine.ring.on_full().unwrap();
+    machine.vm.inject([ResetFault::Short { after: 1 }]);
+    machine.write([100, 110]);
+    machine.log.reap().unwrap();
+    machine.write([200]);
+    assert!(machine.sync().contains(&run(RAM, 200, 1)));
+    machine.rearm();
+    assert!(reaper.is_running());
+    reaper.stop().unwrap();
+    machine.sync();
+    assert_eq!(machine.sync(), []);
+    machine.write([7]);
+    assert_eq!(machine.sync(), [run(RAM, 7, 1)]);
+}
+
+/// Looks when it is kicked, or so it asks.
+struct Sleepy;
+
+impl Pacing for Sleepy {
+    fn decide(&mut self, _: &Observation<'_>, reap: &mut [bool]) -> Duration {
+        reap.fill(true);
+        Duration::from_secs(10)
+    }
+}
+
+/// Panics.
+struct Wrong;
+
+impl Pacing for Wrong {
+    fn decide(&mut self, _: &Observation<'_>, _: &mut [bool]) -> Duration {
+        std::panic::resume_unwind(Box::new("wrong"))
+    }
+}
+
+#[test]
+fn the_life_of_a_reaper_is_told() {
+    let listening = Listening::new();
+    let mut machine = Machine::new();
+    let reaper = Reaper::spawn(&machine.log, Sleepy).unwrap();
+    listening.wait_for_state("wakeup");
+    let told = listening.take();
+    let at = |state| {
+        let found = told
+            .iter()
+            .position(|told| told.fields.get("state") == Some(&state));
+        found.unwrap_or_else(|| panic!("{told:?}"))
+    };
+    let (init, wakeup) = (at("init".to_owned()), at("wakeup".to_owned()));
+    assert!(init < wakeup);
+    let levels = [init, wakeup].map(|at| told[at].level);
+    assert_eq!(levels, [Level::DEBUG, Level::TRACE]);
+    assert_eq!(told[wakeup].count("rings"), 1);
+    assert!(told[wakeup].count("delay_ns") > 1_000_000_000);
+
+    let kick = |reason: &'static str| {
+        move |told: &Told| {
+            told.name == "kvm_dirty_ring_reaper_kick" && told.fields["reason"] == reason
+        }
+    };
+    machine.write([3]);
+    machine.ring.on_full().unwrap();
+    listening.wait_for("a kick by a full ring", kick("full"));
+    reaper.pause();
+    listening.wait_for_state("pause");
+    reaper.resume();
+    listening.wait_for_state("resume");
+    listening.wait_for("a kick by an order", kick("order"));
+    reaper.set_policy(Wrong);
+    listening.wait_for_state("policy");
+    listening.wait_for("an error", |told| {
+        let error = told.fields.get("error").map_or("", String::as_str);
+        told.name == "kvm_dirty_ring_reaper_error"
+            && told.level == Level::WARN
+            && error.contains("policy")
+    });
+    assert!(matches!(reaper.stop(), Err(ReaperError::Policy(_))));
+    listening.wait_for_state("end");
+}
