@@ -99,6 +99,8 @@ mod kernel_bits;
 mod kvm;
 mod log;
 mod memslots;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 pub mod pacing;
 mod pass;
 mod prefetch;

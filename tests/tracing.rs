@@ -469,3 +469,18 @@ fn the_life_of_a_reaper_is_told() {
     assert!(matches!(reaper.stop(), Err(ReaperError::Policy(_))));
     listening.wait_for_state("end");
 }
+
+/// Under its whole name, or in a row of such as begin alike.
+#[test]
+fn each_event_is_in_the_guide() {
+    let guide = include_str!("../docs/guide.md");
+    let source = include_str!("../src/trace.rs");
+    let names = source.split("\"kvm_dirty_ring_").skip(1);
+    let names: Vec<_> = names.map(|rest| rest.split('"').next().unwrap()).collect();
+    assert!(names.len() > 10, "{names:?}");
+    for name in names {
+        let named = ["`kvm_dirty_ring_", "`_"].iter();
+        let mut named = named.map(|start| format!("{start}{name}`"));
+        assert!(named.any(|named| guide.contains(&named)), "{name}");
+    }
+}
