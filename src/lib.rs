@@ -74,6 +74,13 @@
 //!
 //! `docs/guide.md` leads through all of it, from the size of the rings to the final pass.
 //!
+//! # Seeing what it does
+//!
+//! [`DirtyLog::stats`] has all that is counted. With the feature `tracing`, full exits, passes, syncs, the
+//! reaper's life and faults are events of the target `kvm_dirty_ring`, by QEMU's names, told when nobody
+//! waits for who tells them; `docs/guide.md` lists them. With the feature `metrics`, `metrics::publish`
+//! hands stats to a recorder.
+//!
 //! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
 //! simulated kernel, `sim` (feature `test-utils`).
 
