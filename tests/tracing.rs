@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -306,7 +306,7 @@ fn an_event_holds_nobody_up() {
 
     // Another vCPU, which stops on a full ring whenever it is asked to, and then a sync.
     let (ask, asked) = mpsc::sync_channel::<()>(0);
-    let (answer, answered) = mpsc::sync_channel::<()>(0);
+    let (answer, answered) = mpsc::channel::<()>();
     let other = vm.add_vcpu();
     let mut others_ring = log.attach_ring(other.ring_memory()).unwrap();
     let others_log = log.clone();
@@ -318,12 +318,15 @@ fn an_event_holds_nobody_up() {
             others_log.sync(&mut dirty).unwrap();
             others_log.rearmed(RAM).unwrap();
             others_log.reap().unwrap();
-            answer.send(()).unwrap();
+            // Nobody waits for it where it has taken too long.
+            let _ = answer.send(());
         }
     });
     let (ask, answered) = (Mutex::new(ask), Mutex::new(answered));
     let (hooks_log, heard) = (log.clone(), Arc::new(Mutex::new(Vec::new())));
     let hooks_heard = Arc::clone(&heard);
+    let held_up = Arc::<Mutex<Vec<_>>>::default();
+    let hooks_held_up = Arc::clone(&held_up);
     listening.hook(move |told| {
         if !ASKED.get() {
             return;
@@ -331,15 +334,14 @@ fn an_event_holds_nobody_up() {
         lock(&hooks_heard).push((told.name, RESETS.get()));
         let mut rings = Vec::new();
         hooks_log.observe(&mut rings);
-        assert_eq!(rings.len(), hooks_log.stats().vcpus.len());
+        if rings.len() != hooks_log.stats().vcpus.len() {
+            lock(&hooks_held_up).push("a look");
+        }
         lock(&ask).send(()).unwrap();
-        match lock(&answered).recv_timeout(PATIENCE) {
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => {}
-            Err(RecvTimeoutError::Timeout) => {
-                // Unwinding would free what the others wait for, and it would be nobody's fault.
-                eprintln!("{} holds others up", told.name);
-                std::process::abort();
-            }
+        // Returning lets the others go on.
+        if lock(&answered).recv_timeout(PATIENCE).is_err() {
+            lock(&hooks_held_up).push(told.name);
+            ASKED.set(false);
         }
     });
 
@@ -359,6 +361,8 @@ fn an_event_holds_nobody_up() {
     log.rearmed(RAM).unwrap();
     ASKED.set(false);
 
+    let held_up = core::mem::take(&mut *lock(&held_up));
+    assert!(held_up.is_empty(), "{held_up:?} holds others up");
     let heard = core::mem::take(&mut *lock(&heard));
     for name in [
         "kvm_dirty_ring_full",
