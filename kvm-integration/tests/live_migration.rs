@@ -246,10 +246,8 @@ fn modes(terminal: &File) -> Vec<u32> {
     // SAFETY: a struct of integers, for which zero is a value.
     let mut modes: libc::termios = unsafe { mem::zeroed() };
     // SAFETY: the descriptor is open, and the struct is written.
-    assert_eq!(
-        unsafe { libc::tcgetattr(terminal.as_raw_fd(), &mut modes) },
-        0
-    );
+    let told = unsafe { libc::tcgetattr(terminal.as_raw_fd(), &mut modes) };
+    assert_eq!(told, 0, "{}", io::Error::last_os_error());
     vec![modes.c_iflag, modes.c_oflag, modes.c_cflag, modes.c_lflag]
 }
 
