@@ -163,7 +163,7 @@ mod tests {
         let limit = look.stats.vcpus[0].soft_limit as f64;
         assert_eq!(look.fullest(), 50.0 / limit);
         let entries = look.rate() * look.elapsed.as_secs_f64();
-        assert!((entries - 150.0).abs() < 1e-6, "{entries}");
+        assert!((entries - 150.0).abs() < 1e-6, "{entries} for 150 entries");
         let later = sampler.look(Progress::default());
         assert_eq!((later.rate(), later.fullest()), (0.0, look.fullest()));
 
