@@ -38,6 +38,18 @@ pub(crate) enum Heard {
     Nothing,
 }
 
+#[cfg(not(all(test, feature = "modelled")))]
+impl Heard {
+    /// Who has woken the reaper, if anybody did.
+    pub(crate) fn kick(self) -> Option<&'static str> {
+        match self {
+            Self::Command => Some("order"),
+            Self::Full => Some("full"),
+            Self::Nothing => None,
+        }
+    }
+}
+
 impl Alarm {
     /// A vCPU has stopped on a full ring.
     pub(crate) fn full(&self) {

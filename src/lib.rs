@@ -74,6 +74,13 @@
 //!
 //! `docs/guide.md` leads through all of it, from the size of the rings to the final pass.
 //!
+//! # Seeing what it does
+//!
+//! [`DirtyLog::stats`] has all that is counted. With the feature `tracing`, full exits, passes, syncs, the
+//! reaper's life and faults are events of the target `kvm_dirty_ring`, by QEMU's names, told when nobody
+//! waits for who tells them; `docs/guide.md` lists them. With the feature `metrics`, `metrics::publish`
+//! hands stats to a recorder.
+//!
 //! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
 //! simulated kernel, `sim` (feature `test-utils`).
 
@@ -99,6 +106,8 @@ mod kernel_bits;
 mod kvm;
 mod log;
 mod memslots;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 pub mod pacing;
 mod pass;
 mod prefetch;
@@ -115,6 +124,7 @@ mod slot_id;
 mod stats;
 mod sync;
 mod targets;
+mod trace;
 mod vcpu;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;
@@ -127,9 +137,9 @@ pub use kernel::{Kernel, Mode, Recycled};
 pub use kvm::{HostSupport, RingEntries};
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
 #[cfg(not(all(test, feature = "modelled")))]
-pub use reaper::{Priority, Reaper, ReaperBuilder, ReaperStats};
+pub use reaper::{Priority, Reaper, ReaperBuilder};
 pub use slot_id::SlotId;
-pub use stats::{Stats, VcpuStats};
+pub use stats::{ReaperStats, Stats, VcpuStats};
 
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]

@@ -16,8 +16,9 @@ use crate::pacing::RingObservation;
 use crate::pass::Harvester;
 use crate::ring::RingMemory;
 use crate::slot_id::SlotId;
-use crate::stats::Stats;
+use crate::stats::{ReaperCounts, Stats};
 use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, lock};
+use crate::trace::{self, Faults, PerRing, Started, Told};
 use crate::vcpu::Vcpu;
 
 /// The dirty log of one virtual machine.
@@ -43,8 +44,32 @@ pub(crate) struct Inner {
     pending: Mutex<DirtyPages>,
     /// Whether a reaper runs: one at a time.
     pub(crate) reaped: AtomicBool,
+    pub(crate) reaper_counts: ReaperCounts,
     /// One change of slots at a time.
     slot_change: Mutex<()>,
+    told: Told,
+}
+
+impl Inner {
+    /// Tells subscribers of the faults that they were not told of: at the end of each call that may meet
+    /// one, when it holds nothing any more.
+    #[inline]
+    fn tell(&self) {
+        let faults = || {
+            let counts = &self.harvester.counts;
+            let gate = self.harvester.gate.stats();
+            Faults {
+                short_resets: gate.short,
+                failed_resets: gate.failed,
+                unknown_slot_entries: counts.unknown_slot.get(),
+                out_of_range_entries: counts.out_of_range.get(),
+                overruns: counts.overruns.get(),
+                missing_bitmaps: self.kernel_bits.missing.get(),
+            }
+        };
+        let suspects = || self.harvester.layout().suspects();
+        self.told.tell(faults, suspects);
+    }
 }
 
 impl DirtyLog {
@@ -68,7 +93,9 @@ impl DirtyLog {
             kvm,
             pending: Mutex::default(),
             reaped: AtomicBool::new(false),
+            reaper_counts: ReaperCounts::default(),
             slot_change: Mutex::default(),
+            told: Told::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -114,9 +141,11 @@ impl DirtyLog {
             if layout.vcpus.iter().any(|other| other.name == vcpu.name) {
                 return Err(AttachError::Twice);
             }
+            let index = layout.vcpus.len();
             layout.vcpus.push(Arc::clone(&vcpu));
             Ok(VcpuRing {
                 inner: Arc::clone(&self.inner),
+                index,
                 taken: 0,
                 vcpu,
             })
@@ -186,6 +215,12 @@ impl DirtyLog {
     /// The slot is not tracked or being removed already, or the reset or the taking of its bits
     /// failed; then nothing has changed.
     pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
+        let retired = self.retire(slot);
+        self.inner.tell();
+        retired
+    }
+
+    fn retire(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let harvester = &self.inner.harvester;
         let _one_at_a_time = lock(&self.inner.slot_change);
         // The slot must be there before the rings are emptied for it.
@@ -217,6 +252,12 @@ impl DirtyLog {
     /// [`SlotError::Unknown`] if it is finished already; a failed reset, after which the slot is as
     /// it was and the call can be repeated.
     pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
+        let finished = self.finish(retired);
+        self.inner.tell();
+        finished
+    }
+
+    fn finish(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let harvester = &self.inner.harvester;
         let _one_at_a_time = lock(&self.inner.slot_change);
         let slot = &retired.slot;
@@ -278,6 +319,8 @@ impl DirtyLog {
                 slot.take_suspects_into(bits);
             }
         }
+        drop(pending);
+        trace::rearmed(slot.raw());
         Ok(())
     }
 
@@ -317,7 +360,17 @@ impl DirtyLog {
     /// # Errors
     /// The reset failed. The pages are kept and come with the next reset that succeeds.
     pub fn reap(&self) -> Result<u64, ResetError> {
-        self.inner.harvester.reap()
+        self.reap_those(|_| true)
+    }
+
+    fn reap_those(&self, wanted: impl Fn(usize) -> bool) -> Result<u64, ResetError> {
+        let harvester = &self.inner.harvester;
+        let started = Started::now();
+        let mut per_ring = PerRing::new(|| harvester.layout().vcpus.len());
+        let taken = harvester.reap_those(wanted, |place, entries| per_ring.note(place, entries));
+        trace::reap(started, taken.as_ref().map_or(0, |&taken| taken), &per_ring);
+        self.inner.tell();
+        taken
     }
 
     /// Replaces what is in `dirty` by the pages written since the sync before.
@@ -334,6 +387,14 @@ impl DirtyLog {
     /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,
     /// and the pages come with the next sync.
     pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
+        let started = trace::flush();
+        let synced = self.replace(dirty);
+        trace::flushed(started, || dirty.page_count());
+        self.inner.tell();
+        synced
+    }
+
+    fn replace(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         dirty.clear();
         let mut collected = Collected {
             pending: lock(&self.inner.pending),
@@ -399,8 +460,7 @@ impl DirtyLog {
     /// # Errors
     /// As [`reap`](Self::reap).
     pub fn reap_rings(&self, rings: &[bool]) -> Result<u64, ResetError> {
-        let wanted = |place| rings.get(place) == Some(&true);
-        self.inner.harvester.reap_those(wanted)
+        self.reap_those(|place| rings.get(place) == Some(&true))
     }
 
     /// As [`reap`](Self::reap), on shard `shard` (modulo how many there are), where pages land only
@@ -432,7 +492,7 @@ impl DirtyLog {
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
         let missing = self.inner.kernel_bits.missing.get();
-        Stats::read(&self.inner.harvester, missing)
+        Stats::read(&self.inner.harvester, missing, &self.inner.reaper_counts)
     }
 }
 
@@ -486,6 +546,7 @@ impl fmt::Debug for RetiredSlot {
 /// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives.
 pub struct VcpuRing {
     inner: Arc<Inner>,
+    index: usize,
     /// Entries taken from the ring, by whomever, when the last full exit was over.
     taken: u64,
     vcpu: Arc<Vcpu>,
@@ -505,10 +566,19 @@ impl VcpuRing {
     /// In [`Mode::Bitmap`] there is no such exit, and nothing to be done.
     pub fn on_full(&mut self) -> Result<(), ResetError> {
         let start = Instant::now();
-        let result = self.make_room();
+        let mut entries = 0;
+        let result = self.make_room(&mut entries);
         let stall = start.elapsed().as_nanos() as u64;
         self.vcpu.counts.stall_ns.add(stall);
+        trace::full(self.index, entries, stall);
+        self.inner.tell();
         result
+    }
+
+    /// The vCPU's place in [`Stats::vcpus`], in what [`DirtyLog::observe`] shows, and in events: how many
+    /// vCPUs were attached before it.
+    pub fn index(&self) -> usize {
+        self.index
     }
 
     /// Whether at least `count` entries wait in the ring to be harvested: one load of a flag. True of
@@ -533,11 +603,13 @@ impl VcpuRing {
         self.inner.harvester.begin().harvest(&self.vcpu).entries
     }
 
-    fn make_room(&mut self) -> Result<(), ResetError> {
+    /// Sets `entries` to what it takes from the ring, reset or not.
+    fn make_room(&mut self, entries: &mut u32) -> Result<(), ResetError> {
         let mut pass = self.inner.harvester.begin();
         // Since the last full exit, nobody else has taken entries that the vCPU's exit still saw.
         let alone = self.vcpu.taken() == self.taken;
         let taken = pass.harvest(&self.vcpu);
+        *entries = taken.entries;
         self.taken = self.vcpu.taken();
         if alone && taken.alone {
             let entries = self.inner.ring_entries;
@@ -554,7 +626,7 @@ impl VcpuRing {
             // No other pass, perhaps, but an overrun that has left the head behind.
             let mut pass = self.inner.harvester.begin();
             if pass.rejoin(&self.vcpu) {
-                pass.harvest(&self.vcpu);
+                *entries = pass.harvest(&self.vcpu).entries;
             }
             pass.reset()?.publish();
         }

@@ -44,6 +44,11 @@ impl Clone for Layout {
 }
 
 impl Layout {
+    /// Pages under suspicion.
+    pub(crate) fn suspects(&self) -> u64 {
+        self.slots.slots().map(|slot| slot.suspects()).sum()
+    }
+
     fn targets(&self, held: &ShardGuard<'_>) -> &Targets {
         // SAFETY: `self` holds both the slots and the targets, and whoever changes the slots
         // throws the targets away.
@@ -136,13 +141,17 @@ impl Harvester {
 
     /// A whole pass over every ring: harvest, reset, publish. Entries harvested.
     pub(crate) fn reap(&self) -> Result<u64, ResetError> {
-        self.reap_those(|_| true)
+        self.reap_those(|_| true, |_, _| ())
     }
 
-    /// The same over those rings whose place `wanted` wants.
-    pub(crate) fn reap_those(&self, wanted: impl Fn(usize) -> bool) -> Result<u64, ResetError> {
+    /// The same over those rings whose place `wanted` wants. `note` is told how many entries each gave.
+    pub(crate) fn reap_those(
+        &self,
+        wanted: impl Fn(usize) -> bool,
+        note: impl FnMut(usize, u32),
+    ) -> Result<u64, ResetError> {
         let mut pass = self.begin();
-        let taken = pass.harvest_those(wanted);
+        let taken = pass.harvest_those(wanted, note);
         pass.reset()?.publish();
         Ok(taken)
     }
@@ -189,11 +198,15 @@ pub(crate) struct Reset(());
 impl<'a> Pass<'a, Harvested> {
     /// Harvests every ring. Entries taken.
     pub(crate) fn harvest_all(&mut self) -> u64 {
-        self.harvest_those(|_| true)
+        self.harvest_those(|_| true, |_, _| ())
     }
 
-    /// Harvests the rings whose place `wanted` wants. Entries taken.
-    fn harvest_those(&mut self, wanted: impl Fn(usize) -> bool) -> u64 {
+    /// Harvests the rings whose place `wanted` wants. Entries taken; `note` is told those of each.
+    fn harvest_those(
+        &mut self,
+        wanted: impl Fn(usize) -> bool,
+        mut note: impl FnMut(usize, u32),
+    ) -> u64 {
         let layout = Arc::clone(&self.layout);
         let vcpus = layout.vcpus.iter().enumerate();
         let vcpus = vcpus.filter(|&(place, _)| wanted(place));
@@ -201,12 +214,14 @@ impl<'a> Pass<'a, Harvested> {
         // reset waits for us.
         let mut marking = self.harvester.gate.harvest();
         let mut taken = 0;
-        for (_, vcpu) in vcpus {
+        for (place, vcpu) in vcpus {
             if marking.marked >= MOST_MARKED {
                 drop(marking);
                 marking = self.harvester.gate.harvest();
             }
-            taken += u64::from(self.harvest_marking(vcpu, &mut marking).entries);
+            let entries = self.harvest_marking(vcpu, &mut marking).entries;
+            note(place, entries);
+            taken += u64::from(entries);
         }
         taken
     }

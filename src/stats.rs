@@ -1,6 +1,9 @@
 //! What has happened so far, in numbers.
 
+use core::fmt;
+
 use crate::pass::Harvester;
+use crate::sync::Counter;
 use crate::vcpu::Vcpu;
 
 /// Counts since the log was enabled. They go up only, but for `suspect_pages`, and are read one by
@@ -40,6 +43,8 @@ pub struct Stats {
     pub suspect_pages: u64,
     /// The vCPUs, in the order in which they were attached.
     pub vcpus: Vec<VcpuStats>,
+    /// The reaper that runs, and those before it.
+    pub reaper: ReaperStats,
 }
 
 /// Counts of one vCPU.
@@ -56,13 +61,63 @@ pub struct VcpuStats {
     pub soft_limit: u64,
 }
 
+/// What the reapers of a log, of which one runs at a time, have done so far; but for the last three,
+/// which are of now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReaperStats {
+    /// Looks at the rings.
+    pub looks: u64,
+    /// Of these, how many a full exit has caused.
+    pub woken: u64,
+    /// Passes made.
+    pub passes: u64,
+    /// Entries found by them.
+    pub entries: u64,
+    /// Time spent on them, in nanoseconds.
+    pub pass_ns: u64,
+    /// Time for which the policy sleeps just now, in nanoseconds; 0 if no reaper runs, or it pauses.
+    pub delay_ns: u64,
+    /// Lateness of the last wake-up that no full exit caused, in nanoseconds.
+    pub lateness_ns: u64,
+    /// Whether passes take most of the reaper's time: it can't keep up, whatever its policy. Larger
+    /// rings help, or a limit on the guest's dirty rate.
+    pub saturated: bool,
+}
+
+/// Where a reaper counts. The log keeps it, so that counts go on where the reaper before ended.
+#[derive(Default)]
+pub(crate) struct ReaperCounts {
+    pub(crate) looks: Counter,
+    pub(crate) woken: Counter,
+    pub(crate) passes: Counter,
+    pub(crate) entries: Counter,
+    pub(crate) pass_ns: Counter,
+    pub(crate) delay_ns: Counter,
+    pub(crate) lateness_ns: Counter,
+    pub(crate) saturated: Counter,
+}
+
 impl Stats {
+    /// Entries harvested for each reset ioctl, on average: the more, the cheaper. 0 before the first.
+    pub fn entries_per_reset(&self) -> f64 {
+        match self.resets {
+            0 => 0.0,
+            resets => self.entries as f64 / resets as f64,
+        }
+    }
+
+    /// Time that all vCPUs together spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds.
+    pub fn stall_ns(&self) -> u64 {
+        self.vcpus.iter().map(|vcpu| vcpu.stall_ns).sum()
+    }
+
     /// Exits for a full ring, of all vCPUs.
     pub fn full_exits(&self) -> u64 {
         self.vcpus.iter().map(|vcpu| vcpu.full_exits).sum()
     }
 
-    pub(crate) fn read(harvester: &Harvester, missing_bitmaps: u64) -> Self {
+    pub(crate) fn read(harvester: &Harvester, missing_bitmaps: u64, reaper: &ReaperCounts) -> Self {
         let counts = &harvester.counts;
         let gate = harvester.gate.stats();
         let layout = harvester.layout();
@@ -77,8 +132,9 @@ impl Stats {
             out_of_range_entries: counts.out_of_range.get(),
             overruns: counts.overruns.get(),
             missing_bitmaps,
-            suspect_pages: layout.slots.slots().map(|slot| slot.suspects()).sum(),
+            suspect_pages: layout.suspects(),
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
+            reaper: reaper.read(),
         }
     }
 }
@@ -92,5 +148,160 @@ impl VcpuStats {
             stall_ns: counts.stall_ns.get(),
             soft_limit: counts.soft_limit.get(),
         }
+    }
+}
+
+impl ReaperCounts {
+    pub(crate) fn read(&self) -> ReaperStats {
+        ReaperStats {
+            looks: self.looks.get(),
+            woken: self.woken.get(),
+            passes: self.passes.get(),
+            entries: self.entries.get(),
+            pass_ns: self.pass_ns.get(),
+            delay_ns: self.delay_ns.get(),
+            lateness_ns: self.lateness_ns.get(),
+            saturated: self.saturated.get() != 0,
+        }
+    }
+
+    /// The reaper has ended, or pauses: what was true of it just now no longer is.
+    #[cfg(not(all(test, feature = "modelled")))]
+    pub(crate) fn rest(&self) {
+        self.delay_ns.set(0);
+        self.lateness_ns.set(0);
+        self.saturated.set(0);
+    }
+}
+
+/// For people: a line about the VM, one about what went wrong if anything did, one for each vCPU, one
+/// for the reaper if there was one.
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} passes, {} entries, {} resets of {:.1} entries, {} full exits of {} in all",
+            self.passes,
+            self.entries,
+            self.resets,
+            self.entries_per_reset(),
+            self.full_exits(),
+            Ms(self.stall_ns()),
+        )?;
+        let faults = [
+            (self.suspect_pages, "suspect pages"),
+            (self.short_resets, "short resets"),
+            (self.failed_resets, "failed resets"),
+            (self.unknown_slot_entries, "entries of unknown slots"),
+            (self.out_of_range_entries, "entries past their slot's end"),
+            (self.overruns, "overruns"),
+            (self.missing_bitmaps, "missing bitmaps"),
+        ];
+        let mut before = "\nfaults: ";
+        for (count, what) in faults {
+            if count > 0 {
+                write!(f, "{before}{count} {what}")?;
+                before = ", ";
+            }
+        }
+        for (place, vcpu) in self.vcpus.iter().enumerate() {
+            write!(f, "\nvCPU {place}: {vcpu}")?;
+        }
+        if self.reaper != ReaperStats::default() {
+            write!(f, "\nreaper: {}", self.reaper)?;
+        }
+        Ok(())
+    }
+}
+
+/// One line, for people.
+impl fmt::Display for VcpuStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (entries, full_exits, limit) = (self.entries, self.full_exits, self.soft_limit);
+        let stall = Ms(self.stall_ns);
+        write!(
+            f,
+            "{entries} entries, {full_exits} full exits of {stall} in all, stops at {limit} entries"
+        )
+    }
+}
+
+/// One line, for people.
+impl fmt::Display for ReaperStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} looks ({} woken), {} passes of {} in all, {} entries, sleeps {}, was {} late{}",
+            self.looks,
+            self.woken,
+            self.passes,
+            Ms(self.pass_ns),
+            self.entries,
+            Ms(self.delay_ns),
+            Ms(self.lateness_ns),
+            if self.saturated {
+                ", can't keep up"
+            } else {
+                ""
+            },
+        )
+    }
+}
+
+/// Nanoseconds, told in milliseconds.
+struct Ms(u64);
+
+impl fmt::Display for Ms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} ms", self.0 as f64 / 1e6)
+    }
+}
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_yet_is_no_nonsense() {
+        let stats = Stats::default();
+        assert_eq!((stats.entries_per_reset(), stats.stall_ns()), (0.0, 0));
+        let text = "0 passes, 0 entries, 0 resets of 0.0 entries, 0 full exits of 0.00 ms in all";
+        assert_eq!(stats.to_string(), text);
+    }
+
+    #[test]
+    fn people_are_told_what_there_is() {
+        let vcpu = |entries| VcpuStats {
+            entries,
+            full_exits: 1,
+            stall_ns: 1_500_000,
+            soft_limit: 960,
+        };
+        let stats = Stats {
+            passes: 3,
+            entries: 30,
+            resets: 4,
+            overruns: 1,
+            suspect_pages: 7,
+            vcpus: vec![vcpu(10), vcpu(20)],
+            reaper: ReaperStats {
+                looks: 2,
+                delay_ns: 250_000,
+                saturated: true,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        assert_eq!(
+            (stats.entries_per_reset(), stats.stall_ns()),
+            (7.5, 3_000_000)
+        );
+        let text = "\
+3 passes, 30 entries, 4 resets of 7.5 entries, 2 full exits of 3.00 ms in all
+faults: 7 suspect pages, 1 overruns
+vCPU 0: 10 entries, 1 full exits of 1.50 ms in all, stops at 960 entries
+vCPU 1: 20 entries, 1 full exits of 1.50 ms in all, stops at 960 entries
+reaper: 2 looks (0 woken), 0 passes of 0.00 ms in all, 0 entries, sleeps 0.25 ms, was 0.00 ms late, can't keep up";
+        assert_eq!(stats.to_string(), text);
     }
 }

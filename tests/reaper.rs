@@ -323,7 +323,19 @@ fn it_counts_what_it_does() {
     assert_eq!((after.looks, after.woken), (before.looks + 1, 1));
     assert!(after.pass_ns > before.pass_ns);
     assert!(!after.saturated);
+    wait_until(|| log.stats().reaper.delay_ns > 0);
+    reaper.pause();
+    wait_until(|| log.stats().reaper.delay_ns == 0);
+    reaper.resume();
+    wait_until(|| log.stats().reaper.delay_ns > 0);
     reaper.stop().unwrap();
+
+    // The log knows what reapers that are gone have done, and that none sleeps.
+    let gone = log.stats().reaper;
+    assert_eq!((gone.woken, gone.delay_ns), (1, 0));
+    let reaper = Reaper::spawn(&log, Fixed::default()).unwrap();
+    wait_until(|| reaper.stats().looks > gone.looks);
+    assert_eq!(log.stats().reaper.woken, 1);
 }
 
 /// Policies that panic even as they go: when they are replaced, or when their time is over.

@@ -5,10 +5,15 @@
 
 mod program;
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, ExitCode};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::ptr;
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_integration::kvm_available;
 use serde_json::Value;
@@ -138,6 +143,178 @@ fn a_guest_that_outruns_the_link_is_stopped() {
     assert_eq!(object["rounds"], 3);
 }
 
+/// What `--watch` says without a terminal: lines of this form on stderr alone.
+fn assert_watched(stderr: &str, rings: bool) {
+    let mut left = Vec::new();
+    for line in stderr.lines() {
+        let parts: Vec<&str> = line.split(", ").collect();
+        let watched = line.starts_with("watch: ")
+            && line.contains(" s, round ")
+            && line.ends_with(" suspects")
+            && line.contains(" pages left")
+            && line.contains(" entries/s, fullest ring ") == rings
+            && line.contains(" of the reaper, which sleeps ") == rings
+            && parts.len() == if rings { 10 } else { 6 };
+        assert!(watched, "{line}\nin {stderr}");
+        assert!(!line.contains('\x1b'), "{line:?}");
+        left.push(parts[3].to_owned());
+    }
+    assert!((2..100).contains(&left.len()), "{stderr}");
+    // The first is taken in round 0, on whose way the link takes its time; the last when all is over.
+    assert!(left[0].ends_with(" of 4,096 pages left"), "{stderr}");
+    assert!(left.last().unwrap().starts_with("0 of "), "{stderr}");
+}
+
+/// Round 0 takes this link the time for several lines.
+const WATCHED: &str = "--memory-mib 16 --bandwidth-mib 8 --max-rounds 2 --watch";
+
+fn a_watched_migration_says_how_it_stands() {
+    let ran = run(&format!("{WATCHED} --backend sim"));
+    assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+    assert_watched(&ran.stderr, true);
+    assert!(ran.stdout.contains("\nmismatched pages   0 of 4,096"));
+    assert!(!ran.stdout.contains("watch: "), "{}", ran.stdout);
+
+    // With --json stdout is the object, and the table comes behind the lines.
+    let ran = run(&format!("{WATCHED} --backend sim --json"));
+    assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
+    let object: Value = serde_json::from_str(&ran.stdout).expect("the line is JSON");
+    assert_eq!(object["mismatched_pages"], 0);
+    let (before, after) = ran.stderr.split_once("log: rings, simulated\n").unwrap();
+    assert_eq!(before, "backend: sim, as asked for\n");
+    let lines = after.lines().take_while(|line| line.starts_with("watch: "));
+    assert_watched(&lines.collect::<Vec<_>>().join("\n"), true);
+    assert!(
+        after.ends_with("mismatched pages   0 of 4,096\n"),
+        "{after}"
+    );
+}
+
+fn a_watched_migration_is_interrupted_as_others_are() {
+    let args = "--backend sim --memory-mib 60 --bandwidth-mib 1 --watch";
+    let mut child = spawn(args);
+    let stdout = drain(child.stdout.take().unwrap());
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    stderr.read_line(&mut line).unwrap();
+    assert!(line.starts_with("watch: "), "{line}");
+    assert_eq!(end(&mut child, libc::SIGINT, args), Some(130));
+    let rest = drain(stderr).join().unwrap();
+    assert!(rest.ends_with(" suspects\ninterrupted\n"), "{rest}");
+    assert!(!stdout.join().unwrap().contains("mismatched"));
+}
+
+/// Nobody reads what is said, as stderr is closed.
+fn a_watched_migration_needs_no_reader() {
+    let mut child = spawn(&format!("{WATCHED} --backend sim"));
+    drop(child.stderr.take());
+    let stdout = drain(child.stdout.take().unwrap());
+    assert_eq!(program::wait(&mut child, "--watch"), Some(0));
+    assert!(
+        stdout
+            .join()
+            .unwrap()
+            .contains("\nmismatched pages   0 of 4,096")
+    );
+}
+
+/// A terminal of 24 lines and 80 columns: the side of whoever sits before it, and the program's.
+fn terminal() -> (File, File) {
+    let size = libc::winsize {
+        ws_row: 24,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let (mut person, mut program) = (-1, -1);
+    // SAFETY: both integers are written, the size is read; no name and no mode are wanted.
+    let opened = unsafe {
+        libc::openpty(
+            &mut person,
+            &mut program,
+            ptr::null_mut(),
+            ptr::null(),
+            &size,
+        )
+    };
+    assert_eq!(opened, 0, "{}", io::Error::last_os_error());
+    // SAFETY: both are open, and nobody else's.
+    unsafe { (File::from_raw_fd(person), File::from_raw_fd(program)) }
+}
+
+fn modes(terminal: &File) -> Vec<u32> {
+    // SAFETY: a struct of integers, for which zero is a value.
+    let mut modes: libc::termios = unsafe { mem::zeroed() };
+    // SAFETY: the descriptor is open, and the struct is written.
+    let told = unsafe { libc::tcgetattr(terminal.as_raw_fd(), &mut modes) };
+    assert_eq!(told, 0, "{}", io::Error::last_os_error());
+    vec![modes.c_iflag, modes.c_oflag, modes.c_cflag, modes.c_lflag]
+}
+
+/// Drawn in place, taken away in the end, in whatever way that comes; and no mode is changed.
+fn a_watched_migration_leaves_the_terminal_as_it_was() {
+    for signal in [None, Some(libc::SIGINT), Some(libc::SIGTERM)] {
+        let (person, program) = terminal();
+        let before = modes(&program);
+        // Interrupted, or over by itself.
+        let mib = if signal.is_some() { 60 } else { 1 };
+        let args = format!("--backend sim --memory-mib {mib} --bandwidth-mib 1 --vcpus 3 --watch");
+        let mut child = Command::new(PROGRAM)
+            .args(args.split_whitespace())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(program.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let seen = Arc::<Mutex<String>>::default();
+        let reader = thread::spawn({
+            let seen = Arc::clone(&seen);
+            let mut chunk = [0; 4096];
+            move || {
+                while !seen.lock().unwrap().ends_with("END") {
+                    let read = (&person).read(&mut chunk).unwrap();
+                    let text = std::str::from_utf8(&chunk[..read]).unwrap();
+                    seen.lock().unwrap().push_str(text);
+                }
+            }
+        });
+        let start = Instant::now();
+        // Drawn for the second time.
+        while !seen.lock().unwrap().contains("\x1b[J") {
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "nothing is drawn"
+            );
+            thread::sleep(Duration::from_millis(5));
+        }
+        let status = match signal {
+            Some(signal) => end(&mut child, signal, &args),
+            None => program::wait(&mut child, &args),
+        };
+        assert_eq!(status, Some(if signal.is_some() { 130 } else { 0 }));
+        assert_eq!(modes(&program), before);
+        // Whatever is still to be read ends with this.
+        (&program).write_all(b"END").unwrap();
+        reader.join().unwrap();
+        let seen = seen.lock().unwrap().clone();
+        assert!(seen.contains("round 0, guest running ["), "{seen:?}");
+        assert!(
+            seen.contains("\r\n     2 "),
+            "a line for each vCPU: {seen:?}"
+        );
+        assert!(seen.contains("\r\nsuspects: 0 pages"), "{seen:?}");
+        let last = seen.rsplit("\x1b[J").next().unwrap();
+        let wanted = if signal.is_some() {
+            "interrupted\r\nEND"
+        } else {
+            "END"
+        };
+        assert_eq!(last, wanted, "{seen:?}");
+        // Cursors are hidden, and screens switched, by private modes.
+        assert!(!seen.contains("\x1b[?"), "{seen:?}");
+    }
+}
+
 fn nonsense_is_refused_with_what_is_allowed() {
     for (args, allowed) in [
         ("--vcpus 0", "1..=32"),
@@ -184,6 +361,7 @@ fn help_names_every_option() {
         "--seed",
         "--backend",
         "--pacing",
+        "--watch",
         "--json",
     ] {
         assert!(ran.stdout.contains(option), "{option}: {}", ran.stdout);
@@ -294,6 +472,15 @@ fn kvm_by_bitmap() {
     }
 }
 
+fn kvm_watched() {
+    for (backend, rings) in [("kvm", true), ("bitmap", false)] {
+        let ran = run(&format!("{WATCHED} --backend {backend}"));
+        assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+        assert_watched(&ran.stderr, rings);
+        assert!(ran.stdout.contains("\nmismatched pages   0 of 4,096"));
+    }
+}
+
 fn kvm_as_fast_as_it_goes() {
     for workload in ["walk", "random", "hot-and-cold"] {
         let args = "--memory-mib 64 --ring-entries 1024 --write-rate 0 --bandwidth-mib 0";
@@ -315,6 +502,10 @@ fn main() -> ExitCode {
         every_policy_brings_it_there,
         the_smallest_and_the_most_parallel_guests_arrive,
         a_guest_that_outruns_the_link_is_stopped,
+        a_watched_migration_says_how_it_stands,
+        a_watched_migration_is_interrupted_as_others_are,
+        a_watched_migration_needs_no_reader,
+        a_watched_migration_leaves_the_terminal_as_it_was,
         nonsense_is_refused_with_what_is_allowed,
         help_names_every_option,
         auto_says_what_and_why,
@@ -326,6 +517,7 @@ fn main() -> ExitCode {
         kvm_twenty_seeds,
         kvm_every_policy,
         kvm_by_bitmap,
+        kvm_watched,
         kvm_as_fast_as_it_goes,
         kvm_one_signal_ends_it,
     ];

@@ -12,7 +12,9 @@ use crate::alarm::{DEAF, Heard};
 use crate::error::ReaperError;
 use crate::log::DirtyLog;
 use crate::pacing::{Pacer, Pacing};
-use crate::sync::{Arc, Condvar, Counter, Mutex, Ordering, lock, thread as threads, wait};
+use crate::stats::ReaperStats;
+use crate::sync::{Arc, Condvar, Mutex, Ordering, lock, thread as threads, wait};
+use crate::trace;
 
 pub use thread::Priority;
 
@@ -37,36 +39,12 @@ pub struct ReaperBuilder {
     priority: Priority,
 }
 
-/// What a reaper has done so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ReaperStats {
-    /// Looks at the rings.
-    pub looks: u64,
-    /// Of these, how many a full exit has caused.
-    pub woken: u64,
-    /// Passes made.
-    pub passes: u64,
-    /// Entries found by them.
-    pub entries: u64,
-    /// Time spent on them, in nanoseconds.
-    pub pass_ns: u64,
-    /// Time for which the policy sleeps just now, in nanoseconds.
-    pub delay_ns: u64,
-    /// Lateness of the last wake-up that no full exit caused, in nanoseconds.
-    pub lateness_ns: u64,
-    /// Whether passes take most of the reaper's time: it can't keep up, whatever its policy. Larger
-    /// rings help, or a limit on the guest's dirty rate.
-    pub saturated: bool,
-}
-
 #[derive(Debug, Default)]
 struct Control {
     orders: Mutex<Orders>,
     /// Rung when the thread obeys.
     obeyed: Condvar,
     error: Mutex<Option<ReaperError>>,
-    counts: Counts,
 }
 
 /// What the owner wants.
@@ -88,21 +66,11 @@ impl core::fmt::Debug for Orders {
     }
 }
 
-#[derive(Debug, Default)]
-struct Counts {
-    looks: Counter,
-    woken: Counter,
-    passes: Counter,
-    entries: Counter,
-    pass_ns: Counter,
-    delay_ns: Counter,
-    lateness_ns: Counter,
-    saturated: Counter,
-}
-
 impl Control {
     fn report(&self, error: impl Into<ReaperError>) {
-        *lock(&self.error) = Some(error.into());
+        let error = error.into();
+        *lock(&self.error) = Some(error.clone());
+        trace::reaper_error(&error);
     }
 
     /// Gives an order.
@@ -178,8 +146,10 @@ impl ReaperBuilder {
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
                 control.report(ReaperError::Panicked);
             }
+            log.inner().reaper_counts.rest();
             // Nobody is to wait for it.
             control.idle();
+            trace::reaper("end");
         };
         // Should this fail, dropping `reaper` gives the log free again.
         let thread = threads::Builder::new().name(name).spawn(body);
@@ -214,20 +184,9 @@ impl Reaper {
         self.thread.as_ref().is_some_and(|t| !t.is_finished())
     }
 
-    /// What it has done so far. Read one by one: a look under way may show in one count and not yet
-    /// in another.
+    /// What the reapers of the log have done so far, as in [`Stats::reaper`](crate::Stats::reaper).
     pub fn stats(&self) -> ReaperStats {
-        let counts = &self.control.counts;
-        ReaperStats {
-            looks: counts.looks.get(),
-            woken: counts.woken.get(),
-            passes: counts.passes.get(),
-            entries: counts.entries.get(),
-            pass_ns: counts.pass_ns.get(),
-            delay_ns: counts.delay_ns.get(),
-            lateness_ns: counts.lateness_ns.get(),
-            saturated: counts.saturated.get() != 0,
-        }
+        self.log.inner().reaper_counts.read()
     }
 
     /// Goes on with another policy, which looks at the rings soon after this returns.
@@ -289,13 +248,15 @@ impl Drop for Reaper {
 
 /// The reaper's life.
 fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
-    let counts = &control.counts;
+    let counts = &log.inner().reaper_counts;
     let alarm = &log.inner().alarm;
     let start = Instant::now();
     let mut rings = Vec::new();
     let mut load = Load::default();
     let mut deaf = start;
     let mut heard = Heard::Nothing;
+    let mut pauses = false;
+    trace::reaper("init");
     loop {
         let mut orders = lock(&control.orders);
         if orders.stop {
@@ -308,14 +269,22 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         drop(orders);
         if let Some(policy) = policy {
             pacer.set_policy(policy);
+            trace::reaper("policy");
         }
         if paused {
             control.obeyed.notify_all();
             pacer.restart();
             load = Load::default();
+            counts.rest();
+            if !core::mem::replace(&mut pauses, true) {
+                trace::reaper("pause");
+            }
             alarm.wait_for_command();
             heard = Heard::Command;
             continue;
+        }
+        if core::mem::take(&mut pauses) {
+            trace::reaper("resume");
         }
 
         let now = start.elapsed();
@@ -348,9 +317,9 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         }
         let due = pacer.due();
         let asleep = start.elapsed();
-        counts
-            .delay_ns
-            .set(due.saturating_sub(asleep).as_nanos() as u64);
+        let delay_ns = due.saturating_sub(asleep).as_nanos() as u64;
+        counts.delay_ns.set(delay_ns);
+        trace::look(heard.kick(), pacer.reap(), delay_ns);
         heard = alarm.wait(deaf, start + due);
         let awake = start.elapsed();
         if heard == Heard::Full {

@@ -8,6 +8,7 @@ mod backend;
 mod options;
 mod progress;
 mod report;
+mod watch;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -16,12 +17,13 @@ use std::time::Duration;
 
 use clap::Parser;
 use kvm_integration::interrupt::watch_signals;
-use kvm_integration::migration::{Destination, Limits, Outcome, Rings, migrate};
+use kvm_integration::migration::{Destination, Limits, Observer, Outcome, Rings, migrate};
 use kvm_integration::output::{exit_status, fail, say, say_aside};
 
 use options::Options;
 use progress::Bars;
 use report::Report;
+use watch::Watch;
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -56,16 +58,19 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
     let log = machine.log().clone();
     tell(&backend.tell_mode(log.mode()))?;
     let mut rings = Rings::start(&log, options.pacing.make())?;
-    let mut bars = Bars::default();
+    let mut observer: Box<dyn Observer> = match options.watch {
+        true => Box::new(Watch::start(&log)?),
+        false => Box::new(Bars::default()),
+    };
     let outcome = migrate(
         &mut *machine,
         &mut rings,
         &destination,
         &limits,
         interrupted,
-        &mut bars,
+        &mut *observer,
     )?;
-    drop(bars);
+    drop(observer);
     drop(machine);
 
     let report = Report::new(options, backend.name(), &outcome, &log);

@@ -75,6 +75,11 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub backend: BackendChoice,
 
+    /// Shows on stderr how things stand while they go on: redrawn in place on a terminal, else a line
+    /// now and then
+    #[arg(long)]
+    pub watch: bool,
+
     /// Ends stdout with one JSON object; everything for people goes to stderr
     #[arg(long)]
     pub json: bool,

@@ -250,7 +250,7 @@ fn ms(duration: Duration) -> f64 {
 }
 
 /// With a comma before each three digits.
-fn grouped(number: u64) -> String {
+pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {

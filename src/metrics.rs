@@ -1,0 +1,158 @@
+//! [`Stats`] as metrics, for recorders of the crate metrics 0.24 (feature `metrics`).
+//!
+//! Nothing is published unless the VMM asks for it, on a thread of its own choice: it costs vCPUs and
+//! reaper nothing. Counters are those of [`Stats`], and go up only; gauges are of the moment.
+//!
+//! | metric | labels | is |
+//! |---|---|---|
+//! | `kvm_dirty_ring_passes_total` | `vm` | [`Stats::passes`] |
+//! | `kvm_dirty_ring_resets_total` | `vm` | [`Stats::resets`] |
+//! | `kvm_dirty_ring_short_resets_total` | `vm` | [`Stats::short_resets`] |
+//! | `kvm_dirty_ring_failed_resets_total` | `vm` | [`Stats::failed_resets`] |
+//! | `kvm_dirty_ring_unknown_slot_entries_total` | `vm` | [`Stats::unknown_slot_entries`] |
+//! | `kvm_dirty_ring_out_of_range_entries_total` | `vm` | [`Stats::out_of_range_entries`] |
+//! | `kvm_dirty_ring_overruns_total` | `vm` | [`Stats::overruns`] |
+//! | `kvm_dirty_ring_missing_bitmaps_total` | `vm` | [`Stats::missing_bitmaps`] |
+//! | `kvm_dirty_ring_suspect_pages` | `vm` | [`Stats::suspect_pages`], a gauge |
+//! | `kvm_dirty_ring_entries_total` | `vm`, `vcpu` | [`VcpuStats::entries`] |
+//! | `kvm_dirty_ring_full_exits_total` | `vm`, `vcpu` | [`VcpuStats::full_exits`] |
+//! | `kvm_dirty_ring_stall_nanoseconds_total` | `vm`, `vcpu` | [`VcpuStats::stall_ns`] |
+//! | `kvm_dirty_ring_soft_limit_entries` | `vm`, `vcpu` | [`VcpuStats::soft_limit`], a gauge |
+//! | `kvm_dirty_ring_reaper_looks_total` | `vm` | [`ReaperStats::looks`] |
+//! | `kvm_dirty_ring_reaper_woken_total` | `vm` | [`ReaperStats::woken`] |
+//! | `kvm_dirty_ring_reaper_passes_total` | `vm` | [`ReaperStats::passes`] |
+//! | `kvm_dirty_ring_reaper_entries_total` | `vm` | [`ReaperStats::entries`] |
+//! | `kvm_dirty_ring_reaper_pass_nanoseconds_total` | `vm` | [`ReaperStats::pass_ns`] |
+//! | `kvm_dirty_ring_reaper_delay_nanoseconds` | `vm` | [`ReaperStats::delay_ns`], a gauge |
+//! | `kvm_dirty_ring_reaper_lateness_nanoseconds` | `vm` | [`ReaperStats::lateness_ns`], a gauge |
+//! | `kvm_dirty_ring_reaper_saturated` | `vm` | [`ReaperStats::saturated`], a gauge of 0 or 1 |
+//!
+//! `vcpu` is the vCPU's place in [`Stats::vcpus`]. Times are whole nanoseconds, as counters of that crate
+//! are integers. Entries for each reset: `sum by (vm)` of the rate of `kvm_dirty_ring_entries_total`,
+//! divided by that of `kvm_dirty_ring_resets_total`.
+//!
+//! ```no_run
+//! # fn example(log: &kvm_dirty_ring::DirtyLog) {
+//! kvm_dirty_ring::metrics::describe(); // once, when the recorder is installed
+//! loop {
+//!     kvm_dirty_ring::metrics::publish(&log.stats(), "vm-7");
+//!     std::thread::sleep(std::time::Duration::from_secs(1));
+//! }
+//! # }
+//! ```
+
+use metrics::{Label, SharedString, Unit};
+
+use crate::stats::{ReaperStats, Stats, VcpuStats};
+use crate::sync::Arc;
+
+/// One metric, made of a `T`.
+struct Metric<T> {
+    name: &'static str,
+    unit: Unit,
+    help: &'static str,
+    kind: Kind,
+    value: fn(&T) -> u64,
+}
+
+enum Kind {
+    Counter,
+    Gauge,
+}
+
+macro_rules! table {
+    ($($kind:ident $name:literal $unit:ident $help:literal $value:expr;)*) => {
+        [$(Metric {
+            name: concat!("kvm_dirty_ring_", $name),
+            unit: Unit::$unit,
+            help: $help,
+            kind: Kind::$kind,
+            value: $value,
+        }),*]
+    };
+}
+
+const VM: [Metric<Stats>; 9] = table! {
+    Counter "passes_total" Count "Passes begun, by whomever." |s| s.passes;
+    Counter "resets_total" Count "Reset ioctls issued." |s| s.resets;
+    Counter "short_resets_total" Count
+        "Resets that recycled less than was marked: pages are suspect." |s| s.short_resets;
+    Counter "failed_resets_total" Count "Resets that KVM refused." |s| s.failed_resets;
+    Counter "unknown_slot_entries_total" Count
+        "Entries of slots that are not tracked: pages are suspect." |s| s.unknown_slot_entries;
+    Counter "out_of_range_entries_total" Count
+        "Entries past the end of their slot: pages are suspect." |s| s.out_of_range_entries;
+    Counter "overruns_total" Count "Rings found overrun: pages are suspect." |s| s.overruns;
+    Counter "missing_bitmaps_total" Count
+        "Bitmaps of slots that KVM could not give." |s| s.missing_bitmaps;
+    Gauge "suspect_pages" Count
+        "Pages that may be written without being logged, and come with each sync." |s| s.suspect_pages;
+};
+
+const VCPU: [Metric<VcpuStats>; 4] = table! {
+    Counter "entries_total" Count "Entries harvested from the vCPU's ring." |s| s.entries;
+    Counter "full_exits_total" Count "Stops of the vCPU on its full ring." |s| s.full_exits;
+    Counter "stall_nanoseconds_total" Nanoseconds
+        "Time that the vCPU spent in these stops." |s| s.stall_ns;
+    Gauge "soft_limit_entries" Count "Entries at which KVM stops the vCPU." |s| s.soft_limit;
+};
+
+const REAPER: [Metric<ReaperStats>; 8] = table! {
+    Counter "reaper_looks_total" Count "Looks at the rings." |s| s.looks;
+    Counter "reaper_woken_total" Count "Looks that a full ring has caused." |s| s.woken;
+    Counter "reaper_passes_total" Count "Passes of the reaper." |s| s.passes;
+    Counter "reaper_entries_total" Count "Entries that these found." |s| s.entries;
+    Counter "reaper_pass_nanoseconds_total" Nanoseconds "Time that these took." |s| s.pass_ns;
+    Gauge "reaper_delay_nanoseconds" Nanoseconds
+        "Time for which the reaper sleeps just now." |s| s.delay_ns;
+    Gauge "reaper_lateness_nanoseconds" Nanoseconds
+        "Lateness of its last wake-up." |s| s.lateness_ns;
+    Gauge "reaper_saturated" Count
+        "1 if passes take most of its time, else 0." |s| s.saturated.into();
+};
+
+impl<T> Metric<T> {
+    fn describe(&self) {
+        let (name, unit, help) = (self.name, self.unit, self.help);
+        match self.kind {
+            Kind::Counter => metrics::describe_counter!(name, unit, help),
+            Kind::Gauge => metrics::describe_gauge!(name, unit, help),
+        }
+    }
+
+    fn publish(&self, of: &T, labels: &[Label]) {
+        let value = (self.value)(of);
+        match self.kind {
+            Kind::Counter => metrics::counter!(self.name, labels.to_vec()).absolute(value),
+            Kind::Gauge => metrics::gauge!(self.name, labels.to_vec()).set(value as f64),
+        }
+    }
+}
+
+/// Tells the recorder what each metric means, and in which unit it is: once, after the recorder was
+/// installed.
+pub fn describe() {
+    VM.iter().for_each(Metric::describe);
+    VCPU.iter().for_each(Metric::describe);
+    REAPER.iter().for_each(Metric::describe);
+}
+
+/// Hands `stats` to the recorder, with the label `vm`: of a log, call it as often as figures are to
+/// be fresh. Two logs of one process need two labels, also one after the other: counters go up only.
+///
+/// It allocates; call it on no thread that runs a vCPU.
+pub fn publish(stats: &Stats, vm: &str) {
+    let vm = SharedString::from_shared(Arc::from(vm));
+    let labels = [Label::new("vm", vm.clone())];
+    VM.iter().for_each(|metric| metric.publish(stats, &labels));
+    REAPER
+        .iter()
+        .for_each(|metric| metric.publish(&stats.reaper, &labels));
+    for (place, vcpu) in stats.vcpus.iter().enumerate() {
+        let labels = [
+            Label::new("vm", vm.clone()),
+            Label::new("vcpu", place.to_string()),
+        ];
+        VCPU.iter().for_each(|metric| metric.publish(vcpu, &labels));
+    }
+}

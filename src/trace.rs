@@ -1,0 +1,266 @@
+//! Events for subscribers of the crate tracing: feature `tracing`, without which all of this is nothing.
+//!
+//! Names are QEMU's where QEMU has such an event. A subscriber may take its time, panic, or ask the log
+//! for its stats. So whoever emits an event holds no lock, no shard and no right to mark entries, has
+//! no signals blocked for a reset, and has published its pages.
+
+use std::time::Instant;
+
+use crate::sync::{Mutex, lock};
+
+#[cfg(all(feature = "tracing", not(all(test, feature = "modelled"))))]
+mod on {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// Calls a subscriber. One that panics harms nobody else: it has lost an event.
+    #[inline]
+    pub(super) fn quietly<T: Default>(call: impl FnOnce() -> T) -> T {
+        catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+            // Its payload may panic, too: it is leaked.
+            core::mem::forget(panic);
+            T::default()
+        })
+    }
+
+    macro_rules! event {
+        ($level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
+            $crate::trace::on::quietly(|| {
+                // Values are worked out only if somebody wants the event.
+                tracing::event!(
+                    name: $name,
+                    target: "kvm_dirty_ring",
+                    tracing::Level::$level,
+                    { $($field = $value),* },
+                    $name
+                )
+            })
+        };
+    }
+
+    macro_rules! wanted {
+        ($level:ident) => {
+            $crate::trace::on::quietly(
+                || tracing::enabled!(target: "kvm_dirty_ring", tracing::Level::$level),
+            )
+        };
+    }
+
+    pub(super) use {event, wanted};
+}
+
+/// Nothing: the compiler leaves none of it.
+#[cfg(not(all(feature = "tracing", not(all(test, feature = "modelled")))))]
+mod on {
+    macro_rules! event {
+        ($level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
+            let _ = || {
+                $(let _ = $value;)*
+            };
+        };
+    }
+
+    macro_rules! wanted {
+        ($level:ident) => {
+            false
+        };
+    }
+
+    pub(super) use {event, wanted};
+}
+
+use on::{event, wanted};
+
+/// When something began, if anybody wants to know how long it takes.
+#[derive(Clone, Copy)]
+pub(crate) struct Started(Option<Instant>);
+
+impl Started {
+    #[inline]
+    pub(crate) fn now() -> Self {
+        Self(wanted!(DEBUG).then(Instant::now))
+    }
+
+    fn ns(self) -> u64 {
+        self.0.map_or(0, |start| start.elapsed().as_nanos() as u64)
+    }
+}
+
+/// What a pass took from each ring, if anybody wants to know: place and entries.
+pub(crate) struct PerRing(Vec<(usize, u32)>);
+
+impl PerRing {
+    /// For `rings` rings. A pass is under way when they are noted: there must be room by then.
+    #[inline]
+    pub(crate) fn new(rings: impl FnOnce() -> usize) -> Self {
+        Self(match wanted!(TRACE) {
+            true => Vec::with_capacity(rings()),
+            false => Vec::new(),
+        })
+    }
+
+    #[inline]
+    pub(crate) fn note(&mut self, place: usize, entries: u32) {
+        if self.0.len() < self.0.capacity() {
+            self.0.push((place, entries));
+        }
+    }
+}
+
+/// A full exit is over: `entries` were taken from the vCPU's own ring.
+#[inline]
+pub(crate) fn full(vcpu: usize, entries: u32, ns: u64) {
+    event!(
+        DEBUG,
+        "kvm_dirty_ring_full",
+        vcpu = vcpu as u64,
+        entries = u64::from(entries),
+        ns = ns
+    );
+}
+
+/// A pass over several rings is over.
+#[inline]
+pub(crate) fn reap(started: Started, entries: u64, rings: &PerRing) {
+    for &(vcpu, entries) in &rings.0 {
+        event!(
+            TRACE,
+            "kvm_dirty_ring_reap_vcpu",
+            vcpu = vcpu as u64,
+            entries = u64::from(entries)
+        );
+    }
+    event!(
+        DEBUG,
+        "kvm_dirty_ring_reap",
+        entries = entries,
+        ns = started.ns()
+    );
+}
+
+/// A sync begins.
+#[inline]
+pub(crate) fn flush() -> Started {
+    event!(DEBUG, "kvm_dirty_ring_flush", finished = false);
+    Started::now()
+}
+
+/// A sync is over, and has found `pages`.
+#[inline]
+pub(crate) fn flushed(started: Started, pages: impl Fn() -> u64) {
+    event!(
+        DEBUG,
+        "kvm_dirty_ring_flush",
+        finished = true,
+        pages = pages(),
+        ns = started.ns()
+    );
+}
+
+/// A slot's suspects are protected again.
+#[inline]
+pub(crate) fn rearmed(slot: u32) {
+    event!(
+        INFO,
+        "kvm_dirty_ring_rearmed",
+        slot = slot & 0xffff,
+        address_space = slot >> 16
+    );
+}
+
+/// The reaper begins, ends, pauses or goes on, or has another policy.
+#[cfg(not(all(test, feature = "modelled")))]
+#[inline]
+pub(crate) fn reaper(state: &str) {
+    event!(DEBUG, "kvm_dirty_ring_reaper", state = state);
+}
+
+/// The reaper has looked at the rings, because of `kick` or in its own time, had these emptied, and will
+/// sleep.
+#[cfg(not(all(test, feature = "modelled")))]
+#[inline]
+pub(crate) fn look(kick: Option<&str>, emptied: &[bool], delay_ns: u64) {
+    if let Some(reason) = kick {
+        event!(DEBUG, "kvm_dirty_ring_reaper_kick", reason = reason);
+    }
+    event!(
+        TRACE,
+        "kvm_dirty_ring_reaper",
+        state = "wakeup",
+        rings = emptied.iter().filter(|&&emptied| emptied).count() as u64,
+        delay_ns = delay_ns
+    );
+}
+
+/// The reaper can't do as it should.
+#[cfg(not(all(test, feature = "modelled")))]
+#[inline]
+pub(crate) fn reaper_error(error: &crate::error::ReaperError) {
+    event!(
+        WARN,
+        "kvm_dirty_ring_reaper_error",
+        error = error.to_string().as_str()
+    );
+}
+
+/// What has gone wrong so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Faults {
+    pub(crate) short_resets: u64,
+    pub(crate) failed_resets: u64,
+    pub(crate) unknown_slot_entries: u64,
+    pub(crate) out_of_range_entries: u64,
+    pub(crate) overruns: u64,
+    pub(crate) missing_bitmaps: u64,
+}
+
+/// What subscribers were told of. Faults are found where nobody may be told, deep in a pass; so they
+/// are counted there, and told by whichever call ends first.
+#[derive(Default)]
+pub(crate) struct Told {
+    last: Mutex<Faults>,
+}
+
+impl Told {
+    /// Tells of the faults that came since, and how many pages are suspect then.
+    #[inline]
+    pub(crate) fn tell(&self, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
+        if !wanted!(WARN) {
+            return;
+        }
+        let new = self.news(read);
+        if new == Faults::default() {
+            return;
+        }
+        macro_rules! tell {
+            ($($name:literal, $count:ident;)*) => {$(
+                if new.$count > 0 {
+                    event!(WARN, $name, count = new.$count);
+                }
+            )*};
+        }
+        tell! {
+            "kvm_dirty_ring_short_reset", short_resets;
+            "kvm_dirty_ring_failed_reset", failed_resets;
+            "kvm_dirty_ring_unknown_slot", unknown_slot_entries;
+            "kvm_dirty_ring_out_of_range", out_of_range_entries;
+            "kvm_dirty_ring_overrun", overruns;
+            "kvm_dirty_ring_missing_bitmap", missing_bitmaps;
+        }
+        event!(WARN, "kvm_dirty_ring_suspects", pages = suspects());
+    }
+
+    fn news(&self, read: impl Fn() -> Faults) -> Faults {
+        let mut last = lock(&self.last);
+        // Under the lock, so that what is read later is told later.
+        let now = read();
+        let before = core::mem::replace(&mut *last, now);
+        Faults {
+            short_resets: now.short_resets - before.short_resets,
+            failed_resets: now.failed_resets - before.failed_resets,
+            unknown_slot_entries: now.unknown_slot_entries - before.unknown_slot_entries,
+            out_of_range_entries: now.out_of_range_entries - before.out_of_range_entries,
+            overruns: now.overruns - before.overruns,
+            missing_bitmaps: now.missing_bitmaps - before.missing_bitmaps,
+        }
+    }
+}
