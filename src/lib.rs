@@ -97,6 +97,9 @@ mod kernel;
 mod kernel_bits;
 #[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
+mod limit;
+#[cfg(not(all(test, feature = "modelled")))]
+mod limiter;
 mod log;
 mod memslots;
 pub mod pacing;
@@ -115,6 +118,7 @@ mod slot_id;
 mod stats;
 mod sync;
 mod targets;
+mod throttle;
 mod vcpu;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;
@@ -125,11 +129,14 @@ pub use guest_map::{GuestMap, GuestRegion};
 pub use kernel::{Kernel, Mode};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use limiter::Limiter;
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use reaper::{Priority, Reaper, ReaperBuilder, ReaperStats};
 pub use slot_id::SlotId;
 pub use stats::{Stats, VcpuStats};
+pub use throttle::Awake;
 
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]

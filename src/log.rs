@@ -11,6 +11,7 @@ use crate::dirty_pages::DirtyPages;
 use crate::error::{AttachError, ResetError, SlotError, SyncError};
 use crate::kernel::{Kernel, Mode};
 use crate::kernel_bits::KernelBits;
+use crate::limit::Limits;
 use crate::memslots::Slot;
 use crate::pacing::RingObservation;
 use crate::pass::Harvester;
@@ -45,6 +46,7 @@ pub(crate) struct Inner {
     pub(crate) reaped: AtomicBool,
     /// One change of slots at a time.
     slot_change: Mutex<()>,
+    pub(crate) limits: Limits,
 }
 
 impl DirtyLog {
@@ -69,6 +71,7 @@ impl DirtyLog {
             pending: Mutex::default(),
             reaped: AtomicBool::new(false),
             slot_change: Mutex::default(),
+            limits: Limits::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -81,7 +84,6 @@ impl DirtyLog {
         Self::new(vm, ring_entries, MAX_SHARDS, true)
     }
 
-    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
@@ -109,7 +111,11 @@ impl DirtyLog {
         }
         let harvester = &self.inner.harvester;
         let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
-        harvester.change_layout(|layout| {
+        // Held until the vCPU is there: whoever changes all limits then reaches it, or has been here.
+        let terms = lock(&self.inner.limits.terms);
+        vcpu.limit.set(terms.all, || vcpu.logged());
+        vcpu.limit.keep_awake(terms.wakers > 0);
+        let attached = harvester.change_layout(|layout| {
             // A second consumer would take the first one's entries for an overrun.
             if layout.vcpus.iter().any(|other| other.name == vcpu.name) {
                 return Err(AttachError::Twice);
@@ -120,7 +126,9 @@ impl DirtyLog {
                 taken: 0,
                 vcpu,
             })
-        })
+        });
+        self.inner.limits.change(terms);
+        attached
     }
 
     #[cfg(not(all(test, feature = "modelled")))]
@@ -488,7 +496,7 @@ pub struct VcpuRing {
     inner: Arc<Inner>,
     /// Entries taken from the ring, by whomever, when the last full exit was over.
     taken: u64,
-    vcpu: Arc<Vcpu>,
+    pub(crate) vcpu: Arc<Vcpu>,
 }
 
 impl VcpuRing {
@@ -502,12 +510,16 @@ impl VcpuRing {
     /// The reset failed: the ring is still full, its pages are kept. Entering the guest again
     /// leads to the same exit at once.
     ///
+    /// A vCPU that is ahead of its [dirty limit](DirtyLog::set_dirty_limit) then sleeps as in
+    /// [`throttle`](Self::throttle).
+    ///
     /// In [`Mode::Bitmap`] there is no such exit, and nothing to be done.
     pub fn on_full(&mut self) -> Result<(), ResetError> {
         let start = Instant::now();
         let result = self.make_room();
         let stall = start.elapsed().as_nanos() as u64;
         self.vcpu.counts.stall_ns.add(stall);
+        self.vcpu.pay();
         result
     }
 
