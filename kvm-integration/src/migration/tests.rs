@@ -53,6 +53,10 @@ impl Machine for Double {
     fn log(&self) -> &DirtyLog {
         &self.log
     }
+
+    fn kick(&self) -> crate::machine::Kick {
+        Box::new(|_| ())
+    }
 }
 
 impl Guest for Double {

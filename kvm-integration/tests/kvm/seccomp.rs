@@ -352,7 +352,7 @@ fn spawn_confined(machine: Machine, index: u32) -> Result<(Machine, VcpuThread),
                 Ok(()) => Action::Continue,
                 Err(error) => Action::Fail(error.into()),
             },
-            Exit::Chunk => Action::Continue,
+            Exit::Chunk | Exit::Kicked => Action::Continue,
             Exit::PassDone => Action::Pause,
         }
     };
