@@ -363,9 +363,15 @@ pub enum LimiterError {
     /// The thread could not be started.
     #[error("starting the limiter's thread failed")]
     Spawn(#[source] Arc<io::Error>),
-    /// The thread could not be kept from signals.
-    #[error("the limiter's thread could not be prepared")]
-    Prepare(#[source] Arc<io::Error>),
+    /// The thread could not be given the priority that was asked for.
+    #[error("{call} failed for the limiter's thread")]
+    Scheduling {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// The kick panicked, and the thread has ended.
     #[error("the kick of a limiter panicked")]
     Panicked,

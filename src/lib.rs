@@ -91,6 +91,7 @@ mod alarm;
 mod bitmap;
 mod dirty_pages;
 pub mod error;
+mod fading;
 #[cfg(not(all(test, feature = "modelled")))]
 mod guest_map;
 mod kernel;
@@ -105,6 +106,8 @@ mod memslots;
 pub mod pacing;
 mod pass;
 mod prefetch;
+#[cfg(not(all(test, feature = "modelled")))]
+mod rate;
 #[cfg(not(all(test, feature = "modelled")))]
 mod reaper;
 mod reset;
@@ -132,6 +135,8 @@ pub use kvm::{HostSupport, RingEntries};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use limiter::Limiter;
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use rate::{Rate, RateMeter, Rates};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use reaper::{Priority, Reaper, ReaperBuilder, ReaperStats};
 pub use slot_id::SlotId;

@@ -2,18 +2,21 @@
 
 use core::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
 use std::time::Instant;
 
 use crate::error::LimiterError;
-use crate::kvm::block_for_good;
 use crate::log::DirtyLog;
+use crate::reaper::Priority;
+use crate::reaper::thread::prepare;
 use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 
 /// Holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit) a few milliseconds at a time. It
 /// stops when this is dropped; the limits stay.
 ///
 /// Its thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do, and
-/// waits where there are no limits. It blocks every signal but the C library's own.
+/// waits where there are no limits. It blocks every signal but the C library's own,
+/// and sleeps without timer slack.
 ///
 /// ```no_run
 /// # use kvm_dirty_ring::{DirtyLog, Limiter};
@@ -45,15 +48,35 @@ impl Limiter {
     /// [`LimiterError::Spawn`].
     pub fn spawn(
         log: &DirtyLog,
+        kick: impl FnMut(usize) + Send + 'static,
+    ) -> Result<Self, LimiterError> {
+        Self::spawn_with(log, Priority::default(), kick)
+    }
+
+    /// The same, for a thread of that priority. Where vCPUs or others keep every core busy, a limiter
+    /// that is not before them looks late: the mean holds, and stops get longer, as vCPUs get further
+    /// ahead meanwhile.
+    ///
+    /// # Errors
+    /// [`LimiterError::Spawn`]; [`LimiterError::Scheduling`] without the right to that priority.
+    pub fn spawn_with(
+        log: &DirtyLog,
+        priority: Priority,
         mut kick: impl FnMut(usize) + Send + 'static,
     ) -> Result<Self, LimiterError> {
+        let (ready, is_ready) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
         let thread = thread::Builder::new().name("dirty-limiter".into());
         let thread = thread.spawn({
             let (log, stop) = (log.clone(), Arc::clone(&stop));
             move || {
-                let prepared = block_for_good();
-                prepared.map_err(|error| LimiterError::Prepare(Arc::new(error)))?;
+                let prepared = prepare(&[], priority);
+                let runs = prepared.is_ok();
+                // The owner waits for it.
+                let _ = ready.send(prepared);
+                if !runs {
+                    return Ok(());
+                }
                 let work = || run(&log, &stop, &mut kick);
                 catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
                     // Its drop may panic, too.
@@ -62,11 +85,13 @@ impl Limiter {
                 })
             }
         });
-        Ok(Self {
+        let limiter = Self {
             log: log.clone(),
             stop,
             thread: Some(thread.map_err(|error| LimiterError::Spawn(Arc::new(error)))?),
-        })
+        };
+        is_ready.recv().map_err(|_| LimiterError::Panicked)??;
+        Ok(limiter)
     }
 
     /// Whether the thread runs: not if a kick has panicked.

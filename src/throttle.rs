@@ -22,7 +22,7 @@ impl DirtyLog {
     /// A page counts when it is logged: at the first write to it since it was last protected. What a
     /// vCPU is ahead of its limit, it sleeps off in [`VcpuRing::throttle`] and at the end of
     /// [`VcpuRing::on_full`], so the mean over some seconds is the limit, whoever empties the ring and
-    /// when. What it has not used stays good for 50 ms; a debt of less than 5 ms is left standing.
+    /// when. What it has not used stays good for a quarter of a second; a debt of less than 5 ms is left standing.
     ///
     /// Who brings the vCPU there decides how long its stops are. A [`Limiter`](crate::Limiter) kicks it
     /// out of the guest about a millisecond after it has got ahead. Without one it stops at a full

@@ -10,7 +10,7 @@ use std::time::Duration;
 use kvm_dirty_ring::error::{LimitError, LimiterError};
 use kvm_dirty_ring::pacing::LookFirst;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Mode, Reaper, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Mode, Priority, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
 const PAGES: u64 = 100_000;
@@ -268,6 +268,18 @@ fn a_limiter_waits_for_limits_and_survives_their_end() {
     (500..900).for_each(|page| vcpu.write(RAM, page).unwrap());
     kicked(3);
     limiter.stop().unwrap();
+}
+
+#[test]
+fn a_priority_that_there_is_not_is_refused() {
+    let machine = Machine::new();
+    let limiter = Limiter::spawn_with(&machine.log, Priority::Fifo(100), |_| ());
+    match limiter {
+        Err(LimiterError::Scheduling { call, .. }) => {
+            assert_eq!(call, "sched_setscheduler(SCHED_FIFO)");
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

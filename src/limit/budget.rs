@@ -3,9 +3,10 @@
 use core::num::NonZeroU64;
 use core::time::Duration;
 
-/// Budget that was not used up stays good for so long. It makes up for sleeps that end late; with
-/// more, a vCPU that was idle could begin with a burst worth the name.
-pub(super) const CREDIT: Duration = Duration::from_millis(50);
+/// Budget that was not used up stays good for so long. It makes up for sleeps that end late, which on
+/// a host with more threads than cores is by tens of milliseconds; with more, a vCPU that was idle
+/// could begin with a burst worth the name.
+pub(super) const CREDIT: Duration = Duration::from_millis(250);
 
 /// A smaller debt is left standing: to throw a vCPU out of the guest for it, and to put its thread
 /// to sleep, would cost more than it is worth.
@@ -107,7 +108,7 @@ mod tests {
     fn idle_time_is_not_saved_up() {
         let mut budget = Budget::new(limit(1000), 0, Duration::ZERO);
         budget.count(0, 100 * SECOND);
-        assert_eq!(budget.count(1050, 100 * SECOND), SECOND);
+        assert_eq!(budget.count(1250, 100 * SECOND), SECOND);
     }
 
     /// A guest below its limit that nobody has looked at for long owes nothing.
@@ -115,7 +116,7 @@ mod tests {
     fn a_long_time_pays_for_all_that_was_written_in_it() {
         let mut budget = Budget::new(limit(1000), 0, Duration::ZERO);
         assert_eq!(budget.count(4_000, 5 * SECOND), Duration::ZERO);
-        assert_eq!(budget.count(6_000, 6 * SECOND), SECOND * 95 / 100);
+        assert_eq!(budget.count(6_000, 6 * SECOND), SECOND * 75 / 100);
     }
 
     #[test]
@@ -148,7 +149,7 @@ mod tests {
         fn the_mean_is_the_limit(
             rate in prop_oneof![1u64..100, 100u64..2_000_000],
             burst in 1u64..5_000,
-            late in prop::collection::vec(0u64..50_000_000, 1..50),
+            late in prop::collection::vec(0u64..250_000_000, 1..50),
         ) {
             let mut late = late.into_iter().cycle().map(Duration::from_nanos);
             let mut budget = Budget::new(limit(rate), 0, Duration::ZERO);
@@ -157,8 +158,8 @@ mod tests {
             let dirtied = hungry(&mut budget, seconds, burst, || late.next().unwrap());
             let allowed = rate * seconds;
             // The last burst, what the smallest debt and the largest credit are worth.
-            let most = allowed + burst + rate * 55 / 1000 + 1;
-            let least = allowed - (rate * 50 / 1000).min(allowed);
+            let most = allowed + burst + rate * 255 / 1000 + 1;
+            let least = allowed - (rate * 250 / 1000).min(allowed);
             prop_assert!((least..=most).contains(&dirtied), "{least} {dirtied} {most}");
         }
 
@@ -167,7 +168,7 @@ mod tests {
         #[test]
         fn the_debt_is_that_of_the_whole_history(
             rate in 1u64..1_000_000,
-            events in prop::collection::vec((0u64..3_000, 0u64..200_000_000), 1..60),
+            events in prop::collection::vec((0u64..3_000, 0u64..1_000_000_000), 1..60),
         ) {
             let mut budget = Budget::new(limit(rate), 0, Duration::ZERO);
             let (mut logged, mut now) = (0, 0);
@@ -178,7 +179,7 @@ mod tests {
                 let debt = budget.count(logged, Duration::from_nanos(now));
                 steps.push(i128::from(pages) * PAGE - i128::from(nanoseconds * rate));
                 // Either the credit was never full, or it was, after some step, for the last time.
-                let credit = i128::from(50_000_000 * rate);
+                let credit = i128::from(250_000_000 * rate);
                 let since = |step: usize| steps[step..].iter().sum::<i128>();
                 let full = (1..=steps.len()).map(|step| since(step) - credit).max();
                 let owed = since(0).max(full.unwrap()).max(0);

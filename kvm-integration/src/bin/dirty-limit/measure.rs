@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Reaper};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Priority, Reaper};
 use kvm_integration::machine::Machine;
 
 use crate::options::Options;
@@ -68,11 +68,15 @@ pub fn run(
     let mut machine = start(options)?;
     let log = machine.log().clone();
     let mut dirty = DirtyPages::new();
+    let priority = match options.fifo {
+        true => Priority::Fifo(1),
+        false => Priority::Inherited,
+    };
     let (reaper, limiter) = match options.at_full_rings {
         true => (None, None),
         false => (
             Some(Reaper::spawn(&log, options.pacing.make())?),
-            Some(Limiter::spawn(&log, machine.kick())?),
+            Some(Limiter::spawn_with(&log, priority, machine.kick())?),
         ),
     };
     // Once through all memory, for it to be there.

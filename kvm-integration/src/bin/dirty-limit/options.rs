@@ -53,6 +53,10 @@ pub struct Options {
     #[arg(long, conflicts_with = "pacing")]
     pub at_full_rings: bool,
 
+    /// The limiter's thread is a real-time one (SCHED_FIFO): for machines with much else to do
+    #[arg(long, conflicts_with = "at_full_rings")]
+    pub fifo: bool,
+
     /// How far the guest may be from the limit, in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=1000))]
