@@ -37,9 +37,8 @@ pub struct Rates {
 /// What counts are entries that vCPUs have logged, whoever has taken them from the rings, full exits
 /// included, or whether anybody has. An entry is the first write to a page since it was last protected.
 /// So a rate is a lower bound of what the guest writes, and depends on how often rings are reset: of a
-/// page that is written all the time, each reset makes one entry more. It is what is to be sent if
-/// rounds are as short as the time between resets, and [more than that](DirtyLog::sync) if a round sees
-/// several resets. What devices write is not in it.
+/// page that is written all the time, each reset makes one entry more, while a sync reports it once.
+/// What devices write is not in it.
 ///
 /// Bitmaps do not say who has written: in [`Mode::Bitmap`] there is nothing to sample.
 ///
