@@ -3,11 +3,12 @@
 
 mod program;
 
+use std::io::{BufRead, BufReader};
 use std::process::ExitCode;
 
 use serde_json::Value;
 
-use program::{run, tests};
+use program::{drain, end, run, tests};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_dirty-limit");
 
@@ -53,6 +54,19 @@ fn a_limit_that_does_not_hold_is_a_failure() {
     assert_eq!(ran.status, Some(1), "{}{}", ran.stderr, ran.stdout);
 }
 
+fn one_signal_ends_it() {
+    // It would take an hour, most of which its vCPU sleeps.
+    let args = "--memory-mib 64 --seconds 3600 --limit 1";
+    let mut child = program::spawn(PROGRAM, args);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).expect("the head of the table");
+    let (stdout, stderr) = (drain(stdout), drain(child.stderr.take().unwrap()));
+    assert_eq!(end(&mut child, libc::SIGINT, args), Some(130));
+    stdout.join().unwrap();
+    assert_eq!(stderr.join().unwrap(), "interrupted\n");
+}
+
 fn nonsense_is_refused() {
     for args in [
         "--limit 0",
@@ -73,6 +87,7 @@ fn main() -> ExitCode {
         a_guest_is_held_to_each_limit,
         full_rings_alone_hold_it_too,
         a_limit_that_does_not_hold_is_a_failure,
+        one_signal_ends_it,
     ];
     program::test("dirty-limit", &everywhere, &on_kvm)
 }
