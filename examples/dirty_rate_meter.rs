@@ -5,9 +5,9 @@
 //! cargo run --example dirty_rate_meter
 //! ```
 //!
-//! The rates are those of rings' entries: first writes to pages since they were protected. Beside them
-//! is what a sync finds each second, in which a page counts once, however often it was protected
-//! meanwhile: never more than the entries, in the long run.
+//! The rates are those of rings' entries: first writes to pages since they were protected. Beside
+//! them is what a sync finds each second, in which a page counts once, however often it was
+//! protected meanwhile: never more than the entries, in the long run.
 //!
 //! `guest` simulates what is below a VMM; all else a VMM does the same way.
 

@@ -1,4 +1,5 @@
-//! Sleeps for a dirty limit. No time goes by here: who is not woken sleeps for ever, which loom reports.
+//! Sleeps for a dirty limit. No time goes by here: who is not woken sleeps for ever, which loom
+//! reports.
 
 use core::num::NonZeroU64;
 
@@ -30,8 +31,8 @@ fn a_limit_lifted_beside_a_sleeper() {
     });
 }
 
-/// A stop that begins before, while or after the vCPU falls asleep, ends its sleep or keeps it from it;
-/// one stop that ends does not put to sleep whom another one wants awake.
+/// A stop that begins before, while or after the vCPU falls asleep, ends its sleep or keeps it from
+/// it; one stop that ends does not put to sleep whom another one wants awake.
 #[test]
 fn a_stop_beside_a_sleeper() {
     model(3, || {
@@ -50,8 +51,8 @@ fn a_stop_beside_a_sleeper() {
     });
 }
 
-/// What a reaper takes is owed as what waits is: the vCPU sleeps until it is woken, whatever the reaper
-/// has done by then.
+/// What a reaper takes is owed as what waits is: the vCPU sleeps until it is woken, whatever the
+/// reaper has done by then.
 #[test]
 fn a_reaper_beside_a_debtor() {
     model(3, || {

@@ -355,8 +355,8 @@ pub enum LimitError {
     },
 }
 
-/// What went wrong with a [`Limiter`](crate::Limiter). Limits hold all the same wherever vCPUs come to
-/// [`on_full`](crate::VcpuRing::on_full) or [`throttle`](crate::VcpuRing::throttle).
+/// What went wrong with a [`Limiter`](crate::Limiter). Limits hold all the same wherever vCPUs come
+/// to [`on_full`](crate::VcpuRing::on_full) or [`throttle`](crate::VcpuRing::throttle).
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LimiterError {

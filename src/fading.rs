@@ -9,7 +9,8 @@ pub(crate) struct FadingMean {
 }
 
 impl FadingMean {
-    /// Takes in what the last `seconds` brought. What is `half_life` seconds old has half the weight.
+    /// Takes in what the last `seconds` brought. What is `half_life` seconds old has half the
+    /// weight.
     pub(crate) fn add(&mut self, amount: f64, seconds: f64, half_life: f64) {
         let weight = (-seconds / half_life).exp2();
         self.amount = self.amount * weight + amount;

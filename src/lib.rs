@@ -59,8 +59,8 @@
 //!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
 //! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
 //!   page-modification logging hold pages back until a vCPU exits.
-//! - Where it sets [dirty limits](DirtyLog::set_dirty_limit): call [`VcpuRing::throttle`] when `KVM_RUN` was
-//!   interrupted, and [keep vCPUs awake](DirtyLog::keep_awake) while it stops them.
+//! - Where it sets [dirty limits](DirtyLog::set_dirty_limit): call [`VcpuRing::throttle`] when
+//!   `KVM_RUN` was interrupted, and [keep vCPUs awake](DirtyLog::keep_awake) while it stops them.
 //! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
 //!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
 //! - Under seccomp, allow the ioctl `0xAEC7` and `rt_sigprocmask` to every thread that syncs or

@@ -14,8 +14,8 @@ use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 /// Holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit) a few milliseconds at a time. It
 /// stops when this is dropped; the limits stay.
 ///
-/// Its thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do, and
-/// waits where there are no limits. It blocks every signal but the C library's own,
+/// Its thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do,
+/// and waits where there are no limits. It blocks every signal but the C library's own,
 /// and sleeps without timer slack.
 ///
 /// ```no_run
@@ -40,8 +40,8 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// Starts a thread that calls `kick` for vCPUs that are ahead of their limits, by their place in
-    /// the order in which they were attached, as
+    /// Starts a thread that calls `kick` for vCPUs that are ahead of their limits, by their place
+    /// in the order in which they were attached, as
     /// [`enforce_dirty_limits`](DirtyLog::enforce_dirty_limits) does.
     ///
     /// # Errors
@@ -53,9 +53,9 @@ impl Limiter {
         Self::spawn_with(log, Priority::default(), kick)
     }
 
-    /// The same, for a thread of that priority. Where vCPUs or others keep every core busy, a limiter
-    /// that is not before them looks late: the mean holds, and stops get longer, as vCPUs get further
-    /// ahead meanwhile.
+    /// The same, for a thread of that priority. Where vCPUs or others keep every core busy, a
+    /// limiter that is not before them looks late: the mean holds, and stops get longer, as vCPUs
+    /// get further ahead meanwhile.
     ///
     /// # Errors
     /// [`LimiterError::Spawn`]; [`LimiterError::Scheduling`] without the right to that priority.
@@ -99,8 +99,8 @@ impl Limiter {
         self.thread.as_ref().is_some_and(|t| !t.is_finished())
     }
 
-    /// Stops the thread and waits for it, a kick under way included. Limits stay as they are: from now
-    /// on vCPUs stop for them at full rings alone.
+    /// Stops the thread and waits for it, a kick under way included. Limits stay as they are: from
+    /// now on vCPUs stop for them at full rings alone.
     ///
     /// # Errors
     /// What has ended the thread before.

@@ -111,7 +111,8 @@ impl DirtyLog {
         }
         let harvester = &self.inner.harvester;
         let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
-        // Held until the vCPU is there: whoever changes all limits then reaches it, or has been here.
+        // Held until the vCPU is there: whoever changes all limits then reaches it, or has been
+        // here.
         let terms = lock(&self.inner.limits.terms);
         vcpu.limit.set(terms.all, || vcpu.logged());
         vcpu.limit.keep_awake(terms.wakers > 0);

@@ -34,11 +34,11 @@ pub struct Rates {
 
 /// Works out dirty rates from samples of a log, of vCPU by vCPU and of the VM.
 ///
-/// What counts are entries that vCPUs have logged, whoever has taken them from the rings, full exits
-/// included, or whether anybody has. An entry is the first write to a page since it was last protected.
-/// So a rate is a lower bound of what the guest writes, and depends on how often rings are reset: of a
-/// page that is written all the time, each reset makes one entry more, while a sync reports it once.
-/// What devices write is not in it.
+/// What counts are entries that vCPUs have logged, whoever has taken them from the rings, full
+/// exits included, or whether anybody has. An entry is the first write to a page since it was last
+/// protected. So a rate is a lower bound of what the guest writes, and depends on how often rings
+/// are reset: of a page that is written all the time, each reset makes one entry more, while a sync
+/// reports it once. What devices write is not in it.
 ///
 /// Bitmaps do not say who has written: in [`Mode::Bitmap`] there is nothing to sample.
 ///
@@ -82,10 +82,10 @@ struct Known {
 impl RateMeter {
     /// Takes a sample `now`, and says what the rates are; `None` in [`Mode::Bitmap`].
     ///
-    /// The first sample has nothing to compare with, nor has that of a vCPU which was attached since
-    /// the one before: their rates are zero. One at the same time as the sample before changes nothing;
-    /// where the clock has gone back, rates stay as they are, and it is from this sample that the next
-    /// one is counted. No rate is ever infinite, or no number.
+    /// The first sample has nothing to compare with, nor has that of a vCPU which was attached
+    /// since the one before: their rates are zero. One at the same time as the sample before
+    /// changes nothing; where the clock has gone back, rates stay as they are, and it is from this
+    /// sample that the next one is counted. No rate is ever infinite, or no number.
     pub fn sample(&mut self, log: &DirtyLog, now: Duration) -> Option<&Rates> {
         if log.mode() == Mode::Bitmap {
             return None;
@@ -145,11 +145,11 @@ impl RateMeter {
 }
 
 impl Rates {
-    /// Watches the VM for `time`, during which it blocks, and says how fast it dirtied memory: what QEMU
-    /// calls `calc-dirty-rate`. `None` in [`Mode::Bitmap`].
+    /// Watches the VM for `time`, during which it blocks, and says how fast it dirtied memory: what
+    /// QEMU calls `calc-dirty-rate`. `None` in [`Mode::Bitmap`].
     ///
-    /// Logging must be on for the slots that count; pages that are not protected when it begins are not
-    /// seen, so sync right before.
+    /// Logging must be on for the slots that count; pages that are not protected when it begins are
+    /// not seen, so sync right before.
     pub fn measure(log: &DirtyLog, time: Duration) -> Option<Self> {
         let mut meter = RateMeter::default();
         let start = Instant::now();
@@ -183,7 +183,8 @@ mod tests {
             [500.0, 500.0, 0.0]
         );
         assert_eq!(rates.vm.mean, 500.0);
-        // Five seconds halve the weight of the two before: 0.5 x 1000 pages in 0.5 x 2 s, and 0 in 5.
+        // Five seconds halve the weight of the two before: 0.5 x 1000 pages in 0.5 x 2 s, and 0 in
+        // 5.
         let rates = take(&mut meter, &[1700, 9], 10 * SECOND);
         assert_eq!(rates.vm.last, 0.0);
         assert!((rates.vm.mean - 500.0 / 6.0).abs() < 1e-9, "{rates:?}");
@@ -223,7 +224,8 @@ mod tests {
         ) {
             let mut meter = RateMeter::default();
             for (logged, time, coarse) in samples {
-                let time = if coarse { Duration::from_secs(time) } else { Duration::from_nanos(time) };
+                let unit = if coarse { Duration::from_secs } else { Duration::from_nanos };
+                let time = unit(time);
                 let before = meter.rates.vcpus.len();
                 let back = meter.last.is_none_or(|last| time <= last);
                 let rates = take(&mut meter, &logged, time);
@@ -238,7 +240,8 @@ mod tests {
             }
         }
 
-        /// A guest at a steady rate has that rate, however irregular the samples, from the second on.
+        /// A guest at a steady rate has that rate, however irregular the samples, from the second
+        /// on.
         #[test]
         fn a_steady_rate_is_its_mean(
             rate in 1u64..1_000_000,

@@ -5,8 +5,8 @@ use core::num::NonZeroU64;
 use crate::pass::Harvester;
 use crate::vcpu::Vcpu;
 
-/// Counts since the log was enabled. They go up only, but for `suspect_pages` and limits, and are read one by
-/// one: passes under way may show in one and not yet in another.
+/// Counts since the log was enabled. They go up only, but for `suspect_pages` and limits, and are
+/// read one by one: passes under way may show in one and not yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -54,8 +54,8 @@ pub struct VcpuStats {
     /// Pages per second that the vCPU may dirty now; none: any number. See
     /// [`DirtyLog::set_dirty_limit`](crate::DirtyLog::set_dirty_limit).
     pub dirty_limit: Option<NonZeroU64>,
-    /// Time that the vCPU slept for the sake of that limit, in nanoseconds, in sleeps that are over;
-    /// none of it is in `stall_ns`.
+    /// Time that the vCPU slept for the sake of that limit, in nanoseconds, in sleeps that are
+    /// over; none of it is in `stall_ns`.
     pub limited_ns: u64,
 }
 

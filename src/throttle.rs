@@ -16,18 +16,19 @@ const LOOK: Duration = Duration::from_millis(1);
 /// Dirty limits.
 impl DirtyLog {
     /// Lets one vCPU, by its place in the order in which they were attached, dirty no more than
-    /// `limit` pages a second from now on; `None` lifts the limit, ends the sleep in which the vCPU may
-    /// be for it, and forgives what it owed.
+    /// `limit` pages a second from now on; `None` lifts the limit, ends the sleep in which the vCPU
+    /// may be for it, and forgives what it owed.
     ///
-    /// A page counts when it is logged: at the first write to it since it was last protected. What a
-    /// vCPU is ahead of its limit, it sleeps off in [`VcpuRing::throttle`] and at the end of
-    /// [`VcpuRing::on_full`], so the mean over some seconds is the limit, whoever empties the ring and
-    /// when. What it has not used stays good for a quarter of a second; a debt of less than 5 ms is left standing.
+    /// A page counts when it is logged: at the first write to it since it was last protected. What
+    /// a vCPU is ahead of its limit, it sleeps off in [`VcpuRing::throttle`] and at the end of
+    /// [`VcpuRing::on_full`], so the mean over some seconds is the limit, whoever empties the ring
+    /// and when. What it has not used stays good for a quarter of a second; a debt of less than 5
+    /// ms is left standing.
     ///
-    /// Who brings the vCPU there decides how long its stops are. A [`Limiter`](crate::Limiter) kicks it
-    /// out of the guest about a millisecond after it has got ahead. Without one it stops at a full
-    /// ring, for as long as a whole ring takes under the limit (65,536 entries at 1,000 pages/s: a
-    /// minute), and with a reaper that leaves no ring to fill, not at all.
+    /// Who brings the vCPU there decides how long its stops are. A [`Limiter`](crate::Limiter)
+    /// kicks it out of the guest about a millisecond after it has got ahead. Without one it stops
+    /// at a full ring, for as long as a whole ring takes under the limit (65,536 entries at 1,000
+    /// pages/s: a minute), and with a reaper that leaves no ring to fill, not at all.
     ///
     /// # Errors
     /// [`LimitError::NoVcpu`]; [`LimitError::Bitmap`] in [`Mode::Bitmap`].
@@ -60,8 +61,8 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// As [`set_dirty_limit`](Self::set_dirty_limit), for every vCPU and those attached later: each may
-    /// dirty `limit` pages a second.
+    /// As [`set_dirty_limit`](Self::set_dirty_limit), for every vCPU and those attached later: each
+    /// may dirty `limit` pages a second.
     ///
     /// # Errors
     /// [`LimitError::Bitmap`] in [`Mode::Bitmap`].
@@ -79,11 +80,12 @@ impl DirtyLog {
 
     /// Looks at the vCPUs that have a limit, and calls `kick` for each that is ahead of it and not
     /// asleep, by its place in the order in which they were attached: `kick` makes its thread leave
-    /// `KVM_RUN` and call [`VcpuRing::throttle`]. Returns when to look again, `None` if no vCPU has a
-    /// limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a thread that does this.
+    /// `KVM_RUN` and call [`VcpuRing::throttle`]. Returns when to look again, `None` if no vCPU has
+    /// a limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a thread that does
+    /// this.
     ///
-    /// A kick that comes to nothing, since the thread was about to enter the guest, is repeated by the
-    /// next look. `kick` is called with no lock held.
+    /// A kick that comes to nothing, since the thread was about to enter the guest, is repeated by
+    /// the next look. `kick` is called with no lock held.
     pub fn enforce_dirty_limits(&self, mut kick: impl FnMut(usize)) -> Option<Duration> {
         let mut next: Option<Duration> = None;
         for (place, vcpu) in self.inner().harvester.layout().vcpus.iter().enumerate() {
@@ -104,8 +106,8 @@ impl DirtyLog {
     /// Wakes every vCPU's thread that sleeps for its limit, and lets none fall asleep until what is
     /// returned is dropped. What they owe remains, and is slept off later.
     ///
-    /// A VMM that stops its vCPUs calls this first, and drops it when they are to run again: so no stop
-    /// waits for a sleep, whether the thread is in it or about to be.
+    /// A VMM that stops its vCPUs calls this first, and drops it when they are to run again: so no
+    /// stop waits for a sleep, whether the thread is in it or about to be.
     pub fn keep_awake(&self) -> Awake {
         let inner = self.inner();
         let mut terms = lock(&inner.limits.terms);
@@ -152,12 +154,13 @@ impl fmt::Debug for Awake {
 }
 
 impl VcpuRing {
-    /// Sleeps off what the vCPU is ahead of its [dirty limit](DirtyLog::set_dirty_limit), and returns
-    /// how long that took: zero, after a lock and a look, where there is nothing to sleep for.
+    /// Sleeps off what the vCPU is ahead of its [dirty limit](DirtyLog::set_dirty_limit), and
+    /// returns how long that took: zero, after a lock and a look, where there is nothing to sleep
+    /// for.
     ///
     /// Call it on the vCPU's thread whenever `KVM_RUN` was interrupted (`EINTR`), and, if you like,
-    /// after every other exit. It returns early when the limit is lifted, and at once while somebody
-    /// [keeps the vCPUs awake](DirtyLog::keep_awake).
+    /// after every other exit. It returns early when the limit is lifted, and at once while
+    /// somebody [keeps the vCPUs awake](DirtyLog::keep_awake).
     pub fn throttle(&mut self) -> Duration {
         self.vcpu.pay()
     }

@@ -211,8 +211,8 @@ fn nobody_sleeps_while_kept_awake() {
     assert_eq!(kicks, [0, 1], "debts were forgotten");
 }
 
-/// A limiter beside a reaper that leaves no ring to fill: the vCPUs are stopped all the same, and no
-/// page gets lost by it.
+/// A limiter beside a reaper that leaves no ring to fill: the vCPUs are stopped all the same, and
+/// no page gets lost by it.
 #[test]
 fn a_limiter_holds_what_a_reaper_empties() {
     let machine = Machine::new();

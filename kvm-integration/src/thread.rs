@@ -120,8 +120,8 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Runs `vcpu` on a thread of its own. `handler` is told of each exit of the guest's own, and of
-    /// those that a [`Kicker`] causes; other signals are not its business.
+    /// Runs `vcpu` on a thread of its own. `handler` is told of each exit of the guest's own, and
+    /// of those that a [`Kicker`] causes; other signals are not its business.
     ///
     /// # Errors
     /// The thread could not be started.
@@ -321,8 +321,8 @@ impl Drop for VcpuThread {
 pub struct Kicker(Arc<Shared>);
 
 impl Kicker {
-    /// Kicks. The handler is told [`Exit::Kicked`]; if the vCPU was about to enter the guest, perhaps
-    /// not before something else brings it out.
+    /// Kicks. The handler is told [`Exit::Kicked`]; if the vCPU was about to enter the guest,
+    /// perhaps not before something else brings it out.
     pub fn kick(&self) {
         let mut state = self.0.lock();
         if !state.ended {

@@ -1,5 +1,5 @@
-//! The program `dirty-limit`, run as a user runs it. How well limits hold is for people to read off its
-//! output; here is that there is one.
+//! The program `dirty-limit`, run as a user runs it. How well limits hold is for people to read off
+//! its output; here is that there is one.
 
 mod program;
 

@@ -1,11 +1,12 @@
-//! What a vCPU may dirty under a limit, and what it owes: arithmetic alone, without clock or thread.
+//! What a vCPU may dirty under a limit, and what it owes: arithmetic alone, without clock or
+//! thread.
 
 use core::num::NonZeroU64;
 use core::time::Duration;
 
-/// Budget that was not used up stays good for so long. It makes up for sleeps that end late, which on
-/// a host with more threads than cores is by tens of milliseconds; with more, a vCPU that was idle
-/// could begin with a burst worth the name.
+/// Budget that was not used up stays good for so long. It makes up for sleeps that end late, which
+/// on a host with more threads than cores is by tens of milliseconds; with more, a vCPU that was
+/// idle could begin with a burst worth the name.
 pub(super) const CREDIT: Duration = Duration::from_millis(250);
 
 /// A smaller debt is left standing: to throw a vCPU out of the guest for it, and to put its thread
@@ -77,8 +78,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A vCPU that writes as fast as it can, for `seconds`, and sleeps as it is told, late each time.
-    /// It is looked at after each `burst` pages. How many pages it has dirtied.
+    /// A vCPU that writes as fast as it can, for `seconds`, and sleeps as it is told, late each
+    /// time. It is looked at after each `burst` pages. How many pages it has dirtied.
     fn hungry(
         budget: &mut Budget,
         seconds: u64,
@@ -165,8 +166,9 @@ mod tests {
             prop_assert!((least..=most).contains(&dirtied), "{least} {dirtied} {most}");
         }
 
-        /// Against an account that keeps every event, and works out from the beginning what is owed:
-        /// at no time is there more credit than there may be, and that is all that is forgiven.
+        /// Against an account that keeps every event, and works out from the beginning what is
+        /// owed: at no time is there more credit than there may be, and that is all that is
+        /// forgiven.
         #[test]
         fn the_debt_is_that_of_the_whole_history(
             rate in 1u64..1_000_000,

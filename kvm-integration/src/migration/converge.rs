@@ -4,15 +4,15 @@ use std::num::NonZeroU64;
 
 use super::Round;
 
-/// The first limit lets the guest dirty a quarter of what the link sends meanwhile, so each round is a
-/// quarter of the one before.
+/// The first limit lets the guest dirty a quarter of what the link sends meanwhile, so each round
+/// is a quarter of the one before.
 const FIRST: f64 = 0.25;
 
 /// Each further one is half the one before.
 const TIGHTER: f64 = 0.5;
 
-/// A guest that dirties more than this share of what was sent meanwhile does not converge, or so slowly
-/// that it is not worth waiting for: QEMU's threshold, too.
+/// A guest that dirties more than this share of what was sent meanwhile does not converge, or so
+/// slowly that it is not worth waiting for: QEMU's threshold, too.
 const ENOUGH: f64 = 0.5;
 
 /// Limits the guest's dirty rate, more and more, until rounds become smaller.

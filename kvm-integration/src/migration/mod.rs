@@ -286,8 +286,8 @@ impl<'a> Pending<'a> {
         })
     }
 
-    /// Limits the guest, or limits it more, if what was written during the last of `rounds` is too much:
-    /// what each vCPU may dirty from now on, if that has changed.
+    /// Limits the guest, or limits it more, if what was written during the last of `rounds` is too
+    /// much: what each vCPU may dirty from now on, if that has changed.
     fn limit(
         &mut self,
         converge: &mut Converge,

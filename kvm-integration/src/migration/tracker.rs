@@ -38,8 +38,8 @@ pub trait Tracker {
         Ok(())
     }
 
-    /// The guest is to dirty no more than so many pages a second, all vCPUs together. What each of them
-    /// may.
+    /// The guest is to dirty no more than so many pages a second, all vCPUs together. What each of
+    /// them may.
     ///
     /// # Errors
     /// It can't be limited.

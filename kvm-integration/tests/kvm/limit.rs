@@ -1,5 +1,5 @@
-//! Dirty limits. How well they hold, the program `dirty-limit` tells; here is what must be so on any
-//! machine, however busy.
+//! Dirty limits. How well they hold, the program `dirty-limit` tells; here is what must be so on
+//! any machine, however busy.
 
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
@@ -36,8 +36,8 @@ fn sleeps(log: &DirtyLog) -> bool {
     log.enforce_dirty_limits(|_| ()) > Some(Duration::from_secs(1))
 }
 
-/// A vCPU that would write without end, beside a reaper: what it dirties, by its own count, is what it
-/// may in that time, the credit of a quarter of a second, and what it owes.
+/// A vCPU that would write without end, beside a reaper: what it dirties, by its own count, is what
+/// it may in that time, the credit of a quarter of a second, and what it owes.
 fn a_limit_is_not_exceeded() -> Outcome {
     const RATE: u64 = 2000;
     let mut machine = Machine::new(4096, &[60_000])?;

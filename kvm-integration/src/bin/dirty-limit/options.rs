@@ -10,8 +10,8 @@ use kvm_integration::stamp::MAX_VCPUS;
 use kvm_integration::workload::Workload;
 
 /// Holds a guest on KVM, which would write as fast as it can, to dirty limits, one after the other,
-/// and counts what it does: by its own count of pages that it wrote, by the pages that syncs report,
-/// and by what its vCPUs' rings have logged.
+/// and counts what it does: by its own count of pages that it wrote, by the pages that syncs
+/// report, and by what its vCPUs' rings have logged.
 ///
 /// The guest walks through its memory, so that each page it writes is protected again by then. Exit
 /// status: 0 if each limit held within the tolerance, 1 if not, 2 if it could not be tried, 130 if
@@ -19,8 +19,8 @@ use kvm_integration::workload::Workload;
 #[derive(Debug, Clone, Parser)]
 #[command(version)]
 pub struct Options {
-    /// Pages per second that each vCPU may dirty, 1 to 1000000; may be repeated [default: 1000, 5000
-    /// and 20000, after a guest without limit]
+    /// Pages per second that each vCPU may dirty, 1 to 1000000; may be repeated [default: 1000,
+    /// 5000 and 20000, after a guest without limit]
     #[arg(long, value_name = "PAGES",
           value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub limit: Vec<u64>,
@@ -48,8 +48,8 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = Policy::LookFirst)]
     pub pacing: Policy,
 
-    /// Nobody looks after the limits and nobody empties rings but syncs, each second, and vCPUs whose
-    /// ring is full: where these alone stop for their limits
+    /// Nobody looks after the limits and nobody empties rings but syncs, each second, and vCPUs
+    /// whose ring is full: where these alone stop for their limits
     #[arg(long, conflicts_with = "pacing")]
     pub at_full_rings: bool,
 
