@@ -5,10 +5,9 @@
 //! cargo run --example dirty_rate_meter
 //! ```
 //!
-//! A vCPU's rate is that of its ring's entries: first writes to pages since they were protected.
-//! The VM's is that of pages found by a sync, in which a page counts once, however many vCPUs wrote
-//! it and however often it was protected meanwhile. So the second is never more than the sum of the
-//! first, in the long run.
+//! The rates are those of rings' entries: first writes to pages since they were protected. Beside
+//! them is what a sync finds each second, in which a page counts once, however often it was
+//! protected meanwhile: never more than the entries, in the long run.
 //!
 //! `guest` simulates what is below a VMM; all else a VMM does the same way.
 
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant};
 use guest::{Exit, Guest, Load, Vcpu};
 use kvm_dirty_ring::error::ResetError;
 use kvm_dirty_ring::pacing::LookFirst;
-use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyPages, RateMeter, Rates, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
 const PAGES: u64 = 65_536;
@@ -47,22 +46,33 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let reaper = Reaper::spawn(&log, LookFirst::default())?;
 
+    // At one go, for an operator who asks: it blocks meanwhile.
+    let rates = Rates::measure(&log, Duration::from_millis(200)).ok_or("no rings")?;
+    println!("at first, {:.0} pages/s", rates.vm.last);
+
     let mut dirty = DirtyPages::new();
-    let (mut found, mut entries) = (0, vec![0; vcpus.len()]);
-    println!("pages/s   vCPU 0   vCPU 1   vCPU 2   the VM");
+    let mut meter = RateMeter::default();
+    let start = Instant::now();
+    meter.sample(&log, start.elapsed());
+    let mut found = 0;
+    println!("pages/s   vCPU 0   vCPU 1   vCPU 2   the VM     mean   synced");
     let mut last = Instant::now();
     for _ in 0..SECONDS {
         thread::sleep(Duration::from_secs(1));
-        // It empties the rings, so the counts that are read next are up to date.
+        let rates = meter.sample(&log, start.elapsed()).ok_or("no rings")?;
         log.sync(&mut dirty)?;
         let seconds = last.elapsed().as_secs_f64();
         last = Instant::now();
         print!("       ");
-        for (vcpu, before) in log.stats().vcpus.iter().zip(&mut entries) {
-            print!(" {:>8.0}", (vcpu.entries - *before) as f64 / seconds);
-            *before = vcpu.entries;
+        for vcpu in &rates.vcpus {
+            print!(" {:>8.0}", vcpu.last);
         }
-        println!(" {:>8.0}", dirty.page_count() as f64 / seconds);
+        let synced = dirty.page_count() as f64 / seconds;
+        println!(
+            " {:>8.0} {:>8.0} {synced:>8.0}",
+            rates.vm.last, rates.vm.mean
+        );
+        assert!(rates.vm.last > 0.0 && rates.vcpus.len() == 3);
         found += dirty.page_count();
     }
 

@@ -10,6 +10,7 @@ mod device;
 mod faults;
 mod gate;
 pub(crate) mod kernel;
+mod limit;
 mod migration;
 mod occupancy;
 mod ring;

@@ -337,3 +337,42 @@ pub enum ReaperError {
     #[error("the reaper panicked")]
     Panicked,
 }
+
+/// Why a vCPU's dirty limit was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LimitError {
+    /// The kernel logs into bitmaps, which do not say who has written.
+    #[error("a dirty limit takes rings, and this log is in bitmap mode: it can't tell vCPUs apart")]
+    Bitmap,
+    /// There is no such vCPU.
+    #[error("there is no vCPU {vcpu} to limit: {vcpus} are attached, numbered from 0")]
+    NoVcpu {
+        /// The vCPU, by its place in the order in which they were attached.
+        vcpu: usize,
+        /// How many are attached.
+        vcpus: usize,
+    },
+}
+
+/// What went wrong with a [`Limiter`](crate::Limiter). Limits hold all the same wherever vCPUs come
+/// to [`on_full`](crate::VcpuRing::on_full) or [`throttle`](crate::VcpuRing::throttle).
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum LimiterError {
+    /// The thread could not be started.
+    #[error("starting the limiter's thread failed")]
+    Spawn(#[source] Arc<io::Error>),
+    /// The thread could not be given the priority that was asked for.
+    #[error("{call} failed for the limiter's thread")]
+    Scheduling {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The kick panicked, and the thread has ended.
+    #[error("the kick of a limiter panicked")]
+    Panicked,
+}

@@ -59,6 +59,8 @@
 //!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
 //! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
 //!   page-modification logging hold pages back until a vCPU exits.
+//! - Where it sets [dirty limits](DirtyLog::set_dirty_limit): call [`VcpuRing::throttle`] when
+//!   `KVM_RUN` was interrupted, and [keep vCPUs awake](DirtyLog::keep_awake) while it stops them.
 //! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
 //!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
 //! - Under seccomp, allow the ioctl `0xAEC7`, `rt_sigprocmask` and `getrusage` to every thread that syncs or
@@ -98,12 +100,16 @@ mod alarm;
 mod bitmap;
 mod dirty_pages;
 pub mod error;
+mod fading;
 #[cfg(not(all(test, feature = "modelled")))]
 mod guest_map;
 mod kernel;
 mod kernel_bits;
 #[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
+mod limit;
+#[cfg(not(all(test, feature = "modelled")))]
+mod limiter;
 mod log;
 mod memslots;
 #[cfg(feature = "metrics")]
@@ -111,6 +117,8 @@ pub mod metrics;
 pub mod pacing;
 mod pass;
 mod prefetch;
+#[cfg(not(all(test, feature = "modelled")))]
+mod rate;
 #[cfg(not(all(test, feature = "modelled")))]
 mod reaper;
 mod reset;
@@ -124,6 +132,7 @@ mod slot_id;
 mod stats;
 mod sync;
 mod targets;
+mod throttle;
 mod trace;
 mod vcpu;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
@@ -135,11 +144,16 @@ pub use guest_map::{GuestMap, GuestRegion};
 pub use kernel::{Kernel, Mode, Recycled};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::{HostSupport, RingEntries};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use limiter::Limiter;
 pub use log::{DirtyLog, RetiredSlot, VcpuRing};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use rate::{Rate, RateMeter, Rates};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use reaper::{Priority, Reaper, ReaperBuilder};
 pub use slot_id::SlotId;
 pub use stats::{ReaperStats, Stats, VcpuStats};
+pub use throttle::Awake;
 
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]

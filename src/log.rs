@@ -11,6 +11,7 @@ use crate::dirty_pages::DirtyPages;
 use crate::error::{AttachError, ResetError, SlotError, SyncError};
 use crate::kernel::{Kernel, Mode};
 use crate::kernel_bits::KernelBits;
+use crate::limit::Limits;
 use crate::memslots::Slot;
 use crate::pacing::RingObservation;
 use crate::pass::Harvester;
@@ -47,6 +48,7 @@ pub(crate) struct Inner {
     pub(crate) reaper_counts: ReaperCounts,
     /// One change of slots at a time.
     slot_change: Mutex<()>,
+    pub(crate) limits: Limits,
     told: Told,
 }
 
@@ -96,6 +98,7 @@ impl DirtyLog {
             reaper_counts: ReaperCounts::default(),
             slot_change: Mutex::default(),
             told: Told::default(),
+            limits: Limits::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -108,7 +111,6 @@ impl DirtyLog {
         Self::new(vm, ring_entries, MAX_SHARDS, true)
     }
 
-    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
@@ -136,7 +138,12 @@ impl DirtyLog {
         }
         let harvester = &self.inner.harvester;
         let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
-        harvester.change_layout(|layout| {
+        // Held until the vCPU is there: whoever changes all limits then reaches it, or has been
+        // here.
+        let terms = lock(&self.inner.limits.terms);
+        vcpu.limit.set(terms.all, || vcpu.logged());
+        vcpu.limit.keep_awake(terms.wakers > 0);
+        let attached = harvester.change_layout(|layout| {
             // A second consumer would take the first one's entries for an overrun.
             if layout.vcpus.iter().any(|other| other.name == vcpu.name) {
                 return Err(AttachError::Twice);
@@ -149,7 +156,9 @@ impl DirtyLog {
                 taken: 0,
                 vcpu,
             })
-        })
+        });
+        self.inner.limits.change(terms);
+        attached
     }
 
     #[cfg(not(all(test, feature = "modelled")))]
@@ -549,7 +558,7 @@ pub struct VcpuRing {
     index: usize,
     /// Entries taken from the ring, by whomever, when the last full exit was over.
     taken: u64,
-    vcpu: Arc<Vcpu>,
+    pub(crate) vcpu: Arc<Vcpu>,
 }
 
 impl VcpuRing {
@@ -563,6 +572,9 @@ impl VcpuRing {
     /// The reset failed: the ring is still full, its pages are kept. Entering the guest again
     /// leads to the same exit at once.
     ///
+    /// A vCPU that is ahead of its [dirty limit](DirtyLog::set_dirty_limit) then sleeps as in
+    /// [`throttle`](Self::throttle).
+    ///
     /// In [`Mode::Bitmap`] there is no such exit, and nothing to be done.
     pub fn on_full(&mut self) -> Result<(), ResetError> {
         let start = Instant::now();
@@ -572,6 +584,7 @@ impl VcpuRing {
         self.vcpu.counts.stall_ns.add(stall);
         trace::full(self.index, entries, stall);
         self.inner.tell();
+        self.vcpu.pay();
         result
     }
 

@@ -1,13 +1,14 @@
 //! What has happened so far, in numbers.
 
 use core::fmt;
+use core::num::NonZeroU64;
 
 use crate::pass::Harvester;
 use crate::sync::Counter;
 use crate::vcpu::Vcpu;
 
-/// Counts since the log was enabled. They go up only, but for `suspect_pages`, and are read one by
-/// one: passes under way may show in one and not yet in another.
+/// Counts since the log was enabled. They go up only, but for `suspect_pages` and limits, and are
+/// read one by one: passes under way may show in one and not yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -59,6 +60,12 @@ pub struct VcpuStats {
     pub stall_ns: u64,
     /// Entries at which the kernel stops the vCPU: supposed, until a full exit has shown it.
     pub soft_limit: u64,
+    /// Pages per second that the vCPU may dirty now; none: any number. See
+    /// [`DirtyLog::set_dirty_limit`](crate::DirtyLog::set_dirty_limit).
+    pub dirty_limit: Option<NonZeroU64>,
+    /// Time that the vCPU slept for the sake of that limit, in nanoseconds, in sleeps that are
+    /// over; none of it is in `stall_ns`.
+    pub limited_ns: u64,
 }
 
 /// What the reapers of a log, of which one runs at a time, have done so far; but for the last three,
@@ -147,6 +154,8 @@ impl VcpuStats {
             full_exits: counts.full_exits.get(),
             stall_ns: counts.stall_ns.get(),
             soft_limit: counts.soft_limit.get(),
+            dirty_limit: vcpu.limit.get(),
+            limited_ns: vcpu.limit.slept_ns.get(),
         }
     }
 }

@@ -184,6 +184,26 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Waits on `condvar` until `until` at the latest, or for no reason at all. In a model no time goes
+/// by: who waits there is woken, or waits for ever, which the model reports.
+pub(crate) fn wait_until<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    until: std::time::Instant,
+) -> MutexGuard<'a, T> {
+    #[cfg(all(test, feature = "modelled"))]
+    {
+        let _ = until;
+        wait(condvar, guard)
+    }
+    #[cfg(not(all(test, feature = "modelled")))]
+    {
+        let left = until.saturating_duration_since(std::time::Instant::now());
+        let woken = condvar.wait_timeout(guard, left);
+        woken.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
 /// A statistic: many may add, anybody may read, and nothing is ever decided by it, so it is a plain
 /// relaxed counter that models need not see.
 #[derive(Debug, Default)]

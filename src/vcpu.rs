@@ -2,6 +2,7 @@
 
 use crossbeam_utils::CachePadded;
 
+use crate::limit::Limit;
 use crate::pacing::RingObservation;
 use crate::ring::{Gauge, RingMemory, RingView};
 use crate::sync::{AtomicU64, Counter, Mutex, Ordering};
@@ -19,6 +20,8 @@ pub(crate) struct Vcpu {
     /// The same ring, for onlookers.
     memory: RingMemory,
     pub(crate) counts: CachePadded<Counts>,
+    /// How much the vCPU may dirty.
+    pub(crate) limit: Limit,
 }
 
 /// Each is written once for a pass or a full exit, never for an entry.
@@ -48,6 +51,7 @@ impl Vcpu {
             ring: Mutex::new(ring),
             memory,
             counts: CachePadded::new(counts),
+            limit: Limit::default(),
         }
     }
 
@@ -97,6 +101,17 @@ impl Vcpu {
             }
             taken = now;
         }
+    }
+
+    /// Entries that the vCPU has logged so far.
+    pub(crate) fn logged(&self) -> u64 {
+        let (waiting, taken) = self.occupancy();
+        taken + u64::from(waiting)
+    }
+
+    /// On the vCPU's thread, out of the guest: sleeps off what its limit says that it owes.
+    pub(crate) fn pay(&self) -> core::time::Duration {
+        self.limit.pay(|| self.logged())
     }
 
     fn gauge(&self, taken: u64) -> Gauge<'_> {

@@ -147,7 +147,7 @@ thread_local! {
 struct Watched(SimVm);
 
 impl Kernel for Watched {
-    fn reset(&self) -> io::Result<u32> {
+    fn reset(&self) -> io::Result<kvm_dirty_ring::Recycled> {
         RESETS.set(true);
         let result = self.0.reset();
         RESETS.set(false);

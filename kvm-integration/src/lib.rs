@@ -87,7 +87,7 @@ pub use program::{Load, Mode};
 #[cfg(target_arch = "x86_64")]
 pub use stress::Stress;
 #[cfg(target_arch = "x86_64")]
-pub use thread::{Action, VcpuThread, pause_all};
+pub use thread::{Action, Kicker, VcpuThread, pause_all};
 #[cfg(target_arch = "x86_64")]
 pub use vcpu::{Exit, Progress, TinyVcpu, VcpuError};
 #[cfg(target_arch = "x86_64")]

@@ -44,10 +44,18 @@ impl Parking {
 
     /// Says what is wanted from now on.
     pub(crate) fn tell(&self, want: Want) {
-        self.lock().want = want;
+        let mut state = self.lock();
+        state.want = want;
         // Relaxed: the lock orders the state; a thread that sees the hint late looks late.
         self.out.store(want != Want::Run, Ordering::Relaxed);
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Has the thread look up once.
+    pub(crate) fn kick(&self) {
+        // Relaxed: see `tell`.
+        self.out.store(true, Ordering::Relaxed);
     }
 
     /// Whether the thread should [`park`](Self::park).
@@ -62,6 +70,8 @@ impl Parking {
         self.changed.notify_all();
         let mut state = self.wait_while(|state| state.want == Want::Pause);
         state.parked = false;
+        // A kick has done its work. Relaxed: see `tell`.
+        self.out.store(state.want != Want::Run, Ordering::Relaxed);
         state.want != Want::Stop
     }
 

@@ -41,6 +41,8 @@ struct State {
     /// The thread is through with `KVM_RUN` for good.
     ended: bool,
     tid: libc::pid_t,
+    /// The handler is to be called once the vCPU is out.
+    kicked: bool,
 }
 
 #[derive(Debug)]
@@ -70,6 +72,11 @@ impl Shared {
         self.immediate_exit.set(true);
         self.changed.notify_all();
         state
+    }
+
+    /// Whether the vCPU was kicked since this was asked last.
+    fn take_kick(&self) -> bool {
+        std::mem::take(&mut self.lock().kicked)
     }
 
     /// On the thread, out of `KVM_RUN`: waits while it is wanted out; false if for ever.
@@ -113,8 +120,8 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Runs `vcpu` on a thread of its own. `handler` is told of each exit of the guest's own;
-    /// signals are not its business.
+    /// Runs `vcpu` on a thread of its own. `handler` is told of each exit of the guest's own, and
+    /// of those that a [`Kicker`] causes; other signals are not its business.
     ///
     /// # Errors
     /// The thread could not be started.
@@ -152,6 +159,7 @@ impl VcpuThread {
             parked: false,
             ended: false,
             tid: 0,
+            kicked: false,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -223,6 +231,11 @@ impl VcpuThread {
             // it has ended; the signal's handler does nothing.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), kick::kick_signal()) };
         }
+    }
+
+    /// For a thread that is to throw the vCPU out of the guest now and then.
+    pub fn kicker(&self) -> Kicker {
+        Kicker(Arc::clone(&self.shared))
     }
 
     /// Throws the vCPU out of the guest and waits until its thread is parked out of `KVM_RUN`;
@@ -303,6 +316,31 @@ impl Drop for VcpuThread {
     }
 }
 
+/// Throws a vCPU out of the guest, to its handler.
+#[derive(Debug, Clone)]
+pub struct Kicker(Arc<Shared>);
+
+impl Kicker {
+    /// Kicks. The handler is told [`Exit::Kicked`]; if the vCPU was about to enter the guest,
+    /// perhaps not before something else brings it out.
+    pub fn kick(&self) {
+        let mut state = self.0.lock();
+        if !state.ended {
+            state.kicked = true;
+            // SAFETY: integers only. The thread has not ended: it says so under the lock first. The
+            // signal's handler does nothing.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_tgkill,
+                    libc::getpid(),
+                    state.tid,
+                    kick::kick_signal(),
+                )
+            };
+        }
+    }
+}
+
 /// Pauses all of them, which takes as long as the slowest; false if one has ended.
 pub fn pause_all(threads: &[VcpuThread]) -> bool {
     threads.iter().for_each(VcpuThread::request_pause);
@@ -349,15 +387,17 @@ where
 {
     let index = vcpu.index();
     loop {
-        match vcpu.run()? {
+        let exit = match vcpu.run()? {
             Ran::Interrupted if !shared.may_run() => return Ok(vcpu),
-            Ran::Interrupted => {}
-            Ran::Left(exit) => match handler(exit) {
-                Action::Continue => {}
-                Action::Pause => drop(shared.want_out(Want::Pause)),
-                Action::Stop => drop(shared.want_out(Want::Stop)),
-                Action::Fail(source) => return Err(VcpuError::Handler { index, source }),
-            },
+            Ran::Interrupted if !shared.take_kick() => continue,
+            Ran::Interrupted => Exit::Kicked,
+            Ran::Left(exit) => exit,
+        };
+        match handler(exit) {
+            Action::Continue => {}
+            Action::Pause => drop(shared.want_out(Want::Pause)),
+            Action::Stop => drop(shared.want_out(Want::Stop)),
+            Action::Fail(source) => return Err(VcpuError::Handler { index, source }),
         }
     }
 }

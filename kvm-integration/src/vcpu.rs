@@ -19,6 +19,8 @@ pub enum Exit {
     PassDone,
     /// The vCPU's dirty ring is full: it won't run before entries were harvested and reset.
     RingFull,
+    /// It did not leave by itself: a [`Kicker`](crate::thread::Kicker) has thrown it out.
+    Kicked,
 }
 
 /// A vCPU failed, or its thread could not do as told.

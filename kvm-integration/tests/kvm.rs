@@ -17,6 +17,7 @@ mod kvm {
     mod complete;
     mod full;
     mod guest;
+    mod limit;
     mod machine;
     mod order;
     mod overrun;
@@ -36,6 +37,7 @@ mod kvm {
                 refusals::tests(),
                 absent::tests(),
                 full::tests(),
+                limit::tests(),
                 rings::tests(),
                 order::tests(),
                 complete::tests(),

@@ -79,6 +79,29 @@ fn promised_keys_hold_what_they_promise() {
     assert_eq!(sent, integer("pages_sent"));
 }
 
+/// What a guest dirties that does not converge by itself: all of its memory, in each round.
+const OUTRUNS: &str = "--backend sim --memory-mib 8 --vcpus 2 --write-rate 0 --bandwidth-mib 16 \
+                       --workload random --downtime-ms 30 --json";
+
+fn a_guest_that_outruns_the_link_converges_by_limits() {
+    let migrate = |args: &str| {
+        let ran = run(&format!("{OUTRUNS} {args}"));
+        assert_eq!(ran.status, Some(0), "{args}: {}", ran.stderr);
+        let object: Value = serde_json::from_str(&ran.stdout).expect("the line is JSON");
+        assert_eq!(object["mismatched_pages"], 0, "{object}");
+        object
+    };
+    let unlimited = migrate("--max-rounds 4");
+    assert_eq!(unlimited["converged"], false, "{unlimited}");
+    assert_eq!(number(&unlimited, "limited_ms"), 0.0);
+    let limited = migrate("--max-rounds 100 --converge");
+    assert_eq!(limited["converged"], true, "{limited}");
+    assert!(number(&limited, "limited_ms") > 0.0, "{limited}");
+    let rounds = limited["per_round"].as_array().unwrap();
+    assert!(rounds[0]["limit_per_second"].is_null(), "{limited}");
+    assert!(rounds[1]["limit_per_second"].is_u64(), "{limited}");
+}
+
 fn people_get_a_table() {
     let ran = run(&format!("{SMALL} --backend sim --workload walk"));
     assert_eq!(ran.status, Some(0), "{}", ran.stderr);
@@ -497,6 +520,7 @@ fn kvm_one_signal_ends_it() {
 fn main() -> ExitCode {
     let everywhere = tests![
         promised_keys_hold_what_they_promise,
+        a_guest_that_outruns_the_link_converges_by_limits,
         people_get_a_table,
         every_workload_arrives,
         every_policy_brings_it_there,

@@ -4,6 +4,8 @@ use core::fmt;
 use core::time::Duration;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::fading::FadingMean;
+
 use super::{Fixed, LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
 
 /// A policy that asks for times out of bounds so many times in a row does not know what it does.
@@ -17,18 +19,8 @@ const RATE_HALF_LIFE: f64 = 1.0;
 struct Known {
     /// Entries that its vCPU had logged.
     logged: u64,
-    /// Entries that it logged lately, and the time that it took: both fade, so that their quotient is
-    /// a mean over what is known, however little that is.
-    entries: f64,
-    seconds: f64,
-}
-
-impl Known {
-    fn fade(&mut self, seconds: f64) {
-        let weight = (-seconds / RATE_HALF_LIFE).exp2();
-        self.entries *= weight;
-        self.seconds = self.seconds * weight + seconds;
-    }
+    /// Entries that it logged lately.
+    rate: FadingMean,
 }
 
 /// Why a pacing policy was replaced.
@@ -205,10 +197,10 @@ impl Pacer {
             };
             known.logged = logged;
             if index < old {
-                known.fade(elapsed.as_secs_f64());
-                known.entries += ring.logged as f64;
+                let seconds = elapsed.as_secs_f64();
+                known.rate.add(ring.logged as f64, seconds, RATE_HALF_LIFE);
             }
-            ring.rate = known.entries / known.seconds.max(1e-6);
+            ring.rate = known.rate.per_second();
         }
         self.reap.clear();
         self.reap.resize(rings.len(), false);

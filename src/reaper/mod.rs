@@ -1,6 +1,6 @@
 //! The thread that empties the rings at the pace of a policy.
 
-mod thread;
+pub(crate) mod thread;
 
 use core::time::Duration;
 use std::io;

@@ -1,12 +1,12 @@
-//! What the reaper's thread asks of the operating system.
+//! What threads of the crate's own ask of the operating system.
 
 use std::io;
 
-use crate::error::ReaperError;
+use crate::error::{LimiterError, ReaperError};
 use crate::kvm::block_for_good;
 use crate::sync::Arc;
 
-/// How the operating system schedules the reaper's thread.
+/// How the operating system schedules a thread of the crate's own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Priority {
@@ -22,7 +22,7 @@ pub enum Priority {
 }
 
 /// Prepares the calling thread: no signals, wake-ups in time, `cpus` and `priority` as asked for.
-pub(super) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), ReaperError> {
+pub(crate) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), Refused> {
     // Each reset blocks them anyway, and says so if it can't.
     block_for_good().map_err(failed("pthread_sigmask"))?;
     // Where a filter forbids it, wake-ups are late by another 50 us, and the policy sees it.
@@ -53,7 +53,7 @@ pub(super) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), ReaperEr
     }
 }
 
-fn pin(cpus: &[usize]) -> Result<(), ReaperError> {
+fn pin(cpus: &[usize]) -> Result<(), Refused> {
     const CALL: &str = "sched_setaffinity";
     // SAFETY: a set of bits, for which zero is a value.
     let mut set: libc::cpu_set_t = unsafe { core::mem::zeroed() };
@@ -71,16 +71,34 @@ fn pin(cpus: &[usize]) -> Result<(), ReaperError> {
     })
 }
 
-fn check(call: &'static str, result: libc::c_int) -> Result<(), ReaperError> {
+fn check(call: &'static str, result: libc::c_int) -> Result<(), Refused> {
     match result {
         -1 => Err(failed(call)(io::Error::last_os_error())),
         _ => Ok(()),
     }
 }
 
-fn failed(call: &'static str) -> impl FnOnce(io::Error) -> ReaperError {
-    move |error| ReaperError::Scheduling {
+fn failed(call: &'static str) -> impl FnOnce(io::Error) -> Refused {
+    move |error| Refused {
         call,
         source: Arc::new(error),
+    }
+}
+
+/// What the operating system did not grant.
+pub(crate) struct Refused {
+    call: &'static str,
+    source: Arc<io::Error>,
+}
+
+impl From<Refused> for ReaperError {
+    fn from(Refused { call, source }: Refused) -> Self {
+        Self::Scheduling { call, source }
+    }
+}
+
+impl From<Refused> for LimiterError {
+    fn from(Refused { call, source }: Refused) -> Self {
+        Self::Scheduling { call, source }
     }
 }

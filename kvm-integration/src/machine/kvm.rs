@@ -3,10 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
+use kvm_dirty_ring::{Awake, DirtyLog, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
-use super::{Guest, GuestSlot, Machine, MachineError, Setup};
+use super::{Guest, GuestSlot, Kick, Machine, MachineError, Setup};
 use crate::program::{Load, Mode};
 use crate::rate::{Dormitory, Throttle};
 use crate::thread::{Action, VcpuThread, pause_all};
@@ -31,6 +31,8 @@ pub struct KvmMachine {
     slots: Vec<GuestSlot>,
     threads: Vec<VcpuThread>,
     dormitory: Arc<Dormitory>,
+    /// While it is wanted out of the guest.
+    awake: Option<Awake>,
 }
 
 impl KvmMachine {
@@ -68,6 +70,7 @@ impl KvmMachine {
             slots,
             threads: Vec::new(),
             dormitory: Arc::default(),
+            awake: None,
         };
         for (vcpu, ring) in vcpus {
             let throttle = setup.throttle(&this.dormitory);
@@ -92,6 +95,9 @@ fn handler(
                 }
             }
             Exit::Chunk => throttle.pay(chunk),
+            Exit::Kicked => {
+                ring.throttle();
+            }
             Exit::PassDone => {}
         }
         Action::Continue
@@ -101,6 +107,11 @@ fn handler(
 impl Machine for KvmMachine {
     fn log(&self) -> &DirtyLog {
         &self.log
+    }
+
+    fn kick(&self) -> Kick {
+        let kickers: Vec<_> = self.threads.iter().map(VcpuThread::kicker).collect();
+        Box::new(move |vcpu| kickers[vcpu].kick())
     }
 }
 
@@ -126,6 +137,7 @@ impl Guest for KvmMachine {
     fn pause(&mut self) -> Result<(), MachineError> {
         // A vCPU that sleeps is out of the guest, and its thread parks once it has woken.
         self.dormitory.wake();
+        self.awake = Some(self.log.keep_awake());
         if pause_all(&self.threads) {
             return Ok(());
         }
@@ -134,6 +146,7 @@ impl Guest for KvmMachine {
 
     fn resume(&mut self) {
         self.dormitory.calm();
+        self.awake = None;
         self.threads.iter().for_each(VcpuThread::resume);
     }
 
@@ -144,8 +157,10 @@ impl Guest for KvmMachine {
 
 impl Drop for KvmMachine {
     fn drop(&mut self) {
-        // Its threads are stopped one by one as they drop, each when it is awake.
+        // Threads are stopped one by one as they drop, each when it is awake.
         self.dormitory.wake();
+        self.awake = Some(self.log.keep_awake());
+        self.threads.clear();
     }
 }
 

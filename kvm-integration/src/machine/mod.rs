@@ -64,7 +64,13 @@ pub trait Guest {
 pub trait Machine: Guest {
     /// The log of everything its vCPUs write.
     fn log(&self) -> &DirtyLog;
+
+    /// What makes its vCPUs, by their index, look after their dirty limits.
+    fn kick(&self) -> Kick;
 }
+
+/// For a [`Limiter`](kvm_dirty_ring::Limiter).
+pub type Kick = Box<dyn FnMut(usize) + Send>;
 
 /// A logged slot and what is behind it.
 #[derive(Debug, Clone)]

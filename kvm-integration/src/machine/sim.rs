@@ -8,9 +8,9 @@ use std::thread::{Builder, JoinHandle};
 
 use kvm_dirty_ring::error::ResetError;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
+use kvm_dirty_ring::{Awake, DirtyLog, SlotId, VcpuRing};
 
-use super::{Guest, GuestSlot, Machine, MachineError, Setup};
+use super::{Guest, GuestSlot, Kick, Machine, MachineError, Setup};
 use crate::memory::PAGE_SIZE;
 use crate::parking::{EndGuard, Parking, Want};
 use crate::rate::{Dormitory, Throttle};
@@ -23,6 +23,8 @@ pub struct SimMachine {
     slots: Vec<GuestSlot>,
     threads: Vec<Thread>,
     dormitory: Arc<Dormitory>,
+    /// While it is wanted out of the guest.
+    awake: Option<Awake>,
 }
 
 struct Thread {
@@ -48,6 +50,7 @@ impl SimMachine {
             slots: Vec::new(),
             threads: Vec::new(),
             dormitory: Arc::default(),
+            awake: None,
         };
         for (id, region) in setup.regions() {
             this.log.add_slot(id, region.pages)?;
@@ -89,6 +92,15 @@ impl Machine for SimMachine {
     fn log(&self) -> &DirtyLog {
         &self.log
     }
+
+    fn kick(&self) -> Kick {
+        let parkings = self
+            .threads
+            .iter()
+            .map(|thread| Arc::clone(&thread.parking));
+        let parkings: Vec<_> = parkings.collect();
+        Box::new(move |vcpu| parkings[vcpu].kick())
+    }
 }
 
 impl Guest for SimMachine {
@@ -117,6 +129,7 @@ impl Guest for SimMachine {
     fn pause(&mut self) -> Result<(), MachineError> {
         self.tell(Want::Pause);
         self.dormitory.wake();
+        self.awake = Some(self.log.keep_awake());
         for thread in &self.threads {
             thread.parking.wait_parked();
         }
@@ -125,6 +138,7 @@ impl Guest for SimMachine {
 
     fn resume(&mut self) {
         self.dormitory.calm();
+        self.awake = None;
         self.tell(Want::Run);
     }
 
@@ -138,6 +152,7 @@ impl Drop for SimMachine {
     fn drop(&mut self) {
         self.tell(Want::Stop);
         self.dormitory.wake();
+        self.awake = Some(self.log.keep_awake());
         for thread in self.threads.drain(..) {
             // An error or a panic was for check() to report, which nobody called.
             let _ = thread.thread.join();
@@ -196,6 +211,7 @@ impl Program {
                     if !parking.park() {
                         return Ok(());
                     }
+                    self.ring.throttle();
                 }
                 self.store(self.list[n], pass)?;
                 stores += 1;

@@ -5,10 +5,12 @@
 //! allowed, or enough is enough, the vCPUs stop, one last sync tells the rest, and all of it is
 //! sent. Then both sides must be equal.
 
+mod converge;
 mod link;
 mod tracker;
 
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,7 @@ use kvm_dirty_ring::SlotId;
 use crate::machine::{Guest, GuestSlot, MachineError};
 use crate::memory::PAGE_SIZE;
 use crate::page_set::PageSet;
+use converge::Converge;
 use link::Link;
 
 pub use link::Destination;
@@ -32,6 +35,8 @@ pub struct Limits {
     /// The guest stops as soon as what is to be sent then takes the link no longer than this. What
     /// is written between that sync and the stop comes on top.
     pub downtime: Duration,
+    /// Where rounds do not become smaller, the guest's vCPUs are limited, until they do.
+    pub converge: bool,
 }
 
 /// Watches a migration.
@@ -69,6 +74,8 @@ pub struct Round {
     pub sync: Duration,
     /// How long sending took.
     pub send: Duration,
+    /// Pages per second that each vCPU was allowed to dirty when these pages were sent.
+    pub limit: Option<NonZeroU64>,
 }
 
 impl Round {
@@ -178,6 +185,7 @@ pub fn migrate(
     let allowed = pages_total as f64 * limits.downtime.as_secs_f64() / round.send.as_secs_f64();
     let mut rounds = vec![round];
     let mut rearms = 0;
+    let (mut converge, mut limit) = (Converge::default(), None);
 
     let converged = loop {
         guest.check()?;
@@ -189,6 +197,10 @@ pub fn migrate(
         if rounds.len() >= limits.max_rounds as usize {
             break false;
         }
+        if limits.converge {
+            limit = pending.limit(&mut converge, &rounds, &round)?.or(limit);
+        }
+        round.limit = limit;
         round.send = link.send(rounds.len(), round.pages, true, pending.pages.runs())?;
         pending.clear();
         rounds.push(round);
@@ -201,6 +213,7 @@ pub fn migrate(
     pending.tracker.quiesce()?;
     let mut round = pending.sync(false)?;
     round.send = link.send(rounds.len(), round.pages, false, pending.pages.runs())?;
+    round.limit = limit;
     rounds.push(round);
     let (downtime, total) = (stop.elapsed(), start.elapsed());
 
@@ -269,7 +282,22 @@ impl<'a> Pending<'a> {
             written_in: Some(self.synced - self.since),
             sync: self.synced - begin,
             send: Duration::ZERO,
+            limit: None,
         })
+    }
+
+    /// Limits the guest, or limits it more, if what was written during the last of `rounds` is too
+    /// much: what each vCPU may dirty from now on, if that has changed.
+    fn limit(
+        &mut self,
+        converge: &mut Converge,
+        rounds: &[Round],
+        written: &Round,
+    ) -> Result<Option<NonZeroU64>, TrackerError> {
+        let tighter = rounds
+            .last()
+            .and_then(|sent| converge.after(sent, written.pages));
+        tighter.map(|limit| self.tracker.limit(limit)).transpose()
     }
 
     /// All of it was sent.

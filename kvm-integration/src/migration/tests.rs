@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::{ResetFault, SimVm};
-use kvm_dirty_ring::{DirtyLog, Reaper, RingEntries};
+use kvm_dirty_ring::{DirtyLog, Limiter, Reaper, RingEntries};
 
 use super::*;
 use crate::machine::{Machine, Setup, SimMachine};
@@ -16,6 +16,7 @@ const LIMITS: Limits = Limits {
     bandwidth_mib: 0,
     max_rounds: 5,
     downtime: Duration::from_millis(1),
+    converge: false,
 };
 
 /// A machine without vCPUs, whose memory is written while it "pauses".
@@ -52,6 +53,10 @@ impl Double {
 impl Machine for Double {
     fn log(&self) -> &DirtyLog {
         &self.log
+    }
+
+    fn kick(&self) -> crate::machine::Kick {
+        Box::new(|_| ())
     }
 }
 
@@ -154,6 +159,7 @@ fn a_guest_that_outruns_the_link_ends_at_the_round_limit() {
         bandwidth_mib: 100,
         max_rounds: 4,
         downtime: Duration::from_micros(10),
+        converge: false,
     };
     let mut machine = busy();
     let outcome = run(&mut machine, &limits);
@@ -165,6 +171,33 @@ fn a_guest_that_outruns_the_link_ends_at_the_round_limit() {
     // 2,000 pages are 7.8 MiB, of which up to 2 are sent on credit.
     let rate = outcome.rounds[0].mib_per_second().unwrap();
     assert!(rate < 140.0, "{rate} MiB/s");
+}
+
+/// A guest that writes all its pages over and over converges by limits alone, down to nothing.
+#[test]
+fn a_guest_that_outruns_the_link_is_limited() {
+    let limits = Limits {
+        bandwidth_mib: 8,
+        max_rounds: 100,
+        downtime: Duration::from_millis(20),
+        converge: true,
+    };
+    let mut machine = busy();
+    let limiter = Limiter::spawn(machine.log(), machine.kick()).unwrap();
+    let outcome = run(&mut machine, &limits);
+    limiter.stop().unwrap();
+    assert!(outcome.converged, "{outcome:?}");
+    assert_eq!(outcome.mismatched_pages, 0);
+    assert_eq!(outcome.rounds[0].limit, None);
+    let limited: Vec<_> = outcome
+        .rounds
+        .iter()
+        .filter_map(|round| round.limit)
+        .collect();
+    assert!(limited.is_sorted_by(|before, after| before >= after));
+    let stats = machine.log().stats();
+    assert_eq!(stats.vcpus[1].dirty_limit, limited.last().copied());
+    assert!(stats.vcpus.iter().any(|vcpu| vcpu.limited_ns > 0));
 }
 
 #[test]

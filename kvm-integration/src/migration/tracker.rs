@@ -1,11 +1,13 @@
 //! Who knows what a guest has written.
 
 use std::io;
+use std::num::NonZeroU64;
 
-use kvm_dirty_ring::error::{ReaperError, SlotError, SyncError};
+use kvm_dirty_ring::error::{LimitError, ReaperError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Pacing;
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId};
 
+use super::converge::share;
 use crate::page_set::PageSet;
 
 /// Dirty tracking of one migration.
@@ -36,6 +38,16 @@ pub trait Tracker {
         Ok(())
     }
 
+    /// The guest is to dirty no more than so many pages a second, all vCPUs together. What each of
+    /// them may.
+    ///
+    /// # Errors
+    /// It can't be limited.
+    fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64, TrackerError> {
+        let _ = pages_per_second;
+        Err(LimitError::Bitmap.into())
+    }
+
     /// The vCPUs stand still, and one last sync will come: nothing needs to be emptied any more.
     ///
     /// # Errors
@@ -53,6 +65,9 @@ pub enum TrackerError {
     /// Pages could not be protected anew.
     #[error("pages that may be unprotected could not be protected anew")]
     Rearm(#[from] SlotError),
+    /// The guest could not be limited.
+    #[error("the guest could not be limited")]
+    Limit(#[from] LimitError),
     /// The reaper failed.
     #[error("the reaper failed")]
     Reaper(#[from] ReaperError),
@@ -111,6 +126,12 @@ impl Tracker for Rings {
     ) -> Result<(), TrackerError> {
         self.log.rearm(protect)?;
         Ok(())
+    }
+
+    fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64, TrackerError> {
+        let limit = share(pages_per_second, self.log.stats().vcpus.len());
+        self.log.set_dirty_limits(Some(limit))?;
+        Ok(limit)
     }
 
     fn quiesce(&mut self) -> Result<(), TrackerError> {

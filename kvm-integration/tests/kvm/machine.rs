@@ -209,6 +209,10 @@ pub fn serve(vcpu: TinyVcpu, mut ring: VcpuRing) -> Result<VcpuThread, Failed> {
             Ok(()) => Action::Continue,
             Err(error) => Action::Fail(error.into()),
         },
+        Exit::Kicked => {
+            ring.throttle();
+            Action::Continue
+        }
         Exit::Chunk => Action::Continue,
         Exit::PassDone => Action::Pause,
     };

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 use std::sync::mpsc;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Fixed, LookFirst};
-use kvm_dirty_ring::{DirtyLog, HostSupport, Priority, Reaper, RingEntries};
+use kvm_dirty_ring::{DirtyLog, HostSupport, Limiter, Priority, Reaper, RingEntries};
 use kvm_integration::{Action, Exit, TinyVm, VcpuThread, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
@@ -27,7 +28,7 @@ use seccompiler::{
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, pause, resume, run_passes, serve, slot_id, stop,
+    Machine, assert_unsuspicious, pause, resume, run_passes, serve, slot_id, stop, wait,
 };
 
 tests![
@@ -187,6 +188,20 @@ const REAPER: Row = Row {
     ],
 };
 
+const LIMITER: Row = Row {
+    when: "limiter",
+    calls: calls![
+        SYS_rt_sigprocmask,
+        SYS_prctl(0: PR_SET_TIMERSLACK = 29),
+    ],
+};
+
+/// The kick that this test gives a limiter: the VMM's own.
+const KICK: Row = Row {
+    when: "",
+    calls: calls![SYS_getpid, SYS_tgkill],
+};
+
 const CPUS: Row = Row {
     when: "reaper with `cpus`",
     calls: calls![SYS_sched_setaffinity],
@@ -207,7 +222,7 @@ const DROP: Row = Row {
     calls: calls![SYS_munmap, SYS_close],
 };
 
-const TABLE: [Row; 13] = [
+const TABLE: [Row; 14] = [
     ANY,
     QUERY,
     ENABLE,
@@ -217,6 +232,7 @@ const TABLE: [Row; 13] = [
     BITMAP,
     THREAD,
     REAPER,
+    LIMITER,
     CPUS,
     NICE,
     FIFO,
@@ -354,6 +370,10 @@ fn spawn_confined(machine: Machine, index: u32) -> Result<(Machine, VcpuThread),
                 Ok(()) => Action::Continue,
                 Err(error) => Action::Fail(error.into()),
             },
+            Exit::Kicked => {
+                ring.throttle();
+                Action::Continue
+            }
             Exit::Chunk => Action::Continue,
             Exit::PassDone => Action::Pause,
         }
@@ -446,6 +466,8 @@ fn confined() -> Outcome {
         }
     }
 
+    limit(&log, &vcpus)?;
+
     // The last sync, and the end of all.
     pause(&vcpus)?;
     let finish = move || {
@@ -462,6 +484,25 @@ fn confined() -> Outcome {
     let maps = fs::read_to_string("/proc/self/maps")?;
     assert!(!maps.contains("kvm-vcpu"), "rings are mapped:\n{maps}");
     Ok(Completed)
+}
+
+/// A limiter, and vCPUs that sleep and are woken.
+fn limit(log: &DirtyLog, vcpus: &[VcpuThread]) -> Result<(), Failed> {
+    let limiting = Confined::to(&[ANY, THREAD, LIMITER, KICK])?;
+    let kickers: Vec<_> = vcpus.iter().map(VcpuThread::kicker).collect();
+    let limited = log.clone();
+    let limiter = limiting.run(move || {
+        limited.set_dirty_limits(NonZeroU64::new(1_000))?;
+        Ok::<_, Failed>(Limiter::spawn(&limited, move |vcpu| kickers[vcpu].kick())?)
+    })?;
+    let slept = || log.stats().vcpus.iter().all(|vcpu| vcpu.limited_ns > 0);
+    wait("a sleep of each vCPU", slept)?;
+    let log = log.clone();
+    limiting.run(move || {
+        drop(log.keep_awake());
+        log.set_dirty_limits(None)?;
+        Ok(limiter.stop()?)
+    })
 }
 
 /// The same in bitmap mode, but for the vCPU's thread, which calls nothing there.

@@ -103,6 +103,7 @@ impl Plan {
                 bandwidth_mib: options.bandwidth_mib,
                 max_rounds: options.max_rounds,
                 downtime: Duration::from_millis(options.downtime_ms),
+                converge: false,
             },
         })
     }
@@ -113,6 +114,7 @@ impl Plan {
             bandwidth_mib,
             max_rounds,
             downtime,
+            converge: _,
         } = self.limits;
         let link = match bandwidth_mib {
             0 => "as fast as it goes".into(),

@@ -16,6 +16,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::Parser;
+use kvm_dirty_ring::error::LimitError;
+use kvm_dirty_ring::{Limiter, Mode};
 use kvm_integration::interrupt::watch_signals;
 use kvm_integration::migration::{Destination, Limits, Observer, Outcome, Rings, migrate};
 use kvm_integration::output::{exit_status, fail, say, say_aside};
@@ -53,11 +55,17 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
         bandwidth_mib: options.bandwidth_mib,
         max_rounds: options.max_rounds,
         downtime: Duration::from_millis(options.downtime_ms),
+        converge: options.converge,
     };
     let destination = Destination::new(machine.slots())?;
     let log = machine.log().clone();
     tell(&backend.tell_mode(log.mode()))?;
     let mut rings = Rings::start(&log, options.pacing.make())?;
+    let limiter = match options.converge {
+        true if log.mode() == Mode::Bitmap => return Err(LimitError::Bitmap.into()),
+        true => Some(Limiter::spawn(&log, machine.kick())?),
+        false => None,
+    };
     let mut observer: Box<dyn Observer> = match options.watch {
         true => Box::new(Watch::start(&log)?),
         false => Box::new(Bars::default()),
@@ -72,6 +80,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome, Box<dyn E
     )?;
     drop(observer);
     drop(machine);
+    limiter.map_or(Ok(()), Limiter::stop)?;
 
     let report = Report::new(options, backend.name(), &outcome, &log);
     tell(&report.table(&outcome))?;

@@ -63,6 +63,11 @@ pub struct Options {
           value_parser = clap::value_parser!(u64).range(..=60_000))]
     pub downtime_ms: u64,
 
+    /// Where rounds do not become smaller, limits what the vCPUs dirty: to a quarter of what the
+    /// link takes, then to half as much each time
+    #[arg(long)]
+    pub converge: bool,
+
     /// When the reaper empties the rings
     #[arg(long, value_enum, default_value_t = Policy::LookFirst)]
     pub pacing: Policy,

@@ -26,12 +26,14 @@ pub struct Report {
     bandwidth_mib: u64,
     max_rounds: u32,
     downtime_limit_ms: u64,
+    converge: bool,
     rounds: usize,
     converged: bool,
     pages_total: u64,
     pages_sent: u64,
     ring_full_exits: u64,
     ring_full_ms: f64,
+    limited_ms: f64,
     resets: u64,
     short_resets: u64,
     overruns: u64,
@@ -53,6 +55,8 @@ struct RoundReport {
     send_ms: f64,
     mib_per_second: Option<f64>,
     dirty_pages_per_second: Option<f64>,
+    /// What each vCPU was allowed to dirty.
+    limit_per_second: Option<u64>,
 }
 
 impl Report {
@@ -65,6 +69,7 @@ impl Report {
     ) -> Self {
         let stats = log.stats();
         let stall: u64 = stats.vcpus.iter().map(|vcpu| vcpu.stall_ns).sum();
+        let limited: u64 = stats.vcpus.iter().map(|vcpu| vcpu.limited_ns).sum();
         Self {
             backend,
             mode: log.mode().to_string(),
@@ -79,12 +84,14 @@ impl Report {
             bandwidth_mib: options.bandwidth_mib,
             max_rounds: options.max_rounds,
             downtime_limit_ms: options.downtime_ms,
+            converge: options.converge,
             rounds: outcome.rounds.len(),
             converged: outcome.converged,
             pages_total: outcome.pages_total,
             pages_sent: outcome.pages_sent(),
             ring_full_exits: stats.full_exits(),
             ring_full_ms: ms(Duration::from_nanos(stall)),
+            limited_ms: ms(Duration::from_nanos(limited)),
             resets: stats.resets,
             short_resets: stats.short_resets,
             overruns: stats.overruns,
@@ -113,6 +120,31 @@ impl Report {
         self.write_table(outcome, &mut text)
             .expect("a String takes all that is written to it");
         text
+    }
+
+    /// How the guest was limited.
+    fn limits(&self) -> String {
+        let mut limits: Vec<(usize, u64)> = Vec::new();
+        for (number, round) in self.per_round.iter().enumerate() {
+            match round.limit_per_second {
+                Some(limit) if limits.last().is_none_or(|last| last.1 != limit) => {
+                    limits.push((number, limit));
+                }
+                _ => {}
+            }
+        }
+        if limits.is_empty() {
+            return "none was needed".into();
+        }
+        let tell = |(number, limit): &(usize, u64)| {
+            format!("{} pages/s a vCPU from round {number} on", grouped(*limit))
+        };
+        let limits: Vec<_> = limits.iter().map(tell).collect();
+        format!(
+            "{}; {:.1} ms of vCPU time asleep",
+            limits.join(", "),
+            self.limited_ms
+        )
     }
 
     fn write_table(&self, outcome: &Outcome, out: &mut String) -> std::fmt::Result {
@@ -192,6 +224,9 @@ impl Report {
                 self.ring_full_ms,
             ),
         )?;
+        if self.converge {
+            line("dirty limit", self.limits())?;
+        }
         line("resets", grouped(self.resets))?;
         if self.short_resets + self.overruns > 0 {
             line("short resets", grouped(self.short_resets))?;
@@ -240,6 +275,7 @@ impl RoundReport {
             send_ms: ms(round.send),
             mib_per_second: round.mib_per_second(),
             dirty_pages_per_second: round.dirty_rate(),
+            limit_per_second: round.limit.map(u64::from),
         }
     }
 }

@@ -340,6 +340,7 @@ mod tests {
         bandwidth_mib: 100,
         max_rounds: 3,
         downtime: Duration::from_millis(1),
+        converge: false,
     };
     const QUIET: Duration = Duration::from_millis(100);
 

@@ -111,7 +111,7 @@ impl Guest {
                         dormitory.sleep_until(start + until);
                     }
                 }
-                Exit::PassDone => {}
+                Exit::PassDone | Exit::Kicked => {}
             }
             Action::Continue
         }

@@ -1,0 +1,173 @@
+//! One guest under one limit.
+
+use std::error::Error;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Priority, Reaper};
+use kvm_integration::machine::Machine;
+
+use crate::options::Options;
+
+/// Between two looks at how far the guest is.
+const LOOK: Duration = Duration::from_millis(1);
+/// Between two syncs.
+const ROUND: Duration = Duration::from_secs(1);
+/// The longest that the guest may take to write all of its memory once.
+const WARM_UP: Duration = Duration::from_secs(20);
+
+/// What came of it.
+pub struct Measured {
+    pub limit: Option<NonZeroU64>,
+    pub time: Duration,
+    /// Pages that the guest wrote, by its own count.
+    pub stores: u64,
+    /// Pages that syncs reported.
+    pub pages: u64,
+    /// Entries that vCPU by vCPU were logged.
+    pub logged: Vec<u64>,
+    /// Time that vCPUs slept for the limit, all together.
+    pub asleep: Duration,
+    /// The longest time in which no vCPU wrote a page.
+    pub longest_stop: Duration,
+    pub full_exits: u64,
+}
+
+/// What is counted.
+struct Counts {
+    at: Instant,
+    stores: u64,
+    logged: Vec<u64>,
+    asleep_ns: u64,
+    full_exits: u64,
+}
+
+impl Counts {
+    fn read(machine: &dyn Machine) -> Self {
+        let stats = machine.log().stats();
+        let mut rings = Vec::new();
+        machine.log().observe(&mut rings);
+        Self {
+            at: Instant::now(),
+            stores: machine.stores(),
+            logged: rings.iter().map(|ring| ring.taken + ring.waiting).collect(),
+            asleep_ns: stats.vcpus.iter().map(|vcpu| vcpu.limited_ns).sum(),
+            full_exits: stats.full_exits(),
+        }
+    }
+}
+
+/// Runs a new guest under the limit for as long as asked for.
+pub fn run(
+    options: &Options,
+    limit: Option<NonZeroU64>,
+    interrupted: &AtomicBool,
+) -> Result<Measured, Box<dyn Error>> {
+    let mut machine = start(options)?;
+    let log = machine.log().clone();
+    let mut dirty = DirtyPages::new();
+    let priority = match options.fifo {
+        true => Priority::Fifo(1),
+        false => Priority::Inherited,
+    };
+    let (reaper, limiter) = match options.at_full_rings {
+        true => (None, None),
+        false => (
+            Some(Reaper::spawn(&log, options.pacing.make())?),
+            Some(Limiter::spawn_with(&log, priority, machine.kick())?),
+        ),
+    };
+    // Once through all memory, for it to be there.
+    let begin = Instant::now();
+    while machine.stores() < options.setup().pages && begin.elapsed() < WARM_UP {
+        thread::sleep(LOOK);
+        go_on(&mut *machine, interrupted)?;
+    }
+
+    log.set_dirty_limits(limit)?;
+    log.sync(&mut dirty)?;
+    let before = Counts::read(&*machine);
+    let mut pages = 0;
+    let mut stops = Stops::new(before.stores);
+    for round in 1..=options.seconds {
+        let end = before.at + ROUND * round as u32;
+        while Instant::now() < end {
+            thread::sleep(LOOK);
+            stops.look(machine.stores());
+            go_on(&mut *machine, interrupted)?;
+        }
+        pages += sync(&log, &mut dirty)?;
+    }
+    let after = Counts::read(&*machine);
+    machine.pause()?;
+    drop(machine);
+    if let Some(limiter) = limiter {
+        limiter.stop()?;
+    }
+    if let Some(reaper) = reaper {
+        reaper.stop()?;
+    }
+    let logged = after.logged.iter().zip(&before.logged);
+    Ok(Measured {
+        limit,
+        time: after.at - before.at,
+        stores: after.stores - before.stores,
+        pages,
+        logged: logged.map(|(after, before)| after - before).collect(),
+        asleep: Duration::from_nanos(after.asleep_ns - before.asleep_ns),
+        longest_stop: stops.longest,
+        full_exits: after.full_exits - before.full_exits,
+    })
+}
+
+fn sync(log: &DirtyLog, dirty: &mut DirtyPages) -> Result<u64, Box<dyn Error>> {
+    log.sync(dirty)?;
+    Ok(dirty.page_count())
+}
+
+fn go_on(machine: &mut dyn Machine, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
+    // Relaxed: nothing comes with it.
+    if interrupted.load(Ordering::Relaxed) {
+        return Err("interrupted".into());
+    }
+    Ok(machine.check()?)
+}
+
+/// How long the guest stood still.
+struct Stops {
+    stores: u64,
+    since: Instant,
+    longest: Duration,
+}
+
+impl Stops {
+    fn new(stores: u64) -> Self {
+        Self {
+            stores,
+            since: Instant::now(),
+            longest: Duration::ZERO,
+        }
+    }
+
+    fn look(&mut self, stores: u64) {
+        if stores != self.stores {
+            (self.stores, self.since) = (stores, Instant::now());
+        }
+        self.longest = self.longest.max(self.since.elapsed());
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn start(options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
+    use kvm_integration::kvm_available;
+    use kvm_integration::machine::{KvmMachine, Logging};
+    let machine = KvmMachine::start(&kvm_available()?, &options.setup(), Logging::Rings)?;
+    Ok(Box::new(machine))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn start(_options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
+    Err("the guest is x86-64 code and this machine is not".into())
+}

@@ -1,0 +1,164 @@
+//! The thread that kicks vCPUs which are ahead of their limits out of the guest.
+
+use core::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
+use std::time::Instant;
+
+use crate::error::LimiterError;
+use crate::log::DirtyLog;
+use crate::reaper::Priority;
+use crate::reaper::thread::prepare;
+use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
+
+/// Holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit) a few milliseconds at a time. It
+/// stops when this is dropped; the limits stay.
+///
+/// Its thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do,
+/// and waits where there are no limits. It blocks every signal but the C library's own,
+/// and sleeps without timer slack.
+///
+/// ```no_run
+/// # use kvm_dirty_ring::{DirtyLog, Limiter};
+/// # fn example(log: &DirtyLog, vcpu_threads: Vec<libc::pthread_t>)
+/// # -> Result<(), Box<dyn std::error::Error>> {
+/// use std::num::NonZeroU64;
+///
+/// // A signal whose handler does nothing: KVM_RUN returns EINTR, and the thread calls `throttle`.
+/// let limiter = Limiter::spawn(log, move |vcpu| unsafe {
+///     libc::pthread_kill(vcpu_threads[vcpu], libc::SIGRTMIN());
+/// })?;
+/// log.set_dirty_limits(NonZeroU64::new(5_000))?; // pages a second, each vCPU
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "it stops when it is dropped"]
+pub struct Limiter {
+    log: DirtyLog,
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<Result<(), LimiterError>>>,
+}
+
+impl Limiter {
+    /// Starts a thread that calls `kick` for vCPUs that are ahead of their limits, by their place
+    /// in the order in which they were attached, as
+    /// [`enforce_dirty_limits`](DirtyLog::enforce_dirty_limits) does.
+    ///
+    /// # Errors
+    /// [`LimiterError::Spawn`].
+    pub fn spawn(
+        log: &DirtyLog,
+        kick: impl FnMut(usize) + Send + 'static,
+    ) -> Result<Self, LimiterError> {
+        Self::spawn_with(log, Priority::default(), kick)
+    }
+
+    /// The same, for a thread of that priority. Where vCPUs or others keep every core busy, a
+    /// limiter that is not before them looks late: the mean holds, and stops get longer, as vCPUs
+    /// get further ahead meanwhile.
+    ///
+    /// # Errors
+    /// [`LimiterError::Spawn`]; [`LimiterError::Scheduling`] without the right to that priority.
+    pub fn spawn_with(
+        log: &DirtyLog,
+        priority: Priority,
+        mut kick: impl FnMut(usize) + Send + 'static,
+    ) -> Result<Self, LimiterError> {
+        let (ready, is_ready) = mpsc::channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = thread::Builder::new().name("dirty-limiter".into());
+        let thread = thread.spawn({
+            let (log, stop) = (log.clone(), Arc::clone(&stop));
+            move || {
+                let prepared = prepare(&[], priority);
+                let runs = prepared.is_ok();
+                // The owner waits for it.
+                let _ = ready.send(prepared);
+                if !runs {
+                    return Ok(());
+                }
+                let work = || run(&log, &stop, &mut kick);
+                catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
+                    // Its drop may panic, too.
+                    core::mem::forget(panic);
+                    LimiterError::Panicked
+                })
+            }
+        });
+        let limiter = Self {
+            log: log.clone(),
+            stop,
+            thread: Some(thread.map_err(|error| LimiterError::Spawn(Arc::new(error)))?),
+        };
+        is_ready.recv().map_err(|_| LimiterError::Panicked)??;
+        Ok(limiter)
+    }
+
+    /// Whether the thread runs: not if a kick has panicked.
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|t| !t.is_finished())
+    }
+
+    /// Stops the thread and waits for it, a kick under way included. Limits stay as they are: from
+    /// now on vCPUs stop for them at full rings alone.
+    ///
+    /// # Errors
+    /// What has ended the thread before.
+    pub fn stop(mut self) -> Result<(), LimiterError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), LimiterError> {
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        let limits = &self.log.inner().limits;
+        let terms = lock(&limits.terms);
+        // Relaxed: the lock orders it.
+        self.stop.store(true, Ordering::Relaxed);
+        limits.change(terms);
+        thread.join().unwrap_or(Err(LimiterError::Panicked))
+    }
+}
+
+impl Drop for Limiter {
+    fn drop(&mut self) {
+        // Nobody has asked.
+        let _ = self.end();
+    }
+}
+
+impl fmt::Debug for Limiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Limiter")
+            .field("running", &self.is_running())
+            .finish_non_exhaustive()
+    }
+}
+
+fn run(log: &DirtyLog, stop: &AtomicBool, kick: &mut dyn FnMut(usize)) {
+    let limits = &log.inner().limits;
+    loop {
+        let terms = lock(&limits.terms);
+        let seen = terms.changes;
+        drop(terms);
+        let next = log.enforce_dirty_limits(&mut *kick);
+        let next = next.map(|wait| Instant::now().checked_add(wait));
+        let mut terms = lock(&limits.terms);
+        loop {
+            // Relaxed: the lock orders it.
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            if terms.changes != seen {
+                break;
+            }
+            match next {
+                Some(Some(next)) if Instant::now() >= next => break,
+                Some(Some(next)) => terms = wait_until(&limits.changed, terms, next),
+                // No limit, or one that stops a vCPU for longer than clocks go.
+                _ => terms = wait(&limits.changed, terms),
+            }
+        }
+    }
+}
