@@ -197,6 +197,14 @@ pub enum SlotError {
         /// What it said.
         source: io::Error,
     },
+    /// The VMM could not switch `KVM_MEM_LOG_DIRTY_PAGES`.
+    #[error("the dirty log of slot {slot} could not be switched")]
+    Switch {
+        /// The slot.
+        slot: SlotId,
+        /// What it said.
+        source: io::Error,
+    },
     /// The bitmap is another slot's.
     #[error("slot {slot}: the bitmap is that of slot {by}, whose removal must be finished first")]
     BitmapInUse {

@@ -115,6 +115,7 @@ mod slot_id;
 mod stats;
 mod sync;
 mod targets;
+mod tracking;
 mod vcpu;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;

@@ -40,11 +40,11 @@ pub(crate) struct Inner {
     /// Whether the log is that of a KVM VM.
     kvm: bool,
     /// One sync at a time. What an unfinished one had collected waits here for the next.
-    pending: Mutex<DirtyPages>,
+    pub(crate) pending: Mutex<DirtyPages>,
     /// Whether a reaper runs: one at a time.
     pub(crate) reaped: AtomicBool,
     /// One change of slots at a time.
-    slot_change: Mutex<()>,
+    pub(crate) slot_change: Mutex<()>,
 }
 
 impl DirtyLog {
@@ -81,7 +81,6 @@ impl DirtyLog {
         Self::new(vm, ring_entries, MAX_SHARDS, true)
     }
 
-    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
@@ -196,7 +195,7 @@ impl DirtyLog {
         // Held until the layout says that the slot goes: a sync in between would expect bits of a slot
         // that the VMM has deleted by then.
         let mut taking = self.inner.kernel_bits.lock();
-        if harvester.kernel().has_bitmap() {
+        if harvester.kernel().has_bitmap() && tracked.is_tracked() {
             if !taking.fit(tracked.pages()) {
                 let pages = tracked.pages();
                 return Err(SlotError::NoMemory { slot, pages });
@@ -301,7 +300,8 @@ impl DirtyLog {
         let layout = self.inner.harvester.layout();
         let mut rearmed = 0;
         for slot in layout.slots.staying() {
-            if slot.suspects() > 0 {
+            // One that is not tracked is not to be logged thereby.
+            if slot.suspects() > 0 && slot.is_tracked() {
                 let slot = slot.id();
                 protect(slot).map_err(|source| SlotError::Protect { slot, source })?;
                 self.rearmed(slot)?;
@@ -383,7 +383,7 @@ impl DirtyLog {
         let mut taking = self.inner.kernel_bits.lock();
         // Now, so that `add_slot` waits for us if an id is about to name another slot.
         let layout = harvester.layout();
-        for slot in layout.slots.slots() {
+        for slot in layout.slots.slots().filter(|slot| slot.is_tracked()) {
             if !taking.fit(slot.pages()) {
                 return Err(SyncError::NoMemory);
             }
