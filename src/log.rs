@@ -96,29 +96,39 @@ impl DirtyLog {
         self.inner.ring_entries
     }
 
-    /// Starts to harvest a ring that is not mapped from a KVM vCPU.
+    /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was dropped
+    /// may be attached again.
     ///
     /// # Errors
     /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries);
-    /// [`AttachError::Twice`] if it is attached already.
+    /// [`AttachError::Twice`] if somebody has its `VcpuRing`.
     pub fn attach_ring(&self, memory: RingMemory) -> Result<VcpuRing, AttachError> {
         let (found, expected) = (memory.entries(), self.inner.ring_entries);
         if found != expected {
             return Err(AttachError::Size { found, expected });
         }
         let harvester = &self.inner.harvester;
-        let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
-        harvester.change_layout(|layout| {
-            // A second consumer would take the first one's entries for an overrun.
-            if layout.vcpus.iter().any(|other| other.name == vcpu.name) {
-                return Err(AttachError::Twice);
+        let new = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
+        let vcpu = harvester.change_layout(|layout| {
+            // A second consumer would take the first one's entries for an overrun: a vCPU that is
+            // attached again goes on with the first.
+            let mut vcpus = layout.vcpus.iter();
+            let vcpu = match vcpus.find(|vcpu| vcpu.name == new.name) {
+                Some(vcpu) => Arc::clone(vcpu),
+                None => {
+                    layout.vcpus.push(Arc::clone(&new));
+                    new
+                }
+            };
+            match vcpu.hold() {
+                true => Ok(vcpu),
+                false => Err(AttachError::Twice),
             }
-            layout.vcpus.push(Arc::clone(&vcpu));
-            Ok(VcpuRing {
-                inner: Arc::clone(&self.inner),
-                taken: 0,
-                vcpu,
-            })
+        })?;
+        Ok(VcpuRing {
+            inner: Arc::clone(&self.inner),
+            taken: vcpu.taken(),
+            vcpu,
         })
     }
 
@@ -483,7 +493,8 @@ impl fmt::Debug for RetiredSlot {
 
 /// One vCPU's ring, for the thread that runs the vCPU.
 ///
-/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives.
+/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives, as
+/// the vCPU does in KVM. A vCPU that is plugged in again is attached again.
 pub struct VcpuRing {
     inner: Arc<Inner>,
     /// Entries taken from the ring, by whomever, when the last full exit was over.
@@ -559,6 +570,12 @@ impl VcpuRing {
             pass.reset()?.publish();
         }
         Ok(())
+    }
+}
+
+impl Drop for VcpuRing {
+    fn drop(&mut self) {
+        self.vcpu.let_go();
     }
 }
 
