@@ -96,8 +96,8 @@ impl DirtyLog {
         self.inner.ring_entries
     }
 
-    /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was dropped
-    /// may be attached again.
+    /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was
+    /// dropped may be attached again.
     ///
     /// # Errors
     /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries);
@@ -290,12 +290,13 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending by
-    /// id, and is to have all pages of the slot protected again: it sets the slot's memory region
-    /// without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN` meanwhile: what
-    /// it wrote in between would not be logged. The pages come with the next sync once more and are
-    /// then clean. Returns how many slots there were; `protect` is not called for those whose
-    /// [removal](Self::retire_slot) has begun.
+    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending
+    /// by id, and is to have all pages of the slot protected again: it sets the slot's memory
+    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN`
+    /// meanwhile: what it wrote in between would not be logged. The pages come with the next sync
+    /// once more and are then clean. Returns how many slots there were; `protect` is not called for
+    /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
+    /// tracked](Self::stop_tracking).
     ///
     /// It pays as soon as a sync has reported suspects (see [`Stats::suspect_pages`]), since all of
     /// them have to be copied each time.
@@ -338,7 +339,8 @@ impl DirtyLog {
     /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
     /// that were written, whatever other passes were under way.
     ///
-    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time.
+    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time, and so are all
+    /// pages of a slot that is [not tracked](Self::stop_tracking).
     ///
     /// # Errors
     /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,
@@ -493,8 +495,8 @@ impl fmt::Debug for RetiredSlot {
 
 /// One vCPU's ring, for the thread that runs the vCPU.
 ///
-/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives, as
-/// the vCPU does in KVM. A vCPU that is plugged in again is attached again.
+/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives,
+/// as the vCPU does in KVM. A vCPU that is plugged in again is attached again.
 pub struct VcpuRing {
     inner: Arc<Inner>,
     /// Entries taken from the ring, by whomever, when the last full exit was over.

@@ -79,8 +79,8 @@ impl Slot {
         self.untracked.store(true, Ordering::Relaxed);
     }
 
-    /// The kernel logs it by now. What was written before is unknown: every page is dirty once more.
-    /// Under the lock on syncs.
+    /// The kernel logs it by now. What was written before is unknown: every page is dirty once
+    /// more. Under the lock on syncs.
     pub(crate) fn track(&self) {
         self.device.set(0, self.pages);
         // Relaxed: as in `is_tracked`.

@@ -9,18 +9,18 @@ use crate::slot_id::SlotId;
 use crate::sync::{Arc, lock};
 
 impl DirtyLog {
-    /// Begins to track a slot, or begins anew: `log_on` sets `KVM_MEM_LOG_DIRTY_PAGES` for it, all else
-    /// of its memory region as it was. vCPUs may run meanwhile.
+    /// Begins to track a slot, or begins anew: `log_on` sets `KVM_MEM_LOG_DIRTY_PAGES` for it, all
+    /// else of its memory region as it was. vCPUs may run meanwhile.
     ///
-    /// What was written before nobody knows. So the first sync that follows reports every page of the
-    /// slot: it is the first round of a migration. Where that round is known to be complete otherwise,
-    /// as the vCPUs have not run since, the sync's result may be thrown away.
+    /// What was written before nobody knows. So the first sync that follows reports every page of
+    /// the slot: it is the first round of a migration. Where that round is known to be complete
+    /// otherwise, as the vCPUs have not run since, the sync's result may be thrown away.
     ///
-    /// A slot is tracked from [`add_slot`](Self::add_slot) on. One that the VMM creates in KVM without
-    /// the flag stops being so by [`stop_tracking`](Self::stop_tracking), which creates it.
+    /// A slot is tracked from [`add_slot`](Self::add_slot) on. One that the VMM creates in KVM
+    /// without the flag stops being so by [`stop_tracking`](Self::stop_tracking), which creates it.
     ///
-    /// It waits for a sync under way, and for other changes of slots; `log_on` must not make any in this
-    /// log.
+    /// It waits for a sync under way, and for other changes of slots; `log_on` must not make any in
+    /// this log.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -47,8 +47,8 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_on` said: then
-    /// the slot is what it was before, tracked or not.
+    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_on` said:
+    /// then the slot is what it was before, tracked or not.
     pub fn start_tracking(
         &self,
         slot: SlotId,
@@ -57,27 +57,27 @@ impl DirtyLog {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let tracked = self.staying(slot)?;
         log_on().map_err(|source| SlotError::Switch { slot, source })?;
-        // Only now: a sync that took the pages for dirty before would have them copied while writes to
-        // them are not logged.
+        // Only now: a sync that took the pages for dirty before would have them copied while writes
+        // to them are not logged.
         let _no_sync = lock(&self.inner().pending);
         tracked.track();
         Ok(())
     }
 
-    /// Stops to track a slot: `log_off` clears `KVM_MEM_LOG_DIRTY_PAGES` for it, or creates it without.
-    /// vCPUs may run meanwhile, at full speed from then on.
+    /// Stops to track a slot: `log_off` clears `KVM_MEM_LOG_DIRTY_PAGES` for it, or creates it
+    /// without. vCPUs may run meanwhile, at full speed from then on.
     ///
-    /// Until it is [started](Self::start_tracking) again, every sync reports every page of the slot, for
-    /// each may be written. Entries that are left in the rings, and pages that devices mark, are kept;
-    /// what a kernel's bitmap holds goes with it, and is among these pages. Pages under suspicion no
-    /// longer are: starting protects every page.
+    /// Until it is [started](Self::start_tracking) again, every sync reports every page of the
+    /// slot, for each may be written. Entries that are left in the rings, and pages that devices
+    /// mark, are kept; what a kernel's bitmap holds goes with it, and is among these pages. Pages
+    /// under suspicion no longer are: starting protects every page.
     ///
-    /// It waits for a sync under way, and for other changes of slots; `log_off` must not make any in
-    /// this log.
+    /// It waits for a sync under way, and for other changes of slots; `log_off` must not make any
+    /// in this log.
     ///
     /// # Errors
-    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_off` said: then
-    /// the slot is not tracked, whether or not KVM still logs it.
+    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_off`
+    /// said: then the slot is not tracked, whether or not KVM still logs it.
     pub fn stop_tracking(
         &self,
         slot: SlotId,

@@ -188,9 +188,9 @@ impl SimVm {
         }
     }
 
-    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has set. On:
-    /// every page is armed. Off: no write is logged, what the hardware or a bitmap still holds is gone,
-    /// and entries in the rings stay there. The same as before: nothing happens.
+    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has
+    /// set. On: every page is armed. Off: no write is logged, what the hardware or a bitmap still
+    /// holds is gone, and entries in the rings stay there. The same as before: nothing happens.
     pub fn set_logged(&self, slot: SlotId, logged: bool) {
         if let Some(slot) = self.slot(slot) {
             slot.set_logged(logged);

@@ -65,7 +65,8 @@ pub enum Op {
     Overrun(Write),
     /// Every slot is protected anew.
     Rearm,
-    /// A slot's log is switched on or off, well, or with a failure: before that is done, or after it.
+    /// A slot's log is switched on or off, well, or with a failure: before that is done, or after
+    /// it.
     Switch {
         slot: usize,
         on: bool,

@@ -14,8 +14,8 @@ tests![
     a_parked_vcpu_is_plugged_in_again,
 ];
 
-/// The vCPU's thread has ended, its `VcpuRing` is dropped, even its descriptor is closed: the entries
-/// that it left in the ring are harvested all the same.
+/// The vCPU's thread has ended, its `VcpuRing` is dropped, even its descriptor is closed: the
+/// entries that it left in the ring are harvested all the same.
 fn what_an_unplugged_vcpu_wrote_is_found() -> Outcome {
     let mut machine = Machine::new(4096, &[2048])?;
     let mut vcpus = machine.spawn_all(Workload::Walk, 2)?;

@@ -30,8 +30,8 @@ fn switch(machine: &Machine, id: u32, on: bool) -> Result<(), SlotError> {
     }
 }
 
-/// Each time: unlogged for a while, then a migration to its end, after which source and copy must be
-/// the same; some with a sync while nothing is logged, some called off and begun anew.
+/// Each time: unlogged for a while, then a migration to its end, after which source and copy must
+/// be the same; some with a sync while nothing is logged, some called off and begun anew.
 fn stops_and_starts(mut machine: Machine, rounds: u64) -> Result<(), Failed> {
     let vcpus = machine.spawn_all(Workload::Random, 2)?;
     let all = machine.pages();

@@ -6,14 +6,14 @@ use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_regs,
     kvm_segment, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
 };
-use kvm_dirty_ring::{DirtyLog, GuestRegion, RingEntries, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, GuestRegion, RingEntries};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::Result;
-use crate::machine::{Exit, Memory, RAM, VCPUS, Vcpu, Vm};
+use crate::machine::{Cpu, Exit, Memory, RAM, VCPUS, Vcpu, Vm};
 
 const RING_ENTRIES: u32 = 4096;
 
@@ -90,12 +90,7 @@ impl Vm for KvmVm {
         Ok(())
     }
 
-    fn create_vcpu(
-        &self,
-        index: u32,
-        log: &DirtyLog,
-        _: &Memory,
-    ) -> Result<(Box<dyn Vcpu>, VcpuRing)> {
+    fn create_vcpu(&self, index: u32, log: &DirtyLog, _: &Memory) -> Result<Cpu> {
         let fd = self.fd.create_vcpu(index.into())?;
         let ring = log.attach_vcpu(&fd)?;
         fd.set_cpuid2(&self.cpuid)?;

@@ -11,7 +11,9 @@ use kvm_dirty_ring::vm_memory::RegionBitmap;
 use kvm_dirty_ring::{DirtyLog, GuestMap, GuestRegion, SlotId, VcpuRing};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::Result;
@@ -21,9 +23,12 @@ pub type Memory = GuestMemoryMmap<RegionBitmap>;
 /// Where memory is, a slot each: code, page tables, and the device's pages; what vCPUs write.
 pub const LOW: (GuestAddress, usize) = (GuestAddress(0), 2 << 20);
 pub const RAM: (GuestAddress, usize) = (GuestAddress(1 << 30), 64 << 20);
-/// The eight pages to which the device writes in turn.
+/// Eight pages to which the device writes in turn, and one for its state.
 const DEVICE: GuestAddress = GuestAddress(1 << 20);
 pub const VCPUS: u32 = 2;
+
+/// A vCPU, and its ring.
+pub type Cpu = (Box<dyn Vcpu>, VcpuRing);
 
 /// What a VMM asks of KVM about a VM.
 pub trait Vm: Send + Sync {
@@ -32,12 +37,7 @@ pub trait Vm: Send + Sync {
     /// Puts into memory what the guest needs to begin.
     fn load(&self, memory: &Memory) -> Result<()>;
     /// `KVM_CREATE_VCPU`, ready to begin; and its ring attached to the log.
-    fn create_vcpu(
-        &self,
-        index: u32,
-        log: &DirtyLog,
-        memory: &Memory,
-    ) -> Result<(Box<dyn Vcpu>, VcpuRing)>;
+    fn create_vcpu(&self, index: u32, log: &DirtyLog, memory: &Memory) -> Result<Cpu>;
 }
 
 /// What it asks about a vCPU.
@@ -87,7 +87,7 @@ pub struct Machine {
     pub log: DirtyLog,
     pub memory: Memory,
     pub map: GuestMap,
-    vcpus: Vec<(Box<dyn Vcpu>, VcpuRing)>,
+    vcpus: Vec<Cpu>,
 }
 
 impl Machine {
@@ -191,7 +191,7 @@ impl Machine {
 pub struct Running {
     pub machine: Machine,
     counts: Vec<Arc<AtomicU32>>,
-    threads: Vec<JoinHandle<Result<(Box<dyn Vcpu>, VcpuRing)>>>,
+    threads: Vec<JoinHandle<Result<Cpu>>>,
     device: JoinHandle<Result<u64>>,
     stop: Arc<AtomicBool>,
 }
@@ -218,8 +218,8 @@ impl Running {
         let mut machine = self.machine;
         let mut vcpus = Vec::new();
         for (thread, count) in self.threads.into_iter().zip(&self.counts) {
-            // Until it has come through: one that finds the vCPU outside of `KVM_RUN`, on its way into
-            // it, interrupts nothing.
+            // Until it has come through: one that finds the vCPU outside of `KVM_RUN`, on its way
+            // into it, interrupts nothing.
             while !thread.is_finished() {
                 thread.kill(SIGRTMIN())?;
                 sleep(Duration::from_micros(200));
@@ -249,7 +249,7 @@ fn run_vcpu(
     mut ring: VcpuRing,
     count: &AtomicU32,
     stop: &AtomicBool,
-) -> Result<(Box<dyn Vcpu>, VcpuRing)> {
+) -> Result<Cpu> {
     while !stop.load(Ordering::Relaxed) {
         match vcpu.run()? {
             Exit::DirtyRingFull => ring.on_full()?,
@@ -268,11 +268,12 @@ fn run_vcpu(
 /// marked as dirty thereby.
 fn run_device(memory: &Memory, mut writes: u64, stop: &AtomicBool) -> Result<u64> {
     loop {
-        // What is in flight is still written: the last sync comes after it.
         let last = stop.load(Ordering::Relaxed);
         writes += 1;
-        let page = DEVICE.0 + writes % 8 * 4096;
-        memory.write_obj(writes, GuestAddress(page))?;
+        // When it is stopped it still writes its state, to a page that it never wrote before: for
+        // such things the last sync comes after all have stopped.
+        let page = if last { 8 } else { writes % 8 };
+        memory.write_obj(writes, DEVICE.unchecked_add(page * 4096))?;
         if last {
             return Ok(writes);
         }

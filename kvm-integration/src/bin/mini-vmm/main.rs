@@ -5,10 +5,11 @@
 //! ```
 //!
 //! It starts itself once more as the destination, and is the source itself; `mini-vmm destination
-//! SOCKET` and `mini-vmm source SOCKET` are the two by themselves. The guest's vCPUs write memory all
-//! the time, and count aloud through a port; a device writes memory, too. The source copies it in
-//! rounds meanwhile, stops them, copies the rest, and sends their state. Both compute a checksum of
-//! all memory, and fail if the two differ. The guest counts on at the destination, where it left off.
+//! SOCKET` and `mini-vmm source SOCKET` are the two by themselves. The guest's vCPUs write memory
+//! all the time, and count aloud through a port; a device writes memory, too. The source copies it
+//! in rounds meanwhile, stops them, copies the rest, and sends their state. Both compute a checksum
+//! of all memory, and fail if the two differ. The guest counts on at the destination, where it left
+//! off.
 //!
 //! | file | is |
 //! |---|---|
@@ -146,8 +147,8 @@ fn source(options: &Options, socket: &Path) -> Result<()> {
         link.send_pages(&running.machine, &dirty)?;
     }
 
-    // The guest stands still from here on. What the last sync reported is not sent yet; the final one
-    // adds what was written after it.
+    // The guest stands still from here on. What the last sync reported is not sent yet; the final
+    // one adds what was written after it.
     let (machine, guest) = running.stop()?;
     link.send_pages(&machine, &dirty)?;
     log.sync(&mut dirty)?;
@@ -214,8 +215,8 @@ fn patiently<T>(patience: Duration, mut attempt: impl FnMut() -> io::Result<T>) 
     }
 }
 
-/// The way to the other process: runs of pages, each behind its address and its length in bytes, until
-/// one of no bytes; and messages.
+/// The way to the other process: runs of pages, each behind its address and its length in bytes,
+/// until one of no bytes; and messages.
 struct Link(UnixStream);
 
 impl Link {

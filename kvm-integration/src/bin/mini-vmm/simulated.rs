@@ -1,5 +1,5 @@
-//! What stands in for KVM and the guest where there is none: the crate's simulated kernel, and vCPUs
-//! that do on it what the guest's code does. Nothing here is for copying.
+//! What stands in for KVM and the guest where there is none: the crate's simulated kernel, and
+//! vCPUs that do on it what the guest's code does. Nothing here is for copying.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -7,13 +7,13 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, GuestRegion, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, GuestRegion, SlotId};
 use serde::Deserialize;
 use serde_json::Value;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
 use crate::Result;
-use crate::machine::{Exit, Memory, RAM, VCPUS, Vcpu, Vm};
+use crate::machine::{Cpu, Exit, Memory, RAM, VCPUS, Vcpu, Vm};
 
 const PAGES_PER_COUNT: u64 = 64;
 const RAM_SLOT: SlotId = SlotId::new(0, 1);
@@ -39,12 +39,7 @@ impl Vm for Simulated {
         Ok(())
     }
 
-    fn create_vcpu(
-        &self,
-        index: u32,
-        log: &DirtyLog,
-        memory: &Memory,
-    ) -> Result<(Box<dyn Vcpu>, VcpuRing)> {
+    fn create_vcpu(&self, index: u32, log: &DirtyLog, memory: &Memory) -> Result<Cpu> {
         let vcpu = self.0.add_vcpu();
         let ring = log.attach_ring(vcpu.ring_memory())?;
         let ram = memory.find_region(RAM.0).ok_or("there is no RAM")?;
