@@ -70,8 +70,8 @@ impl Vm for KvmVm {
             memory_size: region.pages * PAGE,
             userspace_addr: host as u64,
         };
-        // SAFETY: the caller says that so much memory is there, and stays; it is accessed by way of
-        // vm-memory alone, which knows that a guest writes it, too.
+        // SAFETY: the caller says that so much memory is there, and it stays for as long as a thread
+        // runs a vCPU. It is accessed by way of vm-memory alone, which knows of other writers.
         let set = unsafe { self.fd.set_user_memory_region(region) };
         set.map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }

@@ -172,7 +172,14 @@ impl Machine {
             }
             let (count, stop) = (Arc::new(AtomicU32::new(*count)), Arc::clone(&stop));
             counts.push(Arc::clone(&count));
-            threads.push(spawn(move || run_vcpu(vcpu, ring, &count, &stop)));
+            let memory = self.memory.clone();
+            threads.push(spawn(move || {
+                let ran = run_vcpu(vcpu, ring, &count, &stop);
+                // Until here, whoever else has let go of it: else the guest would write whatever
+                // comes to be in its place.
+                drop(memory);
+                ran
+            }));
         }
         let (memory, writes) = (self.memory.clone(), guest.device_writes);
         let stopped = Arc::clone(&stop);
