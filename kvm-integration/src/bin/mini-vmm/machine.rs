@@ -57,6 +57,10 @@ pub enum Exit {
     Counted(u32),
     DirtyRingFull,
     /// A signal has come.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "none comes to a simulated vCPU")
+    )]
     Interrupted,
 }
 
