@@ -123,8 +123,8 @@ pub enum AttachError {
     /// The log does not rest on a VM's file descriptor.
     #[error("the log has a kernel of its own, not a KVM VM's: attach rings by `attach_ring`")]
     NotKvm,
-    /// The vCPU's ring is attached already.
-    #[error("the vCPU's ring is attached already: once for each vCPU")]
+    /// The vCPU's ring is attached already, and its [`VcpuRing`](crate::VcpuRing) still there.
+    #[error("the vCPU's ring is attached already: drop its VcpuRing before attaching it again")]
     Twice,
     /// The ring's size is not the one that the log was made for.
     #[error("a ring of {found} entries, but the VM's have {expected}")]
@@ -192,6 +192,14 @@ pub enum SlotError {
     /// The VMM could not have the slot's pages protected anew.
     #[error("slot {slot} could not be protected anew, its pages stay suspect")]
     Protect {
+        /// The slot.
+        slot: SlotId,
+        /// What it said.
+        source: io::Error,
+    },
+    /// The VMM could not switch `KVM_MEM_LOG_DIRTY_PAGES`.
+    #[error("the dirty log of slot {slot} could not be switched")]
+    Switch {
         /// The slot.
         slot: SlotId,
         /// What it said.

@@ -54,6 +54,8 @@
 //!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` beside it.
 //! - Add each logged memslot before it is created; remove it in [two
 //!   steps](DirtyLog::retire_slot).
+//! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, by way of [`DirtyLog::start_tracking`] and
+//!   [`DirtyLog::stop_tracking`].
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
 //! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it; or
 //!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
@@ -134,6 +136,7 @@ mod sync;
 mod targets;
 mod throttle;
 mod trace;
+mod tracking;
 mod vcpu;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;

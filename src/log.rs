@@ -42,12 +42,12 @@ pub(crate) struct Inner {
     /// Whether the log is that of a KVM VM.
     kvm: bool,
     /// One sync at a time. What an unfinished one had collected waits here for the next.
-    pending: Mutex<DirtyPages>,
+    pub(crate) pending: Mutex<DirtyPages>,
     /// Whether a reaper runs: one at a time.
     pub(crate) reaped: AtomicBool,
     pub(crate) reaper_counts: ReaperCounts,
     /// One change of slots at a time.
-    slot_change: Mutex<()>,
+    pub(crate) slot_change: Mutex<()>,
     pub(crate) limits: Limits,
     told: Told,
 }
@@ -62,6 +62,7 @@ impl Inner {
             let gate = self.harvester.gate.stats();
             Faults {
                 short_resets: gate.short,
+                doubtful_resets: gate.doubtful,
                 failed_resets: gate.failed,
                 unknown_slot_entries: counts.unknown_slot.get(),
                 out_of_range_entries: counts.out_of_range.get(),
@@ -126,39 +127,49 @@ impl DirtyLog {
         self.inner.ring_entries
     }
 
-    /// Starts to harvest a ring that is not mapped from a KVM vCPU.
+    /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was
+    /// dropped may be attached again.
     ///
     /// # Errors
     /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries);
-    /// [`AttachError::Twice`] if it is attached already.
+    /// [`AttachError::Twice`] if somebody has its `VcpuRing`.
     pub fn attach_ring(&self, memory: RingMemory) -> Result<VcpuRing, AttachError> {
         let (found, expected) = (memory.entries(), self.inner.ring_entries);
         if found != expected {
             return Err(AttachError::Size { found, expected });
         }
         let harvester = &self.inner.harvester;
-        let vcpu = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
+        let new = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
         // Held until the vCPU is there: whoever changes all limits then reaches it, or has been
         // here.
         let terms = lock(&self.inner.limits.terms);
-        vcpu.limit.set(terms.all, || vcpu.logged());
-        vcpu.limit.keep_awake(terms.wakers > 0);
         let attached = harvester.change_layout(|layout| {
-            // A second consumer would take the first one's entries for an overrun.
-            if layout.vcpus.iter().any(|other| other.name == vcpu.name) {
-                return Err(AttachError::Twice);
+            // A second consumer would take the first one's entries for an overrun: a vCPU that is
+            // attached again goes on with the first.
+            let mut vcpus = layout.vcpus.iter();
+            let index = match vcpus.position(|vcpu| vcpu.name == new.name) {
+                Some(index) => index,
+                None => {
+                    new.limit.set(terms.all, || new.logged());
+                    new.limit.keep_awake(terms.wakers > 0);
+                    layout.vcpus.push(new);
+                    layout.vcpus.len() - 1
+                }
+            };
+            let vcpu = Arc::clone(&layout.vcpus[index]);
+            match vcpu.hold() {
+                true => Ok((index, vcpu)),
+                false => Err(AttachError::Twice),
             }
-            let index = layout.vcpus.len();
-            layout.vcpus.push(Arc::clone(&vcpu));
-            Ok(VcpuRing {
-                inner: Arc::clone(&self.inner),
-                index,
-                taken: 0,
-                vcpu,
-            })
         });
         self.inner.limits.change(terms);
-        attached
+        let (index, vcpu) = attached?;
+        Ok(VcpuRing {
+            inner: Arc::clone(&self.inner),
+            index,
+            taken: vcpu.taken(),
+            vcpu,
+        })
     }
 
     #[cfg(not(all(test, feature = "modelled")))]
@@ -240,7 +251,7 @@ impl DirtyLog {
         // Held until the layout says that the slot goes: a sync in between would expect bits of a slot
         // that the VMM has deleted by then.
         let mut taking = self.inner.kernel_bits.lock();
-        if harvester.kernel().has_bitmap() {
+        if harvester.kernel().has_bitmap() && tracked.is_tracked() {
             if !taking.fit(tracked.pages()) {
                 let pages = tracked.pages();
                 return Err(SlotError::NoMemory { slot, pages });
@@ -333,12 +344,13 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending by
-    /// id, and is to have all pages of the slot protected again: it sets the slot's memory region
-    /// without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN` meanwhile: what
-    /// it wrote in between would not be logged. The pages come with the next sync once more and are
-    /// then clean. Returns how many slots there were; `protect` is not called for those whose
-    /// [removal](Self::retire_slot) has begun.
+    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending
+    /// by id, and is to have all pages of the slot protected again: it sets the slot's memory
+    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN`
+    /// meanwhile: what it wrote in between would not be logged. The pages come with the next sync
+    /// once more and are then clean. Returns how many slots there were; `protect` is not called for
+    /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
+    /// tracked](Self::stop_tracking).
     ///
     /// It pays as soon as a sync has reported suspects (see [`Stats::suspect_pages`]), since all of
     /// them have to be copied each time.
@@ -353,7 +365,8 @@ impl DirtyLog {
         let layout = self.inner.harvester.layout();
         let mut rearmed = 0;
         for slot in layout.slots.staying() {
-            if slot.suspects() > 0 {
+            // One that is not tracked is not to be logged thereby.
+            if slot.suspects() > 0 && slot.is_tracked() {
                 let slot = slot.id();
                 protect(slot).map_err(|source| SlotError::Protect { slot, source })?;
                 self.rearmed(slot)?;
@@ -390,7 +403,8 @@ impl DirtyLog {
     /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
     /// that were written, whatever other passes were under way.
     ///
-    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time.
+    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time, and so are all
+    /// pages of a slot that is [not tracked](Self::stop_tracking).
     ///
     /// # Errors
     /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,
@@ -453,7 +467,7 @@ impl DirtyLog {
         let mut taking = self.inner.kernel_bits.lock();
         // Now, so that `add_slot` waits for us if an id is about to name another slot.
         let layout = harvester.layout();
-        for slot in layout.slots.slots() {
+        for slot in layout.slots.slots().filter(|slot| slot.is_tracked()) {
             if !taking.fit(slot.pages()) {
                 return Err(SyncError::NoMemory);
             }
@@ -552,7 +566,8 @@ impl fmt::Debug for RetiredSlot {
 
 /// One vCPU's ring, for the thread that runs the vCPU.
 ///
-/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives.
+/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives,
+/// as the vCPU does in KVM. A vCPU that is plugged in again is attached again.
 pub struct VcpuRing {
     inner: Arc<Inner>,
     index: usize,
@@ -644,6 +659,12 @@ impl VcpuRing {
             pass.reset()?.publish();
         }
         Ok(())
+    }
+}
+
+impl Drop for VcpuRing {
+    fn drop(&mut self) {
+        self.vcpu.let_go();
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) struct Slot {
     /// Pages that may be written without being logged, see [`Slot::suspect`].
     suspect: SharedBits,
     all_suspect: AtomicBool,
+    /// Whether the kernel need not log it just now, see [`Slot::untrack`].
+    untracked: AtomicBool,
 }
 
 impl Slot {
@@ -41,6 +43,7 @@ impl Slot {
             device,
             suspect,
             all_suspect: AtomicBool::new(false),
+            untracked: AtomicBool::new(false),
         })
     }
 
@@ -61,6 +64,27 @@ impl Slot {
     pub(crate) fn take_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
         // SAFETY: the guard says that the caller holds the shard.
         unsafe { self.shards[held.index()].take_into(into) }
+    }
+
+    /// Whether the kernel logs it, or need not: then nobody knows which of its pages are written.
+    pub(crate) fn is_tracked(&self) -> bool {
+        // Relaxed: it changes only under the lock on syncs; without that it is true of a moment.
+        !self.untracked.load(Ordering::Relaxed)
+    }
+
+    /// The kernel is about to stop logging it: from now on every page is dirty. Under the lock on
+    /// syncs.
+    pub(crate) fn untrack(&self) {
+        // Relaxed: as in `is_tracked`.
+        self.untracked.store(true, Ordering::Relaxed);
+    }
+
+    /// The kernel logs it by now. What was written before is unknown: every page is dirty once
+    /// more. Under the lock on syncs.
+    pub(crate) fn track(&self) {
+        self.device.set(0, self.pages);
+        // Relaxed: as in `is_tracked`.
+        self.untracked.store(false, Ordering::Relaxed);
     }
 
     /// The bits that devices and the VMM set.
@@ -100,10 +124,10 @@ impl Slot {
         }
     }
 
-    /// Adds the pages under suspicion to `into`.
+    /// Adds the pages under suspicion to `into`; every page while the slot is not tracked.
     pub(crate) fn copy_suspects_into(&self, into: &mut PageBits) {
         // Acquire: pairs with the release store in `suspect_all`.
-        if self.all_suspect.load(Ordering::Acquire) {
+        if self.all_suspect.load(Ordering::Acquire) || !self.is_tracked() {
             into.fill();
         }
         self.suspect.copy_into(into);

@@ -8,6 +8,7 @@
 //! | `kvm_dirty_ring_passes_total` | `vm` | [`Stats::passes`] |
 //! | `kvm_dirty_ring_resets_total` | `vm` | [`Stats::resets`] |
 //! | `kvm_dirty_ring_short_resets_total` | `vm` | [`Stats::short_resets`] |
+//! | `kvm_dirty_ring_doubtful_resets_total` | `vm` | [`Stats::doubtful_resets`] |
 //! | `kvm_dirty_ring_failed_resets_total` | `vm` | [`Stats::failed_resets`] |
 //! | `kvm_dirty_ring_unknown_slot_entries_total` | `vm` | [`Stats::unknown_slot_entries`] |
 //! | `kvm_dirty_ring_out_of_range_entries_total` | `vm` | [`Stats::out_of_range_entries`] |
@@ -18,6 +19,8 @@
 //! | `kvm_dirty_ring_full_exits_total` | `vm`, `vcpu` | [`VcpuStats::full_exits`] |
 //! | `kvm_dirty_ring_stall_nanoseconds_total` | `vm`, `vcpu` | [`VcpuStats::stall_ns`] |
 //! | `kvm_dirty_ring_soft_limit_entries` | `vm`, `vcpu` | [`VcpuStats::soft_limit`], a gauge |
+//! | `kvm_dirty_ring_limited_nanoseconds_total` | `vm`, `vcpu` | [`VcpuStats::limited_ns`] |
+//! | `kvm_dirty_ring_dirty_limit_pages` | `vm`, `vcpu` | [`VcpuStats::dirty_limit`], pages a second; a gauge, 0 without a limit |
 //! | `kvm_dirty_ring_reaper_looks_total` | `vm` | [`ReaperStats::looks`] |
 //! | `kvm_dirty_ring_reaper_woken_total` | `vm` | [`ReaperStats::woken`] |
 //! | `kvm_dirty_ring_reaper_passes_total` | `vm` | [`ReaperStats::passes`] |
@@ -72,11 +75,14 @@ macro_rules! table {
     };
 }
 
-const VM: [Metric<Stats>; 9] = table! {
+const VM: [Metric<Stats>; 10] = table! {
     Counter "passes_total" Count "Passes begun, by whomever." |s| s.passes;
     Counter "resets_total" Count "Reset ioctls issued." |s| s.resets;
     Counter "short_resets_total" Count
         "Resets that recycled less than was marked: pages are suspect." |s| s.short_resets;
+    Counter "doubtful_resets_total" Count
+        "Resets during which their thread may have been stopped: pages are suspect."
+        |s| s.doubtful_resets;
     Counter "failed_resets_total" Count "Resets that KVM refused." |s| s.failed_resets;
     Counter "unknown_slot_entries_total" Count
         "Entries of slots that are not tracked: pages are suspect." |s| s.unknown_slot_entries;
@@ -89,12 +95,17 @@ const VM: [Metric<Stats>; 9] = table! {
         "Pages that may be written without being logged, and come with each sync." |s| s.suspect_pages;
 };
 
-const VCPU: [Metric<VcpuStats>; 4] = table! {
+const VCPU: [Metric<VcpuStats>; 6] = table! {
     Counter "entries_total" Count "Entries harvested from the vCPU's ring." |s| s.entries;
     Counter "full_exits_total" Count "Stops of the vCPU on its full ring." |s| s.full_exits;
     Counter "stall_nanoseconds_total" Nanoseconds
         "Time that the vCPU spent in these stops." |s| s.stall_ns;
     Gauge "soft_limit_entries" Count "Entries at which KVM stops the vCPU." |s| s.soft_limit;
+    Counter "limited_nanoseconds_total" Nanoseconds
+        "Time that the vCPU slept for its dirty limit." |s| s.limited_ns;
+    Gauge "dirty_limit_pages" CountPerSecond
+        "Pages a second that the vCPU may dirty; 0: any number."
+        |s| s.dirty_limit.map_or(0, core::num::NonZeroU64::get);
 };
 
 const REAPER: [Metric<ReaperStats>; 8] = table! {

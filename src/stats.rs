@@ -200,6 +200,7 @@ impl fmt::Display for Stats {
         let faults = [
             (self.suspect_pages, "suspect pages"),
             (self.short_resets, "short resets"),
+            (self.doubtful_resets, "doubtful resets"),
             (self.failed_resets, "failed resets"),
             (self.unknown_slot_entries, "entries of unknown slots"),
             (self.out_of_range_entries, "entries past their slot's end"),
@@ -285,6 +286,7 @@ mod tests {
             full_exits: 1,
             stall_ns: 1_500_000,
             soft_limit: 960,
+            ..Default::default()
         };
         let stats = Stats {
             passes: 3,

@@ -206,6 +206,7 @@ pub(crate) fn reaper_error(error: &crate::error::ReaperError) {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Faults {
     pub(crate) short_resets: u64,
+    pub(crate) doubtful_resets: u64,
     pub(crate) failed_resets: u64,
     pub(crate) unknown_slot_entries: u64,
     pub(crate) out_of_range_entries: u64,
@@ -240,6 +241,7 @@ impl Told {
         }
         tell! {
             "kvm_dirty_ring_short_reset", short_resets;
+            "kvm_dirty_ring_doubtful_reset", doubtful_resets;
             "kvm_dirty_ring_failed_reset", failed_resets;
             "kvm_dirty_ring_unknown_slot", unknown_slot_entries;
             "kvm_dirty_ring_out_of_range", out_of_range_entries;
@@ -256,6 +258,7 @@ impl Told {
         let before = core::mem::replace(&mut *last, now);
         Faults {
             short_resets: now.short_resets - before.short_resets,
+            doubtful_resets: now.doubtful_resets - before.doubtful_resets,
             failed_resets: now.failed_resets - before.failed_resets,
             unknown_slot_entries: now.unknown_slot_entries - before.unknown_slot_entries,
             out_of_range_entries: now.out_of_range_entries - before.out_of_range_entries,

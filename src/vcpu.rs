@@ -5,7 +5,7 @@ use crossbeam_utils::CachePadded;
 use crate::limit::Limit;
 use crate::pacing::RingObservation;
 use crate::ring::{Gauge, RingMemory, RingView};
-use crate::sync::{AtomicU64, Counter, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering};
 
 /// Entries that a kernel with Intel's page-modification logging keeps in reserve: 64, and 512 for
 /// the hardware's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
@@ -19,6 +19,8 @@ pub(crate) struct Vcpu {
     pub(crate) ring: Mutex<RingView>,
     /// The same ring, for onlookers.
     memory: RingMemory,
+    /// Whether somebody has the right to run it, see [`Vcpu::hold`].
+    held: AtomicBool,
     pub(crate) counts: CachePadded<Counts>,
     /// How much the vCPU may dirty.
     pub(crate) limit: Limit,
@@ -50,9 +52,22 @@ impl Vcpu {
             name,
             ring: Mutex::new(ring),
             memory,
+            held: AtomicBool::new(false),
             counts: CachePadded::new(counts),
             limit: Limit::default(),
         }
+    }
+
+    /// Takes the right to run the vCPU, which one has at a time. False if somebody has it.
+    pub(crate) fn hold(&self) -> bool {
+        // Acquire: pairs with the release in `let_go`. The ring itself is under its own lock.
+        !self.held.swap(true, Ordering::Acquire)
+    }
+
+    /// Gives it back.
+    pub(crate) fn let_go(&self) {
+        // Release: pairs with the acquire in `hold`.
+        self.held.store(false, Ordering::Release);
     }
 
     /// Entries taken so far.

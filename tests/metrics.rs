@@ -5,6 +5,7 @@
 mod scenario;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 
 use kvm_dirty_ring::metrics::{describe, publish};
@@ -120,6 +121,7 @@ fn expected(stats: &Stats, vm: &str) -> BTreeMap<String, f64> {
         ("passes_total", stats.passes),
         ("resets_total", stats.resets),
         ("short_resets_total", stats.short_resets),
+        ("doubtful_resets_total", stats.doubtful_resets),
         ("failed_resets_total", stats.failed_resets),
         ("unknown_slot_entries_total", stats.unknown_slot_entries),
         ("out_of_range_entries_total", stats.out_of_range_entries),
@@ -145,6 +147,8 @@ fn expected(stats: &Stats, vm: &str) -> BTreeMap<String, f64> {
             ("full_exits_total", vcpu.full_exits),
             ("stall_nanoseconds_total", vcpu.stall_ns),
             ("soft_limit_entries", vcpu.soft_limit),
+            ("limited_nanoseconds_total", vcpu.limited_ns),
+            ("dirty_limit_pages", vcpu.dirty_limit.map_or(0, u64::from)),
         ];
         for (name, value) in of_vcpu {
             let key = format!("kvm_dirty_ring_{name}{{vm={vm},vcpu={place}}}");
@@ -167,6 +171,12 @@ fn eventful() -> Machine {
     machine.vm.inject([ResetFault::Short { after: 1 }]);
     machine.write(0..10);
     machine.log.reap().unwrap();
+    machine.log.set_dirty_limit(1, NonZeroU64::new(5)).unwrap();
+    for _ in 0..5 {
+        machine.vm.inject([ResetFault::AtEnd]);
+        machine.write([1]);
+        machine.log.reap().unwrap();
+    }
     for _ in 0..2 {
         machine.vm.inject([ResetFault::Error(libc::EPERM)]);
         machine.write([1]);
@@ -187,6 +197,7 @@ fn what_is_published_is_what_stats_say() {
     let machine = eventful();
     let stats = machine.log.stats();
     assert_eq!((stats.short_resets, stats.failed_resets), (1, 2));
+    assert_eq!(stats.doubtful_resets, 5);
     assert_eq!(
         (stats.unknown_slot_entries, stats.out_of_range_entries),
         (3, 4)

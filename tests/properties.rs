@@ -66,6 +66,24 @@ proptest! {
     }
 
     #[test]
+    fn a_migration_survives_stops_and_starts(
+        setup in script::setup_with_bitmap(true),
+        ops in script::switching_script(),
+    ) {
+        let mut machine = Machine::new(&setup);
+        run_migration(&mut machine, &ops);
+        assert_faultless(&machine);
+    }
+
+    #[test]
+    fn a_migration_survives_stops_and_starts_beside_bad_resets(
+        setup in script::setup(true),
+        ops in script::switching_badly_script(),
+    ) {
+        run_migration(&mut Machine::new(&setup), &ops);
+    }
+
+    #[test]
     fn a_migration_survives_bad_resets(
         setup in script::setup(true),
         ops in script::bad_resets_script(),

@@ -104,6 +104,12 @@ fn what_goes_wrong_is_told_once() {
     machine.log.reap().unwrap();
     expect(&machine, "kvm_dirty_ring_short_reset", 1, 10);
 
+    // The page, and 63 about it. The other vCPU's ring was never harvested.
+    machine.vm.inject([ResetFault::AtEnd]);
+    machine.write([0]);
+    machine.log.reap().unwrap();
+    expect(&machine, "kvm_dirty_ring_doubtful_reset", 1, 64);
+
     machine.vm.inject([ResetFault::Error(libc::EPERM)]);
     machine.write(20..30);
     machine.ring.on_full().unwrap_err();

@@ -8,7 +8,7 @@ use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
 
 use crate::common::judge::{assert_faultless, run_exactly, run_migration, run_repaired};
 use crate::common::machine::Machine;
-use crate::common::ops::{Op, Setup, Write};
+use crate::common::ops::{Moment, Op, Setup, Write};
 
 const MOST_OPS: usize = 150;
 
@@ -42,6 +42,8 @@ struct Allowed {
     garbage: bool,
     overruns: bool,
     rearm: bool,
+    /// Slots whose log is switched on and off.
+    switches: bool,
     /// Passes that end before their reset: what they leave, an overrun must not cross, if all is to
     /// be repaired.
     stops: bool,
@@ -57,6 +59,7 @@ impl Judge {
             Self::Exact => nothing,
             Self::Calm => Allowed {
                 in_reset: true,
+                switches: true,
                 ..nothing
             },
             Self::Faulty => Allowed {
@@ -65,6 +68,7 @@ impl Judge {
                 garbage: true,
                 overruns: true,
                 rearm: true,
+                switches: true,
                 stops: true,
             },
             Self::BadResetsRepaired(faulty) if done < faulty => Allowed {
@@ -191,6 +195,14 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
             })
         }
         30 if allowed.rearm => Op::Rearm,
+        31 if allowed.switches => Op::Switch {
+            slot: usize::from(u.arbitrary::<u8>()?) % 3,
+            on: u.arbitrary()?,
+            fails: u.arbitrary::<Option<bool>>()?.map(|before| match before {
+                true => Moment::Before,
+                false => Moment::After,
+            }),
+        },
         _ => Op::Write(write(u, false)?),
     })
 }

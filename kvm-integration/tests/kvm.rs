@@ -17,6 +17,7 @@ mod kvm {
     mod complete;
     mod full;
     mod guest;
+    mod hotplug;
     mod limit;
     mod machine;
     mod order;
@@ -29,6 +30,7 @@ mod kvm {
     mod signals;
     mod slots;
     mod suspicion;
+    mod tracking;
 
     pub fn run() -> std::process::ExitCode {
         harness::run(
@@ -41,7 +43,9 @@ mod kvm {
                 rings::tests(),
                 order::tests(),
                 complete::tests(),
+                hotplug::tests(),
                 slots::tests(),
+                tracking::tests(),
                 signals::tests(),
                 suspicion::tests(),
                 overrun::tests(),

@@ -165,12 +165,14 @@ impl DirtyLog {
         }
     }
 
-    /// Maps the ring of a vCPU of this VM and starts to harvest it. One call for each vCPU, at any
-    /// time before it runs; the mapping outlives the descriptor. In [`Mode::Bitmap`] the vCPU has an
-    /// empty ring of ours, so that a VMM does the same in both modes.
+    /// Maps the ring of a vCPU of this VM and starts to harvest it: for each vCPU, at any time
+    /// before it runs, and again if its [`VcpuRing`] was dropped; the mapping outlives the
+    /// descriptor. In [`Mode::Bitmap`] the vCPU has an empty ring of ours, so that a VMM does the
+    /// same in both modes.
     ///
     /// # Errors
-    /// The ring cannot be mapped; or the log is not a KVM VM's.
+    /// The ring cannot be mapped; somebody has the vCPU's [`VcpuRing`]; or the log is not a KVM
+    /// VM's.
     pub fn attach_vcpu(&self, vcpu_fd: &impl AsRawFd) -> Result<VcpuRing, AttachError> {
         if !self.is_kvm() {
             return Err(AttachError::NotKvm);

@@ -191,6 +191,16 @@ impl SimVm {
         }
     }
 
+    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has
+    /// set. On: every page is armed. Off: no write is logged, what the hardware or a bitmap still
+    /// holds is gone, and entries in the rings stay there. The same as before: nothing happens.
+    pub fn set_logged(&self, slot: SlotId, logged: bool) {
+        if let Some(slot) = self.slot(slot) {
+            slot.set_logged(logged);
+            self.flush();
+        }
+    }
+
     /// Creates a vCPU.
     pub fn add_vcpu(&self) -> SimVcpu {
         let vcpu = SimVcpu::new(self.clone());
@@ -211,7 +221,7 @@ impl SimVm {
         self.slot(slot).is_some_and(|slot| {
             let written = slot.write(page);
             // After the write, as in the kernel's `kvm_write_guest_page`.
-            if self.has_bitmap() {
+            if self.has_bitmap() && slot.is_logged() {
                 slot.log(page);
             }
             written
@@ -341,7 +351,7 @@ impl Kernel for SimVm {
     fn take_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
         let mut resets = self.resets();
         let refused = |number| Err(io::Error::from_raw_os_error(number));
-        let Some(memory) = self.slot(slot) else {
+        let Some(memory) = self.slot(slot).filter(|memory| memory.is_logged()) else {
             return refused(libc::ENOENT);
         };
         let fault = resets.bitmap_faults.pop_front();

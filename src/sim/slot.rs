@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub(super) struct SimSlot {
     pages: Box<[SimPage]>,
+    /// `KVM_MEM_LOG_DIRTY_PAGES`.
+    is_logged: AtomicBool,
 }
 
 struct SimPage {
@@ -22,6 +24,24 @@ impl SimSlot {
         };
         Self {
             pages: (0..pages).map(|_| page()).collect(),
+            is_logged: AtomicBool::new(true),
+        }
+    }
+
+    pub(super) fn is_logged(&self) -> bool {
+        // Acquire: pairs with the release in `set_logged`.
+        self.is_logged.load(Ordering::Acquire)
+    }
+
+    /// Switches the log of the slot. On: every page is armed. Off: what was logged is forgotten.
+    pub(super) fn set_logged(&self, logged: bool) {
+        // AcqRel: pairs with the acquire in `is_logged`, and with itself.
+        if self.is_logged.swap(logged, Ordering::AcqRel) == logged {
+            return;
+        }
+        match logged {
+            true => self.rearm(),
+            false => self.take_logged(u64::MAX).for_each(drop),
         }
     }
 

@@ -121,9 +121,14 @@ impl SimVcpu {
     }
 
     fn push(&self, running: &mut Running, slot: u32, page: u64) {
+        // That of now, which need not be that of the write (`mark_page_dirty_in_slot`).
+        let memory = self.vm.slot(SlotId::from_raw(slot));
+        if memory.as_ref().is_some_and(|memory| !memory.is_logged()) {
+            return;
+        }
         if self.vm.inner.config.mode == Mode::Bitmap {
-            if let Some(slot) = self.vm.slot(SlotId::from_raw(slot)) {
-                slot.log(page);
+            if let Some(memory) = memory {
+                memory.log(page);
             }
             return;
         }

@@ -1,6 +1,7 @@
 //! A machine under a script, and what the oracles know of it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
 use std::mem;
 use std::sync::{Arc, Mutex};
 
@@ -10,7 +11,7 @@ use kvm_dirty_ring::sim::{
 };
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, RetiredSlot, SlotId, Stats, VcpuRing};
 
-use super::ops::{Op, Setup, Write};
+use super::ops::{Moment, Op, Setup, Write};
 use super::shape::{PageSet, pages_of};
 
 const SLOTS: [SlotId; 3] = [SlotId::new(0, 0), SlotId::new(0, 3), SlotId::new(1, 0)];
@@ -193,7 +194,34 @@ impl Machine {
                 vcpu.ignore_soft_limit(false);
             }
             Op::Rearm => self.rearm(),
+            Op::Switch { slot, on, fails } => self.switch(*slot, *on, *fails),
         }
+    }
+
+    fn switch(&self, index: usize, on: bool, fails: Option<Moment>) {
+        let Memory { vm, log, .. } = &*self.memory;
+        let slot = SLOTS[index];
+        let fail_at = |moment| match fails {
+            Some(fails) if fails == moment => Err(io::ErrorKind::Other.into()),
+            _ => Ok(()),
+        };
+        let set = || {
+            fail_at(Moment::Before)?;
+            vm.set_logged(slot, on);
+            fail_at(Moment::After)
+        };
+        let switched = match on {
+            true => log.start_tracking(slot, set),
+            false => log.stop_tracking(slot, set),
+        };
+        let as_expected = match (&self.lives[index], &switched) {
+            (Life::Absent, Err(SlotError::Unknown { .. })) => true,
+            (Life::Retired(_) | Life::Deleted(_), Err(SlotError::Retired { .. })) => true,
+            (Life::Live, Ok(())) => fails.is_none(),
+            (Life::Live, Err(SlotError::Switch { .. })) => fails.is_some(),
+            _ => false,
+        };
+        assert!(as_expected, "{switched:?}");
     }
 
     /// Whether every harvested entry was recycled by the reset that followed, and the log has no

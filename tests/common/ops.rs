@@ -65,4 +65,18 @@ pub enum Op {
     Overrun(Write),
     /// Every slot is protected anew.
     Rearm,
+    /// A slot's log is switched on or off, well, or with a failure: before that is done, or after
+    /// it.
+    Switch {
+        slot: usize,
+        on: bool,
+        fails: Option<Moment>,
+    },
+}
+
+/// When a call of the VMM's fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    Before,
+    After,
 }

@@ -5,7 +5,7 @@ use kvm_dirty_ring::sim::{BitmapFault, ResetFault, ResetPhase};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::common::ops::{Op, Setup, Write};
+use crate::common::ops::{Moment, Op, Setup, Write};
 
 pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
     let ring = (3u32..=6).prop_flat_map(|bits| (Just(1 << bits), 2..=(1u32 << bits) / 2));
@@ -192,4 +192,26 @@ pub fn bad_bitmaps_script() -> impl Strategy<Value = Vec<Op>> {
         prop_oneof![8 => busy_op(), 2 => kernel_write(), 1 => faults],
         1..120,
     )
+}
+
+fn switch_op() -> impl Strategy<Value = Op> {
+    let fails = prop_oneof![
+        6 => Just(None),
+        1 => Just(Some(Moment::Before)),
+        1 => Just(Some(Moment::After)),
+    ];
+    (0usize..3, any::<bool>(), fails).prop_map(|(slot, on, fails)| Op::Switch { slot, on, fails })
+}
+
+/// Slots whose log is switched on and off, all else in order; the kernel writes, too.
+pub fn switching_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(
+        prop_oneof![10 => busy_op(), 2 => kernel_write(), 4 => switch_op()],
+        1..120,
+    )
+}
+
+/// The same, and resets that go wrong; without the kernel's writes, of which rings do not tell.
+pub fn switching_badly_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(prop_oneof![10 => bad_reset_op(), 4 => switch_op()], 1..120)
 }

@@ -21,6 +21,7 @@ use super::machine::{
 tests![
     final_sync_beside_a_reaper,
     final_sync_of_many_vcpus,
+    snapshots_without_a_reaper,
     syncs_beside_each_other,
     device_writes_are_merged,
 ];
@@ -52,6 +53,25 @@ fn final_sync_beside_a_reaper() -> Outcome {
 
 fn final_sync_of_many_vcpus() -> Outcome {
     stop_and_sync(Workload::Random, 8, Duration::from_millis(1))?;
+    Ok(Completed)
+}
+
+/// One snapshot after the other, each of one sync with the guest stopped. In between nobody empties
+/// the rings but the vCPUs, each its own when it is full.
+fn snapshots_without_a_reaper() -> Outcome {
+    let mut machine = Machine::new(1024, &[3000, 1096])?;
+    let vcpus = machine.spawn_all(Workload::Random, 2)?;
+    for _ in 0..20 {
+        run_passes(&vcpus, 1)?;
+        machine.finish(&vcpus)?;
+        resume(&vcpus);
+    }
+    stop(vcpus)?;
+    let stats = machine.log.stats();
+    assert!(stats.full_exits() > 0, "{stats:?}");
+    // A pass for each full exit, and four for each sync.
+    assert_eq!(stats.passes, stats.full_exits() + 4 * 20, "{stats:?}");
+    assert_unsuspicious(&stats);
     Ok(Completed)
 }
 
