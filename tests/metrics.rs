@@ -172,9 +172,9 @@ fn eventful() -> Machine {
     machine.write(0..10);
     machine.log.reap().unwrap();
     machine.log.set_dirty_limit(1, NonZeroU64::new(5)).unwrap();
-    for _ in 0..5 {
+    for page in 20..25 {
         machine.vm.inject([ResetFault::AtEnd]);
-        machine.write([1]);
+        machine.write([page]);
         machine.log.reap().unwrap();
     }
     for _ in 0..2 {
