@@ -1,289 +1,115 @@
-//! A small VMM that migrates its running guest into another process: to be copied from.
+//! A small VMM that migrates its running guest into another process: to be copied from. It starts
+//! itself once more as the destination, at the other end of a Unix socket. Memory goes in rounds
+//! while vCPU and device write it; once they are stopped, the rest, and the vCPU's state.
 //!
-//! ```sh
-//! cargo run --release --bin mini-vmm
-//! ```
-//!
-//! It starts itself once more as the destination, and is the source itself; `mini-vmm destination
-//! SOCKET` and `mini-vmm source SOCKET` are the two by themselves. The guest's vCPUs write memory
-//! all the time, and count aloud through a port; a device writes memory, too. The source copies it
-//! in rounds meanwhile, stops them, copies the rest, and sends their state. Both compute a checksum
-//! of all memory, and fail if the two differ. The guest counts on at the destination, where it left
-//! off.
-//!
-//! | file | is |
-//! |---|---|
-//! | this one | the migration |
-//! | `machine.rs` | the VM: memory, vCPUs' threads, a device |
-//! | `kvm.rs` | what it asks of KVM, and the guest's few instructions |
-//! | `simulated.rs` | a stand-in for that, without KVM: nothing to copy from |
+//! `machine.rs` is the VM, `kvm.rs` what it asks of KVM, and the guest. `simulated.rs` stands in
+//! for KVM where there is none: nothing to copy from.
 
 #[cfg(target_arch = "x86_64")]
 mod kvm;
 mod machine;
 mod simulated;
 
-use std::io::{self, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::thread::sleep;
+use std::io::{Read, Write, stdin};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use clap::{Parser, Subcommand};
-use kvm_dirty_ring::pacing::LookFirst;
-use kvm_dirty_ring::{DirtyPages, Reaper};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
+use anyhow::{Context, Result, ensure};
+use kvm_dirty_ring::{DirtyPages, Reaper, pacing::LookFirst};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
-use machine::{Guest, Machine};
+use machine::{COUNT, Machine, SLOT};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+/// How long the other process, or the guest, may be silent; and rounds may go on.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The guest is stopped after a round of so few pages.
+const FEW_PAGES: u64 = 256;
 
-/// So few pages that the guest may stand still while they are sent.
-const REST: u64 = 256;
-/// Rounds after which it is stopped, whatever is left: it may write faster than the link takes.
-const MOST_ROUNDS: u32 = 30;
-/// How far each vCPU counts before its migration, and after it.
-const COUNTS: u32 = 50;
-/// Bytes that a message may have.
-const LONGEST_MESSAGE: u32 = 1 << 20;
-
-/// Migrates a running guest from one process to another.
-#[derive(Parser)]
-struct Options {
-    /// Simulate the kernel and the guest, also where there is KVM
-    #[arg(long, global = true)]
-    sim: bool,
-    /// Seconds for which the other process, or the guest, may be silent: 1 to 600
-    #[arg(long, global = true, default_value_t = 10)]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..=600))]
-    patience: u64,
-    #[command(subcommand)]
-    role: Option<Role>,
-}
-
-#[derive(Subcommand)]
-enum Role {
-    /// Wait at a socket for a guest, and run it
-    Destination { socket: PathBuf },
-    /// Run a guest, and send it to a socket
-    Source { socket: PathBuf },
-}
-
-/// What the source sends behind the pages.
-#[derive(Serialize, Deserialize)]
-struct Left {
-    guest: Guest,
-    checksum: u32,
-}
-
-/// What the destination answers.
-#[derive(Serialize, Deserialize)]
-struct Arrived {
-    checksum: u32,
-    /// How far the vCPUs have counted by then.
-    counts: Vec<u32>,
-}
-
-fn main() -> ExitCode {
-    let options = Options::parse();
-    let (role, done) = match &options.role {
-        Some(Role::Destination { socket }) => ("destination", destination(&options, socket)),
-        Some(Role::Source { socket }) => ("source", source(&options, socket)),
-        None => ("source", both(&options)),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("mini-vmm FAILED, {role}: {error}");
-            ExitCode::FAILURE
-        }
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let sim = args.iter().any(|arg| arg == "--sim");
+    if args.iter().any(|arg| arg == "destination") {
+        // Stdin is its end of the socket.
+        let socket = UnixStream::from(stdin().as_fd().try_clone_to_owned()?);
+        return receive_guest(socket, sim).context("the destination failed");
     }
+    ensure!(args.len() == usize::from(sim), "usage: mini-vmm [--sim]");
+    let (socket, theirs) = UnixStream::pair()?;
+    let mut child = std::process::Command::new(std::env::current_exe()?)
+        .args(args)
+        .arg("destination")
+        .stdin(OwnedFd::from(theirs))
+        .spawn()?;
+    let sent = send_guest(socket, sim).context("the source failed");
+    if sent.is_err() {
+        child.kill()?;
+    }
+    child.wait()?;
+    sent
 }
 
-/// The destination in a process of its own, the source in this one.
-fn both(options: &Options) -> Result<()> {
-    let socket = std::env::temp_dir().join(format!("mini-vmm-{}.socket", std::process::id()));
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("destination").arg(&socket);
-    command.arg(format!("--patience={}", options.patience));
-    if options.sim {
-        command.arg("--sim");
-    }
-    let mut child = command.spawn()?;
-    let sent = source(options, &socket);
-    // It ends by itself: the link is closed by now, and it waits no longer than we do.
-    let ended = child.wait()?;
-    sent?;
-    match ended.success() {
-        true => Ok(()),
-        false => Err("the destination failed".into()),
-    }
-}
+fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    let (machine, vcpu) = Machine::new(sim)?;
+    let thread = machine.start(vcpu, Value::Null)?;
 
-fn source(options: &Options, socket: &Path) -> Result<()> {
-    let patience = Duration::from_secs(options.patience);
-    let mut link = Link::new(
-        patiently(patience, || UnixStream::connect(socket))?,
-        patience,
-    )?;
-    let machine = Machine::new(options.sim)?;
-    machine.load()?;
-    let running = machine.start(&Guest::new())?;
-    running.count(COUNTS, patience)?;
-
-    let log = running.machine.log.clone();
-    let reaper = Reaper::spawn(&log, LookFirst::default())?;
-    running.machine.track(true)?;
-    let mut dirty = DirtyPages::new();
-    for round in 0.. {
-        // Nobody knows what was written before the log began: the first sync reports all memory.
-        log.sync(&mut dirty)?;
-        println!("source: round {round}, {} pages", dirty.page_count());
-        if dirty.page_count() <= REST || round == MOST_ROUNDS {
-            break;
-        }
-        link.send_pages(&running.machine, &dirty)?;
-    }
-
-    // The guest stands still from here on. What the last sync reported is not sent yet; the final
-    // one adds what was written after it.
-    let (machine, guest) = running.stop()?;
-    link.send_pages(&machine, &dirty)?;
-    log.sync(&mut dirty)?;
-    println!("source: stopped, {} pages", dirty.page_count());
-    link.send_pages(&machine, &dirty)?;
+    let log = &machine.log;
+    let reaper = Reaper::spawn(log, LookFirst::default())?;
+    log.start_tracking(SLOT, || (machine.set_logged)(true))?;
+    // Nobody knows what was written until now: the first round has all memory.
+    let start = Instant::now();
+    while send_dirty(&mut socket, &machine)? > FEW_PAGES && start.elapsed() < PATIENCE {}
+    let state = machine.stop(thread)?;
+    // Complete, for nobody writes any more: neither vCPU nor device.
+    send_dirty(&mut socket, &machine)?;
     reaper.stop()?;
-    let left = Left {
-        guest,
-        checksum: machine.checksum()?,
-    };
-    link.send_end(&left)?;
 
-    let arrived: Arrived = link.receive()?;
-    differ(left.checksum, arrived.checksum)?;
-    println!("source: all memory arrived, checksum {:08x}", left.checksum);
-    for (vcpu, (then, now)) in left.guest.counts().zip(&arrived.counts).enumerate() {
-        println!("source: vCPU {vcpu} counted to {then} here, and on to {now} there");
-    }
+    let (here, checksum): (u32, _) = (machine.memory.read_obj(COUNT)?, machine.checksum()?);
+    send(&mut socket, &(0, 0))?;
+    send(&mut socket, &(state, checksum))?;
+    let there: u32 = receive(&mut socket)?;
+    println!("all memory arrived, checksum {checksum:08x}; counted to {here}, and on to {there}");
     Ok(())
 }
 
-fn destination(options: &Options, socket: &Path) -> Result<()> {
-    let patience = Duration::from_secs(options.patience);
-    let listener = UnixListener::bind(socket)?;
-    listener.set_nonblocking(true)?;
-    let accepted = patiently(patience, || listener.accept());
-    std::fs::remove_file(socket)?;
-    let mut link = Link::new(accepted?.0, patience)?;
-    let machine = Machine::new(options.sim)?;
-    link.receive_pages(&machine)?;
-    let Left { guest, checksum } = link.receive()?;
-    let mut arrived = Arrived {
-        checksum: machine.checksum()?,
-        counts: Vec::new(),
-    };
-    if arrived.checksum == checksum {
-        let running = machine.start(&guest)?;
-        running.count(COUNTS, patience)?;
-        let (_, guest) = running.stop()?;
-        arrived.counts.extend(guest.counts());
+/// Sends all that was written since the last time. Returns how many pages.
+fn send_dirty(socket: &mut UnixStream, machine: &Machine) -> Result<u64> {
+    let mut dirty = DirtyPages::new();
+    machine.log.sync(&mut dirty)?;
+    println!("{} pages to send", dirty.page_count());
+    for run in dirty.runs() {
+        let range = machine.map.range(run).context("a run of no slot")?;
+        send(socket, &(range.start, range.end - range.start))?;
+        // Straight from guest memory, in which vCPUs may write: then a later sync has the page.
+        socket.write_all_volatile(&machine.map.slice(&machine.memory, run)?)?;
     }
-    link.send(&arrived)?;
-    differ(checksum, arrived.checksum)
+    Ok(dirty.page_count())
 }
 
-fn differ(left: u32, arrived: u32) -> Result<()> {
-    if left == arrived {
-        return Ok(());
+fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let (machine, vcpu) = Machine::new(sim)?;
+    while let (address, bytes @ 1..) = receive(&mut socket)? {
+        // Whoever sends it does not decide where it goes: a slice is within one region.
+        let mut slice = machine.memory.get_slice(GuestAddress(address), bytes)?;
+        socket.read_exact_volatile(&mut slice)?;
     }
-    Err(format!("the memory that arrived differs: checksum {arrived:08x}, not {left:08x}").into())
+    let (state, checksum): (Value, u32) = receive(&mut socket)?;
+    ensure!(machine.checksum()? == checksum, "the checksums differ");
+    machine.stop(machine.start(vcpu, state)?)?;
+    send(&mut socket, &machine.memory.read_obj::<u32>(COUNT)?)
 }
 
-/// Tries until it succeeds, for as long as `patience` allows.
-fn patiently<T>(patience: Duration, mut attempt: impl FnMut() -> io::Result<T>) -> Result<T> {
-    let start = Instant::now();
-    loop {
-        match attempt() {
-            Ok(done) => return Ok(done),
-            Err(error) if start.elapsed() > patience => {
-                return Err(format!("nobody at the other end for {patience:?}: {error}").into());
-            }
-            Err(_) => sleep(Duration::from_millis(5)),
-        }
-    }
+fn send(socket: &mut UnixStream, message: &impl Serialize) -> Result<()> {
+    Ok(socket.write_all(&serde_json::to_vec(message)?)?)
 }
 
-/// The way to the other process: runs of pages, each behind its address and its length in bytes,
-/// until one of no bytes; and messages.
-struct Link(UnixStream);
-
-impl Link {
-    /// Each call on the socket that takes longer than `patience` fails.
-    fn new(socket: UnixStream, patience: Duration) -> Result<Self> {
-        // One that was accepted has it from its listener.
-        socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(patience))?;
-        socket.set_write_timeout(Some(patience))?;
-        Ok(Self(socket))
-    }
-
-    fn send_pages(&mut self, machine: &Machine, dirty: &DirtyPages) -> Result<()> {
-        for run in dirty.runs() {
-            let range = machine
-                .map
-                .range(run)
-                .ok_or("a slot that the map does not know")?;
-            self.send_header(range.start, range.end - range.start)?;
-            // Straight from guest memory, in which vCPUs may write: then a later sync has the page.
-            self.0
-                .write_all_volatile(&machine.map.slice(&machine.memory, run)?)?;
-        }
-        Ok(())
-    }
-
-    fn send_header(&mut self, address: u64, bytes: u64) -> io::Result<()> {
-        self.0.write_all(&address.to_le_bytes())?;
-        self.0.write_all(&bytes.to_le_bytes())
-    }
-
-    fn send_end(&mut self, left: &Left) -> Result<()> {
-        self.send_header(0, 0)?;
-        self.send(left)
-    }
-
-    fn receive_pages(&mut self, machine: &Machine) -> Result<()> {
-        loop {
-            let mut header = [[0; 8]; 2];
-            self.0.read_exact(header.as_flattened_mut())?;
-            let [address, bytes] = header.map(u64::from_le_bytes);
-            if bytes == 0 {
-                return Ok(());
-            }
-            // Whoever sends it does not decide where it goes: the slice is inside of one region.
-            let mut slice = machine
-                .memory
-                .get_slice(GuestAddress(address), bytes as usize)?;
-            self.0.read_exact_volatile(&mut slice)?;
-        }
-    }
-
-    fn send(&mut self, message: &impl Serialize) -> Result<()> {
-        let message = serde_json::to_vec(message)?;
-        self.0.write_all(&(message.len() as u32).to_le_bytes())?;
-        Ok(self.0.write_all(&message)?)
-    }
-
-    fn receive<T: DeserializeOwned>(&mut self) -> Result<T> {
-        let mut bytes = [0; 4];
-        self.0.read_exact(&mut bytes)?;
-        let bytes = u32::from_le_bytes(bytes);
-        if bytes > LONGEST_MESSAGE {
-            return Err(format!("a message of {bytes} bytes: at most {LONGEST_MESSAGE}").into());
-        }
-        let mut message = vec![0; bytes as usize];
-        self.0.read_exact(&mut message)?;
-        Ok(serde_json::from_slice(&message)?)
-    }
+/// Reads to the closing bracket and not a byte further; no more than 1 MiB.
+fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> Result<T> {
+    let mut json = serde_json::Deserializer::from_reader(socket.take(1 << 20));
+    T::deserialize(&mut json).context("the other process is gone or silent, or talks nonsense")
 }

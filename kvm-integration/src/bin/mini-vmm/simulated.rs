@@ -1,111 +1,84 @@
 //! What stands in for KVM and the guest where there is none: the crate's simulated kernel, and
-//! vCPUs that do on it what the guest's code does. Nothing here is for copying.
+//! a vCPU that does on it what the guest's code does. Nothing here is for copying.
 
-use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::thread::sleep;
 use std::time::Duration;
 
+use anyhow::Result;
+use kvm_dirty_ring::DirtyLog;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, GuestRegion, SlotId};
 use serde::Deserialize;
 use serde_json::Value;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
-use crate::Result;
-use crate::machine::{Cpu, Exit, Memory, RAM, VCPUS, Vcpu, Vm};
+use crate::machine::{MEMORY, Memory, SLOT, STOP, SetLogged, Vcpu, device};
 
-const PAGES_PER_COUNT: u64 = 64;
-const RAM_SLOT: SlotId = SlotId::new(0, 1);
+/// Writes after which a vCPU rests for a moment.
+const BATCH: u32 = 64;
 
-pub fn create_vm() -> (Box<dyn Vm>, DirtyLog) {
+/// On KVM, where it can be had, unless somebody asked for the stand-in.
+pub fn create_unless_kvm(asked_for: bool, memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
+    #[cfg(target_arch = "x86_64")]
+    if !asked_for {
+        match kvm_ioctls::Kvm::new() {
+            Ok(kvm) => return crate::kvm::create(&kvm, memory),
+            Err(error) => eprintln!("mini-vmm: no KVM: {error}"),
+        }
+    }
+    eprintln!(
+        "mini-vmm: THE KERNEL AND THE GUEST ARE SIMULATED, {}",
+        match asked_for {
+            true => "as asked for",
+            false => "for want of a KVM for x86-64",
+        }
+    );
+    create(memory)
+}
+
+fn create(memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
     let vm = SimVm::new(SimConfig::default());
     let log = vm.dirty_log();
-    (Box::new(Simulated(vm)), log)
-}
-
-struct Simulated(SimVm);
-
-impl Vm for Simulated {
-    fn set_region(&self, region: GuestRegion, _: *mut u8, logged: bool) -> io::Result<()> {
-        if self.0.version(region.slot, 0).is_none() {
-            self.0.create_slot(region.slot, region.pages);
-        }
-        self.0.set_logged(region.slot, logged);
-        Ok(())
-    }
-
-    fn load(&self, _: &Memory) -> Result<()> {
-        Ok(())
-    }
-
-    fn create_vcpu(&self, index: u32, log: &DirtyLog, memory: &Memory) -> Result<Cpu> {
-        let vcpu = self.0.add_vcpu();
-        let ring = log.attach_ring(vcpu.ring_memory())?;
-        let ram = memory.find_region(RAM.0).ok_or("there is no RAM")?;
-        let pages = ram.bitmap().region().pages() / u64::from(VCPUS);
-        let vcpu = SimulatedVcpu {
-            vcpu,
-            memory: memory.clone(),
-            first_page: u64::from(index) * pages,
-            pages,
-            written: 0,
-        };
-        Ok((Box::new(vcpu), ring))
-    }
-}
-
-struct SimulatedVcpu {
-    vcpu: SimVcpu,
-    memory: Memory,
-    first_page: u64,
-    pages: u64,
-    /// Its register: pages written so far.
-    written: u64,
-}
-
-impl SimulatedVcpu {
-    fn write(&mut self) -> Result<Option<WriteError>> {
-        let page = self.first_page + self.written % self.pages;
-        let count = (self.written / PAGES_PER_COUNT) as u32;
-        let page_size = RAM.1 as u64 / u64::from(VCPUS) / self.pages;
-        let address = RAM.0.unchecked_add(page * page_size);
-        let place = self.memory.get_slice(address, 4)?;
-        // By a reference, which marks nothing: what vCPUs write is for the log to find.
-        let place = place.get_atomic_ref::<AtomicU32>(0)?;
-        let store = || place.store(count, Ordering::Relaxed);
-        let written = self.vcpu.write_with(RAM_SLOT, page, store);
-        self.written += u64::from(written.is_ok());
-        Ok(written.err())
-    }
-}
-
-impl Vcpu for SimulatedVcpu {
-    fn run(&mut self) -> Result<Exit> {
-        sleep(Duration::from_micros(100));
-        loop {
-            match self.write()? {
-                Some(WriteError::RingFull) => return Ok(Exit::DirtyRingFull),
-                Some(error) => return Err(error.into()),
-                None if self.written % PAGES_PER_COUNT == 0 => {
-                    return Ok(Exit::Counted((self.written / PAGES_PER_COUNT) as u32));
+    let pages = memory.iter().map(|region| region.bitmap().region().pages());
+    let pages: u64 = pages.sum();
+    let vcpu = vm.add_vcpu();
+    let mut ring = log.attach_ring(vcpu.ring_memory())?;
+    let memory = memory.clone();
+    let run = move |state: Value| {
+        let mut count = Option::<u32>::deserialize(state)?.unwrap_or(0);
+        while !STOP.load(Relaxed) {
+            match write(&vcpu, &memory, pages, count) {
+                Ok(()) => {
+                    count += 1;
+                    device(&memory, &count.to_le_bytes())?;
                 }
-                None => {}
+                Err(WriteError::RingFull) => ring.on_full()?,
+                Err(error) => return Err(error.into()),
+            }
+            if count % BATCH == 0 {
+                sleep(Duration::from_micros(100));
             }
         }
-    }
-
-    fn finish(&mut self) -> Result<()> {
-        self.vcpu.exit();
+        vcpu.exit();
+        Ok(Value::from(count))
+    };
+    let set_logged = move |logged| {
+        if vm.version(SLOT, 0).is_none() {
+            vm.create_slot(SLOT, pages);
+        }
+        vm.set_logged(SLOT, logged);
         Ok(())
-    }
+    };
+    Ok((Box::new(set_logged), log, Box::new(run)))
+}
 
-    fn save(&self) -> Result<Value> {
-        Ok(self.written.into())
-    }
-
-    fn restore(&mut self, state: &Value) -> Result<()> {
-        self.written = u64::deserialize(state)?;
-        Ok(())
-    }
+/// The vCPU's write: as on KVM, into the second half of memory.
+fn write(vcpu: &SimVcpu, memory: &Memory, pages: u64, count: u32) -> Result<(), WriteError> {
+    let page = pages / 2 + u64::from(count) % (pages / 2);
+    // By a reference, which marks nothing: what vCPUs write is for the log to find.
+    let place = memory.get_slice(GuestAddress(page * (MEMORY as u64 / pages)), 4);
+    let place = place.expect("guest memory has the page");
+    let place = place.get_atomic_ref::<AtomicU32>(0);
+    let place = place.expect("a page begins at a multiple of 4");
+    vcpu.write_with(SLOT, page, || place.store(count, Relaxed))
 }
