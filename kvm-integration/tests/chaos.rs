@@ -44,7 +44,7 @@ fn is_sound(object: &Value, backend: &str, wanted: u64) {
     let happened = faults.values().filter(|times| number(times) > 0).count();
     assert!(happened >= 10, "{object}");
     let elsewhere = object["not_applicable"].as_array().expect("kinds");
-    assert_eq!(faults.len() + elsewhere.len(), 27, "{object}");
+    assert_eq!(faults.len() + elsewhere.len(), 28, "{object}");
     let (fault, is_here) = (FAULT_OF_THE_SIMULATION, backend == "sim");
     assert_eq!(faults.contains_key(fault), is_here, "{object}");
     assert_eq!(!elsewhere.contains(&fault.into()), is_here, "{object}");
