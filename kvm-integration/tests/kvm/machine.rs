@@ -256,16 +256,16 @@ pub fn stop(vcpus: impl IntoIterator<Item = VcpuThread>) -> Result<Vec<TinyVcpu>
     stopped.map_err(|error| chain(&error).into())
 }
 
-/// Fails unless the log has had no reason for any suspicion.
+/// Fails unless the log has had no reason for any suspicion, but for resets that had to wait for a
+/// change of slots, which are doubtful.
 pub fn assert_unsuspicious(stats: &Stats) {
     let suspicions = [
         stats.short_resets,
-        stats.doubtful_resets,
         stats.failed_resets,
         stats.unknown_slot_entries,
         stats.out_of_range_entries,
         stats.overruns,
         stats.missing_bitmaps,
     ];
-    assert_eq!(suspicions, [0; 7], "{stats:?}");
+    assert_eq!(suspicions, [0; 6], "{stats:?}");
 }
