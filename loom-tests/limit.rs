@@ -86,13 +86,14 @@ fn a_vcpu_attached_beside_a_stop() {
             move || log.attach_ring(machine.ring(0).memory()).unwrap()
         });
         log.set_dirty_limits(NonZeroU64::new(1)).unwrap();
-        // For good: should the vCPU sleep, no second panic hides that.
-        core::mem::forget(log.keep_awake());
-        // Dropped by a panic, it would be a second one.
+        // Should the vCPU sleep, dropping these would be a second panic, which hides that.
+        let awake = ManuallyDrop::new(log.keep_awake());
         let mut ring = ManuallyDrop::new(attaching.join().unwrap());
         let limit = log.stats().vcpus[0].dirty_limit;
         assert_eq!(limit, NonZeroU64::new(1), "a vCPU has missed its limit");
         assert!(machine.write(0, 1, 1));
         ring.throttle();
+        drop(ManuallyDrop::into_inner(ring));
+        drop(ManuallyDrop::into_inner(awake));
     });
 }
