@@ -25,6 +25,7 @@ use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 /// use std::num::NonZeroU64;
 ///
 /// // A signal whose handler does nothing: KVM_RUN returns EINTR, and the thread calls `throttle`.
+/// // These threads are joined after the limiter has stopped.
 /// let limiter = Limiter::spawn(log, move |vcpu| unsafe {
 ///     libc::pthread_kill(vcpu_threads[vcpu], libc::SIGRTMIN());
 /// })?;

@@ -152,7 +152,7 @@ impl DirtyLog {
                 None => {
                     new.limit.set(terms.all, || new.logged());
                     new.limit.keep_awake(terms.wakers > 0);
-                    layout.vcpus.push(new);
+                    layout.vcpus.push(Arc::clone(&new));
                     layout.vcpus.len() - 1
                 }
             };
@@ -185,7 +185,7 @@ impl DirtyLog {
     /// The id is in use or being removed, the size is none that a slot can have, or there is no
     /// memory.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
-        self.track(slot, pages, None)
+        self.track(&lock(&self.inner.slot_change), slot, pages, None)
     }
 
     /// As [`add_slot`](Self::add_slot), for a slot whose devices mark their writes in `device`, made
@@ -197,20 +197,21 @@ impl DirtyLog {
         pages: u64,
         device: &Arc<SharedBits>,
     ) -> Result<(), SlotError> {
+        let one_at_a_time = lock(&self.inner.slot_change);
         // A sync that knows a slot from which the bits come, and which is finished by now, would
         // still take them, for that slot: writes from now on are to be reported as the new one's.
         let _no_sync = lock(&self.inner.pending);
-        self.track(slot, pages, Some(Arc::clone(device)))
+        self.track(&one_at_a_time, slot, pages, Some(Arc::clone(device)))
     }
 
     fn track(
         &self,
+        _one_at_a_time: &MutexGuard<'_, ()>,
         slot: SlotId,
         pages: u64,
         device: Option<Arc<SharedBits>>,
     ) -> Result<(), SlotError> {
         let harvester = &self.inner.harvester;
-        let _one_at_a_time = lock(&self.inner.slot_change);
         let shards = harvester.pool.len();
         harvester.change_layout(|layout| layout.slots.add(slot, pages, device, shards))?;
         // A pass on an older layout would not know the slot's entries, or would give them to the
@@ -317,30 +318,34 @@ impl DirtyLog {
     /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
     /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
     /// next sync once more and are then clean; where the kernel [has bitmaps](Mode::Bitmap), which it
-    /// throws away thereby, all pages of the slot come.
+    /// throws away thereby, all pages of the slot come, and no sync may be made between the two.
     ///
     /// # Errors
     /// The slot is not tracked, or there is no memory; the pages stay suspect.
     pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {
-        let mut pending = lock(&self.inner.pending);
         let layout = self.inner.harvester.layout();
         let tracked = layout.slots.get(slot.raw());
-        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
-        if !pending.fit(&layout.slots) {
-            let pages = tracked.pages();
-            return Err(SlotError::NoMemory { slot, pages });
-        }
+        self.end_suspicion(tracked.ok_or(SlotError::Unknown { slot })?)?;
+        trace::rearmed(slot.raw());
+        Ok(())
+    }
+
+    /// Every page of the slot is protected again.
+    fn end_suspicion(&self, tracked: &Slot) -> Result<(), SlotError> {
+        let mut pending = lock(&self.inner.pending);
         if self.inner.harvester.kernel().has_bitmap() {
             // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
             tracked.device().set(0, tracked.pages());
         }
+        if !pending.fit(&self.inner.harvester.layout().slots) {
+            let (slot, pages) = (tracked.id(), tracked.pages());
+            return Err(SlotError::NoMemory { slot, pages });
+        }
         for (slot, bits) in pending.slots_mut() {
-            if core::ptr::eq(slot, &**tracked) {
+            if core::ptr::eq(slot, tracked) {
                 slot.take_suspects_into(bits);
             }
         }
-        drop(pending);
-        trace::rearmed(slot.raw());
         Ok(())
     }
 
@@ -356,8 +361,8 @@ impl DirtyLog {
     /// them have to be copied each time.
     ///
     /// # Errors
-    /// [`SlotError::Protect`] with what `protect` said, or there is no memory. That slot's pages, and
-    /// those of slots after it, stay suspect.
+    /// [`SlotError::Protect`] with what `protect` said: every page of that slot is suspect then, as it
+    /// need not be logged any more. Or there is no memory. Slots after it stay as they were.
     pub fn rearm(
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,
@@ -367,13 +372,42 @@ impl DirtyLog {
         for slot in layout.slots.staying() {
             // One that is not tracked is not to be logged thereby.
             if slot.suspects() > 0 && slot.is_tracked() {
-                let slot = slot.id();
-                protect(slot).map_err(|source| SlotError::Protect { slot, source })?;
-                self.rearmed(slot)?;
-                rearmed += 1;
+                if self.protect_anew(slot, &mut protect)? {
+                    trace::rearmed(slot.id().raw());
+                    rearmed += 1;
+                }
             }
         }
         Ok(rearmed)
+    }
+
+    /// Has a slot protected, and ends suspicion of it: unless it was removed or stopped meanwhile.
+    fn protect_anew(
+        &self,
+        slot: &Arc<Slot>,
+        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<bool, SlotError> {
+        let _one_at_a_time = lock(&self.inner.slot_change);
+        let layout = self.inner.harvester.layout();
+        if !layout.slots.holds(slot) || layout.slots.is_retired(slot) || !slot.is_tracked() {
+            return Ok(false);
+        }
+        if self.inner.harvester.kernel().has_bitmap() {
+            // A sync meanwhile must not miss what the kernel throws away.
+            let _pending = lock(&self.inner.pending);
+            slot.untrack();
+        }
+        let mut unsure = Unsure {
+            log: self,
+            slot,
+            is_protected: false,
+        };
+        let id = slot.id();
+        protect(id).map_err(|source| SlotError::Protect { slot: id, source })?;
+        unsure.is_protected = true;
+        drop(unsure);
+        self.end_suspicion(slot)?;
+        Ok(true)
     }
 
     /// Empties every ring once, as the reaper does: harvest, reset, publish. Returns how many
@@ -519,6 +553,27 @@ impl DirtyLog {
     }
 }
 
+/// A slot that the VMM is switching off and on: if that fails or panics, nobody knows whether the kernel
+/// still logs it.
+struct Unsure<'a> {
+    log: &'a DirtyLog,
+    slot: &'a Slot,
+    is_protected: bool,
+}
+
+impl Drop for Unsure<'_> {
+    fn drop(&mut self) {
+        if !self.is_protected {
+            self.slot.suspect_all();
+        }
+        let inner = &self.log.inner;
+        if inner.harvester.kernel().has_bitmap() {
+            let _pending = lock(&inner.pending);
+            self.slot.track();
+        }
+    }
+}
+
 /// What a sync has collected. If it does not complete, by an error or a panic, its pages wait in the
 /// log for the next one.
 struct Collected<'a> {
@@ -599,7 +654,10 @@ impl VcpuRing {
         self.vcpu.counts.stall_ns.add(stall);
         trace::full(self.index, entries, stall);
         self.inner.tell();
-        self.vcpu.pay();
+        // A failure is not to wait for the end of a sleep.
+        if result.is_ok() {
+            self.vcpu.pay();
+        }
         result
     }
 

@@ -80,15 +80,20 @@ impl DirtyLog {
 
     /// Looks at the vCPUs that have a limit, and calls `kick` for each that is ahead of it and not
     /// asleep, by its place in the order in which they were attached: `kick` makes its thread leave
-    /// `KVM_RUN` and call [`VcpuRing::throttle`]. Returns when to look again, `None` if no vCPU has
-    /// a limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a thread that does
+    /// `KVM_RUN` and call [`VcpuRing::throttle`]. Returns when to look again, `None` if no vCPU that
+    /// has its [`VcpuRing`] has a limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a thread that does
     /// this.
     ///
     /// A kick that comes to nothing, since the thread was about to enter the guest, is repeated by
-    /// the next look. `kick` is called with no lock held.
+    /// the next look. `kick` is called with no lock held; the `VcpuRing` may be dropped meanwhile, so
+    /// it must bear a thread that ends.
     pub fn enforce_dirty_limits(&self, mut kick: impl FnMut(usize)) -> Option<Duration> {
         let mut next: Option<Duration> = None;
         for (place, vcpu) in self.inner().harvester.layout().vcpus.iter().enumerate() {
+            if !vcpu.is_held() {
+                // Without a `VcpuRing` it has no thread that could be kicked.
+                continue;
+            }
             let wait = match vcpu.limit.look(|| vcpu.logged()) {
                 None => continue,
                 Some(Standing::Asleep(rest)) => rest.saturating_add(LOOK),

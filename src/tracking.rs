@@ -48,7 +48,7 @@ impl DirtyLog {
     ///
     /// # Errors
     /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_on` said:
-    /// then the slot is what it was before, tracked or not.
+    /// then the slot is not tracked, whether or not KVM logs it.
     pub fn start_tracking(
         &self,
         slot: SlotId,
@@ -56,6 +56,11 @@ impl DirtyLog {
     ) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let tracked = self.staying(slot)?;
+        {
+            // Should the call fail, or panic, nobody knows whether the kernel logs it.
+            let _no_sync = lock(&self.inner().pending);
+            tracked.untrack();
+        }
         log_on().map_err(|source| SlotError::Switch { slot, source })?;
         // Only now: a sync that took the pages for dirty before would have them copied while writes
         // to them are not logged.

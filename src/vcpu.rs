@@ -64,6 +64,12 @@ impl Vcpu {
         !self.held.swap(true, Ordering::Acquire)
     }
 
+    /// Whether somebody has it: true of a moment.
+    pub(crate) fn is_held(&self) -> bool {
+        // Relaxed: nothing is read that it would order.
+        self.held.load(Ordering::Relaxed)
+    }
+
     /// Gives it back.
     pub(crate) fn let_go(&self) {
         // Release: pairs with the acquire in `hold`.

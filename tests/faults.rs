@@ -4,6 +4,7 @@
 mod scenario;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -53,6 +54,34 @@ fn a_reset_that_only_recycles_what_another_left_is_short() {
     machine.write([50]);
     let reported = machine.sync();
     assert!(reported.contains(&run(RAM, 50, 1)), "{reported:?}");
+}
+
+/// Switched off and not on again, the slot is not logged: all of it is suspect until the hook succeeds.
+#[test]
+fn a_slot_whose_rearming_fails_is_suspect_as_a_whole() {
+    for panics in [false, true] {
+        let mut machine = Machine::new();
+        machine.vm.inject([ResetFault::Short { after: 1 }]);
+        machine.write([1, 2, 3]);
+        machine.sync();
+        let fails = |slot| {
+            machine.vm.set_logged(slot, false);
+            assert!(!panics, "the hook panics");
+            Err(io::Error::from_raw_os_error(libc::ENOMEM))
+        };
+        let rearmed = catch_unwind(AssertUnwindSafe(|| machine.log.rearm(fails)));
+        assert_eq!(rearmed.is_err(), panics);
+        machine.write([200]);
+        assert_eq!(machine.sync(), [ALL_RAM]);
+        assert_eq!(machine.sync(), [ALL_RAM]);
+        let logged = |slot| {
+            machine.vm.set_logged(slot, true);
+            Ok(())
+        };
+        assert_eq!(machine.log.rearm(logged).unwrap(), 1);
+        assert_eq!(machine.sync(), [ALL_RAM]);
+        assert_eq!(machine.sync(), []);
+    }
 }
 
 /// What is near the last page of a ring may be unprotected, and is reported until it is protected anew.

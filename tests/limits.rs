@@ -281,6 +281,30 @@ fn a_priority_that_there_is_not_is_refused() {
     }
 }
 
+/// A vCPU that was unplugged owes what it owed, and has no thread any more.
+#[test]
+fn nobody_is_kicked_who_has_no_thread() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    let slot = SlotId::new(0, 0);
+    log.add_slot(slot, 100).unwrap();
+    vm.create_slot(slot, 100);
+    let vcpu = vm.add_vcpu();
+    let ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    log.set_dirty_limit(0, NonZeroU64::new(1)).unwrap();
+    (0..30).for_each(|page| vcpu.write(slot, page).unwrap());
+    let kicked = || {
+        let mut kicked = Vec::new();
+        let next = log.enforce_dirty_limits(|vcpu| kicked.push(vcpu));
+        (kicked, next.is_some())
+    };
+    assert_eq!(kicked(), (vec![0], true));
+    drop(ring);
+    assert_eq!(kicked(), (vec![], false));
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    assert_eq!(kicked(), (vec![0], true), "its debt is forgotten");
+}
+
 #[test]
 fn a_kick_that_panics_is_told() {
     let machine = Machine::new();

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -435,4 +436,37 @@ fn a_copy_by_slices_is_the_memory() {
         pages: 1,
     };
     assert!(map.slice(&memory, run).is_err());
+}
+
+/// A migration begins while memory is plugged in: neither waits for the other for ever.
+#[test]
+fn a_slot_is_added_while_another_starts() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    log.add_slot(RAM, 10).unwrap();
+    vm.create_slot(RAM, 10);
+    let (ended, both) = mpsc::channel();
+    let (began, is_on) = mpsc::channel();
+    thread::spawn({
+        let (log, ended) = (log.clone(), ended.clone());
+        move || {
+            let switched = log.start_tracking(RAM, || {
+                began.send(()).unwrap();
+                // Time for the other to come as far as it can.
+                thread::sleep(Duration::from_millis(50));
+                Ok(())
+            });
+            ended.send(switched).unwrap();
+        }
+    });
+    thread::spawn(move || {
+        is_on.recv().unwrap();
+        let bitmap = RegionBitmap::with_len(5 * page_size());
+        let added = log.add_slot_with(SlotId::new(0, 9), &bitmap);
+        ended.send(added).unwrap();
+    });
+    for _ in 0..2 {
+        let one = both.recv_timeout(Duration::from_secs(60));
+        one.expect("both wait for ever").unwrap();
+    }
 }

@@ -16,9 +16,9 @@ impl StopWatch {
         Self { sleeps: sleeps() }
     }
 
-    /// Whether it may have been stopped. Where nobody can tell, it was not.
+    /// Whether it may have been stopped: also where nobody can tell.
     pub(crate) fn may_have_stopped(&self) -> bool {
-        self.sleeps != sleeps()
+        self.sleeps.is_none() || self.sleeps != sleeps()
     }
 }
 
