@@ -371,11 +371,10 @@ impl DirtyLog {
         let mut rearmed = 0;
         for slot in layout.slots.staying() {
             // One that is not tracked is not to be logged thereby.
-            if slot.suspects() > 0 && slot.is_tracked() {
-                if self.protect_anew(slot, &mut protect)? {
-                    trace::rearmed(slot.id().raw());
-                    rearmed += 1;
-                }
+            let concerned = slot.suspects() > 0 && slot.is_tracked();
+            if concerned && self.protect_anew(slot, &mut protect)? {
+                trace::rearmed(slot.id().raw());
+                rearmed += 1;
             }
         }
         Ok(rearmed)

@@ -56,11 +56,8 @@ impl DirtyLog {
     ) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let tracked = self.staying(slot)?;
-        {
-            // Should the call fail, or panic, nobody knows whether the kernel logs it.
-            let _no_sync = lock(&self.inner().pending);
-            tracked.untrack();
-        }
+        // Should the call fail, or panic, nobody knows whether the kernel logs it.
+        self.untrack(&tracked);
         log_on().map_err(|source| SlotError::Switch { slot, source })?;
         // Only now: a sync that took the pages for dirty before would have them copied while writes
         // to them are not logged.
@@ -90,11 +87,8 @@ impl DirtyLog {
     ) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let tracked = self.staying(slot)?;
-        {
-            // Before the flag goes: a sync in between would miss what is written and not logged.
-            let _no_sync = lock(&self.inner().pending);
-            tracked.untrack();
-        }
+        // Before the flag goes: a sync in between would miss what is written and not logged.
+        self.untrack(&tracked);
         log_off().map_err(|source| SlotError::Switch { slot, source })?;
         let mut pending = lock(&self.inner().pending);
         // Not before KVM has let go: it protects again only what it did not log. Without memory for
@@ -107,6 +101,12 @@ impl DirtyLog {
             }
         }
         Ok(())
+    }
+
+    /// From now on every sync reports all of the slot.
+    fn untrack(&self, slot: &Slot) {
+        let _no_sync = lock(&self.inner().pending);
+        slot.untrack();
     }
 
     /// The slot, unless it is about to go.
