@@ -74,7 +74,10 @@ impl Storm {
     /// stopped: nobody can block them.
     ///
     /// A stop that is taken back before a thread has come to it may cut short what the thread is at, and
-    /// leaves no trace whatever: there is nothing to be shown by it.
+    /// leaves no trace whatever: there is nothing to be shown by it. Nor does a process get on that is
+    /// stopped again before its threads have run. So there is a lull between: most are at most a
+    /// millisecond and each of another length, so that what begins with a continuation is hit early and
+    /// late; each fourth is long enough for a busy machine.
     ///
     /// A process of their own sends them. It ends only after a continuation: when its file is gone,
     /// or this process.
@@ -91,9 +94,13 @@ impl Storm {
                 done 2> /dev/null
                 return 1
             }
+            lull=0
             while [ -e "$1" ] && kill -STOP "$2"; do
                 while runs "$2"; do :; done
                 kill -CONT "$2" || exit
+                lull=$(((lull + 271) % 1009)) turn=0
+                while [ $turn -lt $lull ]; do turn=$((turn + 1)); done
+                [ $lull -gt 250 ] || sleep 0.004
             done"#;
         let me = std::process::id();
         let file = std::env::temp_dir().join(format!("kvm-suite-storm-{me}"));
