@@ -123,6 +123,7 @@ mod prefetch;
 mod rate;
 #[cfg(not(all(test, feature = "modelled")))]
 mod reaper;
+mod rearm;
 mod reset;
 pub mod ring;
 #[cfg(all(
@@ -130,6 +131,7 @@ pub mod ring;
     not(all(test, feature = "modelled"))
 ))]
 pub mod sim;
+mod slot_changes;
 mod slot_id;
 mod stats;
 mod sync;
@@ -138,6 +140,7 @@ mod throttle;
 mod trace;
 mod tracking;
 mod vcpu;
+mod vcpu_ring;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;
 
@@ -149,14 +152,16 @@ pub use kernel::{Kernel, Mode, Recycled};
 pub use kvm::{HostSupport, RingEntries};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use limiter::Limiter;
-pub use log::{DirtyLog, RetiredSlot, VcpuRing};
+pub use log::DirtyLog;
 #[cfg(not(all(test, feature = "modelled")))]
 pub use rate::{Rate, RateMeter, Rates};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use reaper::{Priority, Reaper, ReaperBuilder};
+pub use slot_changes::RetiredSlot;
 pub use slot_id::SlotId;
 pub use stats::{ReaperStats, Stats, VcpuStats};
 pub use throttle::Awake;
+pub use vcpu_ring::VcpuRing;
 
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]

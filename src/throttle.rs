@@ -7,8 +7,9 @@ use core::time::Duration;
 use crate::error::LimitError;
 use crate::kernel::Mode;
 use crate::limit::Standing;
-use crate::log::{DirtyLog, VcpuRing};
+use crate::log::DirtyLog;
 use crate::sync::lock;
+use crate::vcpu_ring::VcpuRing;
 
 /// How long after a look at limited vCPUs the next one should be, while one of them runs.
 const LOOK: Duration = Duration::from_millis(1);

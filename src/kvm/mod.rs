@@ -17,9 +17,10 @@ use stops::StopWatch;
 
 use crate::error::{AttachError, EnableError};
 use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
-use crate::log::{DirtyLog, VcpuRing};
+use crate::log::DirtyLog;
 use crate::slot_id::SlotId;
 use crate::vcpu::MOST_RESERVED_ENTRIES;
+use crate::vcpu_ring::VcpuRing;
 
 /// Numbers of KVM's ioctls, from the kernel's include/uapi/linux/kvm.h.
 mod ioctl {
@@ -169,6 +170,10 @@ impl DirtyLog {
     /// before it runs, and again if its [`VcpuRing`] was dropped; the mapping outlives the
     /// descriptor. In [`Mode::Bitmap`] the vCPU has an empty ring of ours, so that a VMM does the
     /// same in both modes.
+    ///
+    /// Which vCPU it is, says its descriptor's link in `/proc/self/fd`. In a jail without `/proc` one
+    /// that comes again looks like another, and a second consumer of its ring would lose pages: attach
+    /// each vCPU once there, and keep its `VcpuRing` while it is unplugged.
     ///
     /// # Errors
     /// The ring cannot be mapped; somebody has the vCPU's [`VcpuRing`]; or the log is not a KVM

@@ -1,0 +1,130 @@
+//! Suspicion ends where a slot is protected anew.
+
+use std::io;
+
+use crate::error::SlotError;
+use crate::log::DirtyLog;
+use crate::memslots::Slot;
+use crate::slot_id::SlotId;
+use crate::sync::{Arc, lock};
+use crate::trace;
+
+impl DirtyLog {
+    /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
+    /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
+    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
+    /// next sync once more and are then clean; where the kernel [has bitmaps](Mode::Bitmap), which it
+    /// throws away thereby, all pages of the slot come, and no sync may be made between the two.
+    ///
+    /// # Errors
+    /// The slot is not tracked, or there is no memory; the pages stay suspect.
+    pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {
+        let layout = self.inner().harvester.layout();
+        let tracked = layout.slots.get(slot.raw());
+        self.end_suspicion(tracked.ok_or(SlotError::Unknown { slot })?)?;
+        trace::rearmed(slot.raw());
+        Ok(())
+    }
+
+    /// Every page of the slot is protected again.
+    fn end_suspicion(&self, tracked: &Slot) -> Result<(), SlotError> {
+        let mut pending = lock(&self.inner().pending);
+        if self.inner().harvester.kernel().has_bitmap() {
+            // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
+            tracked.device().set(0, tracked.pages());
+        }
+        if !pending.fit(&self.inner().harvester.layout().slots) {
+            let (slot, pages) = (tracked.id(), tracked.pages());
+            return Err(SlotError::NoMemory { slot, pages });
+        }
+        for (slot, bits) in pending.slots_mut() {
+            if core::ptr::eq(slot, tracked) {
+                slot.take_suspects_into(bits);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending
+    /// by id, and is to have all pages of the slot protected again: it sets the slot's memory
+    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN`
+    /// meanwhile: what it wrote in between would not be logged. The pages come with the next sync
+    /// once more and are then clean. Returns how many slots there were; `protect` is not called for
+    /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
+    /// tracked](Self::stop_tracking).
+    ///
+    /// It waits for other changes of slots; `protect` must not make any in this log.
+    ///
+    /// It pays as soon as a sync has reported suspects (see [`Stats::suspect_pages`]), since all of
+    /// them have to be copied each time.
+    ///
+    /// # Errors
+    /// [`SlotError::Protect`] with what `protect` said: every page of that slot is suspect then, as it
+    /// need not be logged any more. Or there is no memory. Slots after it stay as they were.
+    pub fn rearm(
+        &self,
+        mut protect: impl FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<usize, SlotError> {
+        let layout = self.inner().harvester.layout();
+        let mut rearmed = 0;
+        for slot in layout.slots.staying() {
+            // One that is not tracked is not to be logged thereby.
+            let concerned = slot.suspects() > 0 && slot.is_tracked();
+            if concerned && self.protect_anew(slot, &mut protect)? {
+                trace::rearmed(slot.id().raw());
+                rearmed += 1;
+            }
+        }
+        Ok(rearmed)
+    }
+
+    /// Has a slot protected, and ends suspicion of it: unless it was removed or stopped meanwhile.
+    fn protect_anew(
+        &self,
+        slot: &Arc<Slot>,
+        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<bool, SlotError> {
+        let _one_at_a_time = lock(&self.inner().slot_change);
+        let layout = self.inner().harvester.layout();
+        if !layout.slots.holds(slot) || layout.slots.is_retired(slot) || !slot.is_tracked() {
+            return Ok(false);
+        }
+        if self.inner().harvester.kernel().has_bitmap() {
+            // A sync meanwhile must not miss what the kernel throws away.
+            let _pending = lock(&self.inner().pending);
+            slot.untrack();
+        }
+        let mut unsure = Unsure {
+            log: self,
+            slot,
+            is_protected: false,
+        };
+        let id = slot.id();
+        protect(id).map_err(|source| SlotError::Protect { slot: id, source })?;
+        unsure.is_protected = true;
+        drop(unsure);
+        self.end_suspicion(slot)?;
+        Ok(true)
+    }
+}
+
+/// A slot that the VMM is switching off and on: if that fails or panics, nobody knows whether the kernel
+/// still logs it.
+struct Unsure<'a> {
+    log: &'a DirtyLog,
+    slot: &'a Slot,
+    is_protected: bool,
+}
+
+impl Drop for Unsure<'_> {
+    fn drop(&mut self) {
+        if !self.is_protected {
+            self.slot.suspect_all();
+        }
+        let inner = self.log.inner();
+        if inner.harvester.kernel().has_bitmap() {
+            let _pending = lock(&inner.pending);
+            self.slot.track();
+        }
+    }
+}

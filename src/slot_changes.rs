@@ -1,0 +1,146 @@
+//! Memslots that come and go while the guest runs.
+
+use core::fmt;
+
+use crate::bitmap::shared::SharedBits;
+use crate::error::SlotError;
+use crate::log::DirtyLog;
+use crate::memslots::Slot;
+use crate::slot_id::SlotId;
+use crate::sync::{Arc, MutexGuard, lock};
+
+impl DirtyLog {
+    /// Tracks a memslot of `pages` pages, all clean. Call it *before* the slot is created in KVM
+    /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
+    /// every slot suspect. It waits for the passes under way, which do not know the slot.
+    ///
+    /// # Errors
+    /// The id is in use or being removed, the size is none that a slot can have, or there is no
+    /// memory.
+    pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
+        self.track(&lock(&self.inner().slot_change), slot, pages, None)
+    }
+
+    /// As [`add_slot`](Self::add_slot), for a slot whose devices mark their writes in `device`, made
+    /// for as many pages.
+    #[cfg(any(test, feature = "vm-memory"))]
+    pub(crate) fn add_slot_on(
+        &self,
+        slot: SlotId,
+        pages: u64,
+        device: &Arc<SharedBits>,
+    ) -> Result<(), SlotError> {
+        let one_at_a_time = lock(&self.inner().slot_change);
+        // A sync that knows a slot from which the bits come, and which is finished by now, would
+        // still take them, for that slot: writes from now on are to be reported as the new one's.
+        let _no_sync = lock(&self.inner().pending);
+        self.track(&one_at_a_time, slot, pages, Some(Arc::clone(device)))
+    }
+
+    fn track(
+        &self,
+        _one_at_a_time: &MutexGuard<'_, ()>,
+        slot: SlotId,
+        pages: u64,
+        device: Option<Arc<SharedBits>>,
+    ) -> Result<(), SlotError> {
+        let harvester = &self.inner().harvester;
+        let shards = harvester.pool.len();
+        harvester.change_layout(|layout| layout.slots.add(slot, pages, device, shards))?;
+        // A pass on an older layout would not know the slot's entries, or would give them to the
+        // slot that had the id before.
+        harvester.quiesce();
+        // Nor may who takes the kernel's bits for that slot, by its id, be given the new one's.
+        drop(self.inner().kernel_bits.lock());
+        Ok(())
+    }
+
+    /// Begins to remove a memslot: empties the rings, and takes the kernel's own bits of it, so that
+    /// what the guest wrote is known before the slot goes. Then delete the slot in KVM and call
+    /// [`finish_slot`](Self::finish_slot). In between the slot is still tracked, and its id cannot be
+    /// added. Whoever wants its last pages has to sync before it is finished.
+    ///
+    /// Pages that the guest writes after this and before the deletion are not copied by anybody
+    /// any more, nor are those that a running vCPU has written before and its processor's
+    /// page-modification buffer still holds; where the memory lives on elsewhere, stop the vCPUs
+    /// first or treat all of it as dirty.
+    ///
+    /// # Errors
+    /// The slot is not tracked or being removed already, or the reset or the taking of its bits
+    /// failed; then nothing has changed.
+    pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
+        let retired = self.retire(slot);
+        self.inner().tell();
+        retired
+    }
+
+    fn retire(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
+        let harvester = &self.inner().harvester;
+        let _one_at_a_time = lock(&self.inner().slot_change);
+        // The slot must be there before the rings are emptied for it.
+        let layout = harvester.layout();
+        let tracked = layout.slots.get(slot.raw());
+        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
+        harvester.reap()?;
+        // Held until the layout says that the slot goes: a sync in between would expect bits of a slot
+        // that the VMM has deleted by then.
+        let mut taking = self.inner().kernel_bits.lock();
+        if harvester.kernel().has_bitmap() && tracked.is_tracked() {
+            if !taking.fit(tracked.pages()) {
+                let pages = tracked.pages();
+                return Err(SlotError::NoMemory { slot, pages });
+            }
+            let retired = layout.slots.is_retired(tracked);
+            taking.take(harvester.kernel(), tracked, retired)?;
+        }
+        let slot = harvester.change_layout(|layout| layout.slots.retire(slot))?;
+        drop(taking);
+        Ok(RetiredSlot { slot })
+    }
+
+    /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
+    /// still name it, so that none can ever land in a later slot of that id. From then on the id
+    /// may be added again.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`] if it is finished already; a failed reset, after which the slot is as
+    /// it was and the call can be repeated.
+    pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
+        let finished = self.finish(retired);
+        self.inner().tell();
+        finished
+    }
+
+    fn finish(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
+        let harvester = &self.inner().harvester;
+        let _one_at_a_time = lock(&self.inner().slot_change);
+        let slot = &retired.slot;
+        if !harvester.layout().slots.holds(slot) {
+            return Err(SlotError::Unknown { slot: slot.id() });
+        }
+        harvester.reap()?;
+        harvester.change_layout(|layout| {
+            layout.slots.remove(slot);
+            Ok(())
+        })
+    }
+}
+
+/// A memslot whose removal has begun, see [`DirtyLog::retire_slot`].
+#[must_use = "the slot's id stays taken until the removal is finished"]
+pub struct RetiredSlot {
+    slot: Arc<Slot>,
+}
+
+impl RetiredSlot {
+    /// Which slot it is.
+    pub fn id(&self) -> SlotId {
+        self.slot.id()
+    }
+}
+
+impl fmt::Debug for RetiredSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RetiredSlot").field(&self.id()).finish()
+    }
+}

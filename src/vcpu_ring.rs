@@ -1,0 +1,171 @@
+//! A vCPU's ring: how it is attached, and what the thread that runs the vCPU does with it.
+
+use core::fmt;
+use std::time::Instant;
+
+use crate::error::{AttachError, ResetError};
+use crate::log::{DirtyLog, Inner};
+use crate::ring::RingMemory;
+use crate::sync::{Arc, lock};
+use crate::trace;
+use crate::vcpu::Vcpu;
+
+impl DirtyLog {
+    /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was
+    /// dropped may be attached again.
+    ///
+    /// # Errors
+    /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries);
+    /// [`AttachError::Twice`] if somebody has its `VcpuRing`.
+    pub fn attach_ring(&self, memory: RingMemory) -> Result<VcpuRing, AttachError> {
+        let (found, expected) = (memory.entries(), self.inner().ring_entries);
+        if found != expected {
+            return Err(AttachError::Size { found, expected });
+        }
+        let harvester = &self.inner().harvester;
+        let new = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
+        // Held until the vCPU is there: whoever changes all limits then reaches it, or has been
+        // here.
+        let terms = lock(&self.inner().limits.terms);
+        let attached = harvester.change_layout(|layout| {
+            // A second consumer would take the first one's entries for an overrun: a vCPU that is
+            // attached again goes on with the first.
+            let mut vcpus = layout.vcpus.iter();
+            let index = match vcpus.position(|vcpu| vcpu.name == new.name) {
+                Some(index) => index,
+                None => {
+                    new.limit.set(terms.all, || new.logged());
+                    new.limit.keep_awake(terms.wakers > 0);
+                    layout.vcpus.push(Arc::clone(&new));
+                    layout.vcpus.len() - 1
+                }
+            };
+            let vcpu = Arc::clone(&layout.vcpus[index]);
+            match vcpu.hold() {
+                true => Ok((index, vcpu)),
+                false => Err(AttachError::Twice),
+            }
+        });
+        self.inner().limits.change(terms);
+        let (index, vcpu) = attached?;
+        Ok(VcpuRing {
+            inner: Arc::clone(self.inner()),
+            index,
+            taken: vcpu.taken(),
+            vcpu,
+        })
+    }
+}
+
+/// One vCPU's ring, for the thread that runs the vCPU.
+///
+/// Dropping it detaches nothing: the ring stays mapped and harvested for as long as the log lives,
+/// as the vCPU does in KVM. A vCPU that is plugged in again is attached again.
+pub struct VcpuRing {
+    inner: Arc<Inner>,
+    index: usize,
+    /// Entries taken from the ring, by whomever, when the last full exit was over.
+    taken: u64,
+    pub(crate) vcpu: Arc<Vcpu>,
+}
+
+impl VcpuRing {
+    /// Makes room in the ring. Call it on `KVM_EXIT_DIRTY_RING_FULL`, on the vCPU's thread, then
+    /// enter the guest again.
+    ///
+    /// It harvests this ring alone, wakes the reaper, and returns when a reset has recycled the
+    /// entries, be it one that several vCPUs share.
+    ///
+    /// # Errors
+    /// The reset failed: the ring is still full, its pages are kept. Entering the guest again
+    /// leads to the same exit at once.
+    ///
+    /// A vCPU that is ahead of its [dirty limit](DirtyLog::set_dirty_limit) then sleeps as in
+    /// [`throttle`](Self::throttle).
+    ///
+    /// In [`Mode::Bitmap`] there is no such exit, and nothing to be done.
+    pub fn on_full(&mut self) -> Result<(), ResetError> {
+        let start = Instant::now();
+        let mut entries = 0;
+        let result = self.make_room(&mut entries);
+        let stall = start.elapsed().as_nanos() as u64;
+        self.vcpu.counts.stall_ns.add(stall);
+        trace::full(self.index, entries, stall);
+        self.inner.tell();
+        // A failure is not to wait for the end of a sleep.
+        if result.is_ok() {
+            self.vcpu.pay();
+        }
+        result
+    }
+
+    /// The vCPU's place in [`Stats::vcpus`], in what [`DirtyLog::observe`] shows, and in events: how many
+    /// vCPUs were attached before it.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Whether at least `count` entries wait in the ring to be harvested: one load of a flag. True of
+    /// a moment during the call: others may take them meanwhile, and the vCPU may log more.
+    pub fn at_least(&self, count: u32) -> bool {
+        self.vcpu.at_least(count)
+    }
+
+    /// How many entries wait in the ring to be harvested: a load for each bit of the ring's size,
+    /// one if none does. Others may take them meanwhile. For all rings, and from any thread, see
+    /// [`DirtyLog::observe`].
+    pub fn occupancy(&self) -> u32 {
+        let (waiting, _) = self.vcpu.occupancy();
+        waiting
+    }
+
+    /// Harvests this ring and ends the pass before its reset, as a panic in between would: its
+    /// pages come with a later sync, after the reset that the sync makes up for. Returns how many
+    /// entries there were.
+    #[cfg(feature = "test-utils")]
+    pub fn harvest_and_stop(&mut self) -> u32 {
+        self.inner.harvester.begin().harvest(&self.vcpu).entries
+    }
+
+    /// Sets `entries` to what it takes from the ring, reset or not.
+    fn make_room(&mut self, entries: &mut u32) -> Result<(), ResetError> {
+        let mut pass = self.inner.harvester.begin();
+        // Since the last full exit, nobody else has taken entries that the vCPU's exit still saw.
+        let alone = self.vcpu.taken() == self.taken;
+        let taken = pass.harvest(&self.vcpu);
+        *entries = taken.entries;
+        self.taken = self.vcpu.taken();
+        if alone && taken.alone {
+            let entries = self.inner.ring_entries;
+            self.vcpu.learn_soft_limit(taken.entries, entries);
+        }
+        self.vcpu.counts.full_exits.add(1);
+        // By now this ring is empty; the others are the reaper's business. It is to see all of the
+        // above when it looks, which may be before our reset is done.
+        self.inner.alarm.full();
+        // Where the ring was empty, another pass has taken its entries: that one's reset is what
+        // the vCPU waits for.
+        pass.reset_all()?.publish();
+        if taken.entries == 0 {
+            // No other pass, perhaps, but an overrun that has left the head behind.
+            let mut pass = self.inner.harvester.begin();
+            if pass.rejoin(&self.vcpu) {
+                *entries = pass.harvest(&self.vcpu).entries;
+            }
+            pass.reset()?.publish();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for VcpuRing {
+    fn drop(&mut self) {
+        self.vcpu.let_go();
+    }
+}
+
+impl fmt::Debug for VcpuRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuRing").finish_non_exhaustive()
+    }
+}
