@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use kvm_dirty_ring::error::{SlotError, SyncError};
-use kvm_dirty_ring::sim::{BitmapFault, SimConfig, SimVcpu, SimVm};
+use kvm_dirty_ring::sim::{BitmapFault, ResetFault, SimConfig, SimVcpu, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, SlotId};
 
 const RAM: SlotId = SlotId::new(0, 1);
@@ -158,6 +158,37 @@ fn a_slot_that_was_rearmed_is_dirty() {
     log.rearmed(RAM).unwrap();
     assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
     assert!(sync(&log).is_empty());
+}
+
+/// Rearming throws away what is in the kernel's bitmap alone: a sync before it is over must not take the
+/// slot for clean.
+#[test]
+fn a_sync_amid_a_rearming_reports_the_slot() {
+    let mut config = SimConfig::default();
+    config.with_bitmap = true;
+    let vm = SimVm::new(config);
+    let log = vm.dirty_log();
+    log.add_slot(RAM, PAGES).unwrap();
+    vm.create_slot(RAM, PAGES);
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    vm.inject([ResetFault::Short { after: 0 }]);
+    vcpu.write(RAM, 3).unwrap();
+    assert_eq!(sync(&log), [3]);
+    assert!(vm.kernel_write(RAM, 129));
+
+    let mut amid = Vec::new();
+    let rearmed = log.rearm(|slot| {
+        vm.rearm_slot(slot);
+        amid = sync(&log);
+        Ok(())
+    });
+    assert_eq!(rearmed.unwrap(), 1);
+    assert_eq!(amid, Vec::from_iter(0..PAGES), "the sync amid it");
+    // Whether the copies were made before the slot was logged again nobody knows.
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    assert!(sync(&log).is_empty());
+    assert_eq!(log.stats().missing_bitmaps, 0);
 }
 
 /// Every page is written once, while several threads sync and another slot comes and goes: each page

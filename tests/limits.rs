@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kvm_dirty_ring::error::{LimitError, LimiterError};
 use kvm_dirty_ring::pacing::LookFirst;
-use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
+use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Mode, Priority, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -133,6 +133,19 @@ fn a_full_ring_is_paid_for() {
     let awake = machine.log.stats().vcpus[0];
     assert!(awake.limited_ns > 0 && awake.stall_ns > 0, "{awake:?}");
     assert_eq!(awake.stall_ns, asleep.stall_ns, "a sleep was a stall");
+}
+
+/// The VMM learns of a failure before its vCPU sleeps, here for seconds.
+#[test]
+fn a_full_exit_that_fails_is_told_at_once() {
+    let machine = Machine::new();
+    let (vcpu, mut ring) = machine.vcpu();
+    machine.log.set_dirty_limits(limit(250)).unwrap();
+    (0..500).for_each(|page| vcpu.write(RAM, page).unwrap());
+    machine.vm.inject([ResetFault::Error(libc::ENOMEM)]);
+    let failed = ring.on_full().unwrap_err();
+    assert_eq!(failed.raw_os_error(), Some(libc::ENOMEM));
+    assert_eq!(machine.log.stats().vcpus[0].limited_ns, 0);
 }
 
 /// Whoever empties the ring, it is what the vCPU has logged that counts.
