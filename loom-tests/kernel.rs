@@ -54,8 +54,10 @@ pub(crate) struct Page {
 pub(crate) enum State {
     /// It is logged, and opens the page.
     Armed,
-    /// It is not logged.
+    /// It is not logged, until a reset arms the page.
     Open,
+    /// It is not logged, nor is any in its slot.
+    Unlogged,
     /// Nothing: the page's slot is deleted, or not created yet.
     Gone,
 }
@@ -137,8 +139,8 @@ impl Machine {
         }
         if *state == State::Armed {
             page.logged.store(true, Ordering::Relaxed);
+            *state = State::Open;
         }
-        *state = State::Open;
         page.content.store(value, Ordering::Relaxed);
     }
 
@@ -150,11 +152,13 @@ impl Machine {
         let page = &self.pages[page];
         let mut state = lock(&page.state);
         match *state {
-            State::Armed => self.rings[vcpu].push(page.slot.raw(), page.number),
-            State::Open => {}
+            State::Armed => {
+                self.rings[vcpu].push(page.slot.raw(), page.number);
+                *state = State::Open;
+            }
+            State::Open | State::Unlogged => {}
             State::Gone => return true,
         }
-        *state = State::Open;
         page.content.store(value, Ordering::Relaxed);
         true
     }
@@ -166,8 +170,13 @@ impl Machine {
 
     /// The VMM deletes a slot.
     pub(crate) fn delete_slot(&self, slot: SlotId) {
+        self.switch(slot, State::Gone);
+    }
+
+    /// The VMM changes what is logged of a slot.
+    pub(crate) fn switch(&self, slot: SlotId, state: State) {
         for page in self.pages.iter().filter(|page| page.slot == slot) {
-            *lock(&page.state) = State::Gone;
+            *lock(&page.state) = state;
         }
     }
 

@@ -15,6 +15,7 @@ mod migration;
 mod occupancy;
 mod ring;
 mod slots;
+mod tracking;
 
 /// Explores `body`, with at most `preemptions` preemptions in each execution.
 #[cfg(feature = "loom")]

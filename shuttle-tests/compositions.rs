@@ -5,7 +5,7 @@ use core::ops::Range;
 use super::machine::{GUEST_SLOT, Vm};
 use super::{compose, pick};
 use crate::SlotId;
-use crate::loom_tests::kernel::SLOT;
+use crate::loom_tests::kernel::{SLOT, State};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, AtomicBool, Ordering};
 
@@ -127,6 +127,45 @@ fn resets_go_wrong() {
         vm.last_round(0..PAGES.len());
         let dirty = vm.last_round(0..PAGES.len());
         assert!(dirty.is_empty(), "suspect although protected again");
+    });
+}
+
+/// A slot's tracking stops and starts, while the guest writes there and elsewhere, and a migration syncs.
+#[test]
+fn tracking_stops_and_starts() {
+    const PAGES: &[usize] = &[0, 1, 2, 3, 4, 5];
+    compose(|| {
+        let vm = Vm::with_slots(3, &[(SLOT, 3), (GUEST_SLOT, 3)]);
+        vm.log.add_slot(GUEST_SLOT, 3).unwrap();
+        let rings = [0, 1, 2].map(|vcpu| vm.attach(vcpu));
+        let vmm = thread::spawn({
+            let vm = vm.clone();
+            move || {
+                for _ in 0..pick(1..4) {
+                    let switched = |state| {
+                        vm.machine.switch(SLOT, state);
+                        Ok(())
+                    };
+                    let stopped = vm.log.stop_tracking(SLOT, || switched(State::Unlogged));
+                    stopped.unwrap();
+                    let started = vm.log.start_tracking(SLOT, || switched(State::Armed));
+                    started.unwrap();
+                }
+            }
+        });
+        let (reaper, migration) = (vm.reaper(3), vm.migration(3));
+        let device = vm.device(0..PAGES.len(), 2);
+        join(vm.run_all(rings, PAGES, 6));
+        join([device]);
+        // The slot may be switched still: what is unprotected now need not have been then.
+        vm.round().unwrap();
+        join([migration]);
+        vm.verify(0..PAGES.len());
+        join([reaper, vmm]);
+        vm.last_round(0..PAGES.len());
+        let dirty = vm.last_round(0..PAGES.len());
+        assert!(dirty.is_empty(), "dirty although all is tracked");
+        assert_nothing_was_doubted(&vm);
     });
 }
 

@@ -163,7 +163,7 @@ impl Vm {
             }
         };
         for page in &self.machine.pages[pages] {
-            let is_open = *lock(&page.state) == State::Open;
+            let is_open = matches!(*lock(&page.state), State::Open | State::Unlogged);
             assert!(
                 !is_open || dirty.contains(page.slot, page.number),
                 "page {} of slot {} is unprotected and not suspect",
@@ -184,7 +184,7 @@ impl Vm {
         self.set(pages, State::Gone);
     }
 
-    /// The VMM creates the slot of `pages`, or makes KVM protect all of them again.
+    /// The VMM creates the slot of `pages`, or switches its logging on (again): KVM protects them all.
     pub(super) fn protect(&self, pages: Range<usize>) {
         self.set(pages, State::Armed);
     }
