@@ -52,7 +52,7 @@ pub enum HostError {
     },
     /// The kernel has no dirty ring that this architecture may use.
     #[error(
-        "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.1 on arm64)"
+        "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.2 on arm64)"
     )]
     NoDirtyRing,
     /// A call failed for a reason of its own.
@@ -78,7 +78,7 @@ pub enum EnableError {
     NotAVm,
     /// The kernel has no dirty ring that this architecture may use.
     #[error(
-        "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.1 on arm64)"
+        "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.2 on arm64)"
     )]
     NoDirtyRing,
     /// The rings of this VM are enabled already; KVM allows that once.
@@ -136,7 +136,9 @@ pub enum AttachError {
     },
 }
 
-/// Why a call about a memslot was refused. Nothing has changed.
+/// Why a call about a memslot was refused, or did not succeed. Nothing has changed, unless the variant
+/// says otherwise; [`rearm`](crate::DirtyLog::rearm) goes from slot to slot, and those before the one
+/// named are done.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
@@ -189,15 +191,17 @@ pub enum SlotError {
         /// How many there are.
         slot_pages: u64,
     },
-    /// The VMM could not have the slot's pages protected anew.
-    #[error("slot {slot} could not be protected anew, its pages stay suspect")]
+    /// The VMM could not have the slot's pages protected anew: all of them are suspect now, as the slot
+    /// need not be logged any more.
+    #[error("slot {slot} could not be protected anew, all its pages are suspect")]
     Protect {
         /// The slot.
         slot: SlotId,
         /// What it said.
         source: io::Error,
     },
-    /// The VMM could not switch `KVM_MEM_LOG_DIRTY_PAGES`.
+    /// The VMM could not switch `KVM_MEM_LOG_DIRTY_PAGES`: the slot is not tracked now, and every sync
+    /// reports all of it.
     #[error("the dirty log of slot {slot} could not be switched")]
     Switch {
         /// The slot.

@@ -25,9 +25,11 @@ use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 /// use std::num::NonZeroU64;
 ///
 /// // A signal whose handler does nothing: KVM_RUN returns EINTR, and the thread calls `throttle`.
-/// // These threads are joined after the limiter has stopped.
-/// let limiter = Limiter::spawn(log, move |vcpu| unsafe {
-///     libc::pthread_kill(vcpu_threads[vcpu], libc::SIGRTMIN());
+/// // These threads are joined after the limiter has stopped. It dies of a panic here.
+/// let limiter = Limiter::spawn(log, move |vcpu| {
+///     if let Some(&thread) = vcpu_threads.get(vcpu) {
+///         unsafe { libc::pthread_kill(thread, libc::SIGRTMIN()) };
+///     }
 /// })?;
 /// log.set_dirty_limits(NonZeroU64::new(5_000))?; // pages a second, each vCPU
 /// # Ok(())

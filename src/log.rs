@@ -129,6 +129,22 @@ impl DirtyLog {
     /// Marks pages that the VMM or one of its devices *has written*: KVM logs only what vCPUs
     /// write. Call it after the write; whoever copies the page after the next sync then sees it.
     ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # vm.create_slot(ram, 1000);
+    /// # let mut dirty = DirtyPages::new();
+    /// // A disk has read two pages into guest memory:
+    /// log.mark_dirty(ram, 10, 2)?;
+    /// log.sync(&mut dirty)?;
+    /// assert!(dirty.contains(ram, 10) && dirty.contains(ram, 11));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// The slot is not tracked, or the pages are not all inside it; then none is marked.
     pub fn mark_dirty(&self, slot: SlotId, first_page: u64, pages: u64) -> Result<(), SlotError> {
@@ -177,6 +193,32 @@ impl DirtyLog {
     ///
     /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time, and so are all
     /// pages of a slot that is [not tracked](Self::stop_tracking).
+    ///
+    /// Each other page is handed out once, to whichever call comes first: where two parts of a VMM need
+    /// dirty pages, let one sync, and keep the result for both. Pages that were not copied, because
+    /// sending them failed, are the caller's: keep them, or [mark](Self::mark_dirty) them again. While a
+    /// slot is [being removed](Self::retire_slot) its pages are reported still, and `dirty` may name it
+    /// for longer: keep its memory until all of that is copied or cleared.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # vm.create_slot(ram, 1000);
+    /// # let vcpu = vm.add_vcpu();
+    /// # let _ring = log.attach_ring(vcpu.ring_memory())?;
+    /// # let copy = |slot: SlotId, pages: std::ops::Range<u64>| assert_eq!((slot, pages), (ram, 3..5));
+    /// # (3..5).for_each(|page| vcpu.write(ram, page).unwrap());
+    /// let mut dirty = DirtyPages::new(); // made once: its memory is used again each round
+    /// log.sync(&mut dirty)?;
+    /// for run in dirty.runs() {
+    ///     copy(run.slot, run.first_page..run.first_page + run.pages);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,

@@ -235,13 +235,10 @@ impl Table {
         Ok(())
     }
 
-    /// Marks a slot as being removed and returns it.
+    /// Marks a slot as being removed, or finds it so, and returns it.
     pub(crate) fn retire(&mut self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
         let tracked = self.tracked_mut(id);
         let tracked = tracked.ok_or(SlotError::Unknown { slot: id })?;
-        if tracked.retired {
-            return Err(SlotError::Retired { slot: id });
-        }
         tracked.retired = true;
         Ok(Arc::clone(&tracked.slot))
     }

@@ -149,7 +149,7 @@ impl Rates {
     /// QEMU calls `calc-dirty-rate`. `None` in [`Mode::Bitmap`].
     ///
     /// Logging must be on for the slots that count; pages that are not protected when it begins are
-    /// not seen, so sync right before.
+    /// not seen, so sync right before, and copy what that sync reports as that of any other.
     pub fn measure(log: &DirtyLog, time: Duration) -> Option<Self> {
         let mut meter = RateMeter::default();
         let start = Instant::now();

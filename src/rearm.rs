@@ -13,8 +13,12 @@ impl DirtyLog {
     /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
     /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
     /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
-    /// next sync once more and are then clean; where the kernel [has bitmaps](Mode::Bitmap), which it
-    /// throws away thereby, all pages of the slot come, and no sync may be made between the two.
+    /// next sync once more and are then clean; where the kernel [has
+    /// bitmaps](crate::Mode::Bitmap), which it throws away thereby, all pages of the slot come, and no
+    /// sync may be made between the two.
+    ///
+    /// For a VMM that protects slots for reasons of its own; others call [`rearm`](Self::rearm). Called
+    /// of a slot that was *not* protected, it loses pages.
     ///
     /// # Errors
     /// The slot is not tracked, or there is no memory; the pages stay suspect.
@@ -55,8 +59,29 @@ impl DirtyLog {
     ///
     /// It waits for other changes of slots; `protect` must not make any in this log.
     ///
-    /// It pays as soon as a sync has reported suspects (see [`Stats::suspect_pages`]), since all of
-    /// them have to be copied each time.
+    /// It pays as soon as a sync has reported suspects (see
+    /// [`Stats::suspect_pages`](crate::Stats::suspect_pages)), since all of them have to be copied each
+    /// time.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::SlotId;
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # vm.create_slot(ram, 1000);
+    /// # let set_flags = |slot, flags: u32| Ok::<_, std::io::Error>(vm.set_logged(slot, flags != 0));
+    /// # const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1;
+    /// if log.stats().suspect_pages > 0 {
+    ///     // With every vCPU out of KVM_RUN:
+    ///     log.rearm(|slot| {
+    ///         set_flags(slot, 0)?;
+    ///         set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES)
+    ///     })?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`SlotError::Protect`] with what `protect` said: every page of that slot is suspect then, as it

@@ -14,6 +14,11 @@ impl DirtyLog {
     /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
     /// every slot suspect. It waits for the passes under way, which do not know the slot.
     ///
+    /// Clean: if a migration is under way and the other side does not have what the memory holds already,
+    /// [mark](Self::mark_dirty) all of it. A slot that is created without the flag is clean, too, and
+    /// nothing counts what is written before the flag is set, unless it is [stopped](Self::stop_tracking)
+    /// first and [started](Self::start_tracking) then.
+    ///
     /// # Errors
     /// The id is in use or being removed, the size is none that a slot can have, or there is no
     /// memory.
@@ -65,9 +70,26 @@ impl DirtyLog {
     /// page-modification buffer still holds; where the memory lives on elsewhere, stop the vCPUs
     /// first or treat all of it as dirty.
     ///
+    /// A removal that was begun and not finished, because the deletion failed, say, may be begun again.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # vm.create_slot(ram, 1000);
+    /// let retired = log.retire_slot(ram)?;
+    /// log.sync(&mut DirtyPages::new())?; // its last pages, if they are to be copied
+    /// vm.delete_slot(ram); // KVM_SET_USER_MEMORY_REGION of no size
+    /// log.finish_slot(&retired)?;
+    /// log.add_slot(ram, 500)?; // the id is free again
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
-    /// The slot is not tracked or being removed already, or the reset or the taking of its bits
-    /// failed; then nothing has changed.
+    /// The slot is not tracked, or the reset or the taking of its bits failed; then nothing has changed.
     pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let retired = self.retire(slot);
         self.inner().tell();

@@ -7,8 +7,9 @@ use crate::pass::Harvester;
 use crate::sync::Counter;
 use crate::vcpu::Vcpu;
 
-/// Counts since the log was enabled. They go up only, but for `suspect_pages` and limits, and are
-/// read one by one: passes under way may show in one and not yet in another.
+/// Counts since the log was enabled. They go up only, but for `suspect_pages`, soft limits, dirty limits,
+/// and what of the reaper is of now; and are read one by one: passes under way may show in one and not
+/// yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -39,8 +40,9 @@ pub struct Stats {
     /// not in KVM, is not logged there, or is larger than the log was told. Each reports all pages of
     /// the slot once.
     pub missing_bitmaps: u64,
-    /// Pages under suspicion now, which every sync reports: after what the counts from
-    /// `short_resets` on tell of, and until their slots are [re-armed](crate::DirtyLog::rearm).
+    /// Pages under suspicion now, which every sync reports: after short and doubtful resets, entries that
+    /// make no sense, overruns, and a re-arming that failed; until their slots are
+    /// [re-armed](crate::DirtyLog::rearm).
     pub suspect_pages: u64,
     /// The vCPUs, in the order in which they were attached.
     pub vcpus: Vec<VcpuStats>,

@@ -76,14 +76,14 @@ impl VcpuRing {
     /// It harvests this ring alone, wakes the reaper, and returns when a reset has recycled the
     /// entries, be it one that several vCPUs share.
     ///
-    /// # Errors
-    /// The reset failed: the ring is still full, its pages are kept. Entering the guest again
-    /// leads to the same exit at once.
-    ///
     /// A vCPU that is ahead of its [dirty limit](DirtyLog::set_dirty_limit) then sleeps as in
     /// [`throttle`](Self::throttle).
     ///
-    /// In [`Mode::Bitmap`] there is no such exit, and nothing to be done.
+    /// In [`Mode::Bitmap`](crate::Mode::Bitmap) there is no such exit, and nothing to be done.
+    ///
+    /// # Errors
+    /// The reset failed: the ring is still full, its pages are kept, and nobody has slept. Entering the
+    /// guest again leads to the same exit at once: to try again, but not without end.
     pub fn on_full(&mut self) -> Result<(), ResetError> {
         let start = Instant::now();
         let mut entries = 0;
@@ -99,8 +99,8 @@ impl VcpuRing {
         result
     }
 
-    /// The vCPU's place in [`Stats::vcpus`], in what [`DirtyLog::observe`] shows, and in events: how many
-    /// vCPUs were attached before it.
+    /// The vCPU's place in [`Stats::vcpus`](crate::Stats::vcpus), in what [`DirtyLog::observe`] shows,
+    /// and in events: how many vCPUs were attached before it.
     pub fn index(&self) -> usize {
         self.index
     }

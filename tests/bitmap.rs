@@ -139,10 +139,9 @@ fn a_removal_takes_what_was_written() {
     let (vm, log, vcpu) = machine();
     vcpu.write(RAM, 77).unwrap();
     let retired = log.retire_slot(RAM).unwrap();
-    let again = log.retire_slot(RAM);
-    assert!(matches!(again, Err(SlotError::Retired { .. })), "{again:?}");
     vm.delete_slot(RAM);
     // It has no bitmap any more, and needs none.
+    drop(log.retire_slot(RAM).unwrap());
     assert_eq!(sync(&log), [77]);
     assert!(sync(&log).is_empty());
     log.finish_slot(&retired).unwrap();

@@ -204,12 +204,12 @@ impl Machine {
             },
         );
         match result.unwrap() {
+            Ok(again) if self.retired.iter().any(|retired| retired.id() == slot) => {
+                assert_eq!(again.id(), slot);
+            }
             Ok(retired) => self.retired.push(retired),
             Err(SlotError::Reset(_)) => {}
             Err(SlotError::Unknown { .. }) => assert!(!tracked),
-            Err(SlotError::Retired { .. }) => {
-                assert!(self.retired.iter().any(|retired| retired.id() == slot));
-            }
             Err(error) => panic!("{error}"),
         }
     }

@@ -74,7 +74,7 @@ pub struct HostSupport {
     /// serves on x86 alone.
     pub acq_rel: bool,
     /// Whether bitmaps beside the rings hold what is written without a vCPU
-    /// (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`): on arm64, since Linux 6.4.
+    /// (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`): on arm64, since Linux 6.2.
     pub with_bitmap: bool,
 }
 

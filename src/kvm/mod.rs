@@ -142,6 +142,9 @@ impl DirtyLog {
     /// KVM's `mmu_lock` for the dirty part of a slot only; without `INITIALLY_SET`, whether or not the
     /// VMM has set that. With it no harm is done, either: pages of new slots begin as dirty.
     ///
+    /// One log a VM, and no `KVM_GET_DIRTY_LOG` or `KVM_CLEAR_DIRTY_LOG` of the VMM beside it: who takes
+    /// a bitmap takes it from the other, and KVM tells neither.
+    ///
     /// # Errors
     /// Not a VM, one whose dirty rings are enabled, or a call failed; the VM is as it was.
     pub fn enable_bitmap(vm_fd: &impl AsRawFd) -> Result<Self, EnableError> {

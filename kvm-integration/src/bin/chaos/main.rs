@@ -1,4 +1,4 @@
-//! Torments guests and their dirty logs, and looks whether a page gets lost: `chaos --help`.
+//! Torments guests and their dirty logs, and looks whether a page gets lost: `cargo run --release --bin chaos -- --help`.
 //!
 //! Exit status: 0 if all was well, 1 if a page was missed, or an entry taken for a wrong slot's, 2 for a
 //! usage error or where an episode could not come to its end, 130 if interrupted.

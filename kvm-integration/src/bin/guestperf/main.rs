@@ -1,4 +1,4 @@
-//! What a guest feels of its migration, and for how long: `guestperf --help`.
+//! What a guest feels of its migration, and for how long: `cargo run --release --bin guestperf -- --help`.
 //!
 //! Exit status: 0 if no page was missed, 1 if any was, 2 for a usage error or where something that
 //! is needed is missing, 130 if interrupted.

@@ -1,5 +1,5 @@
 //! Migrates a live guest from one piece of memory to another, by way of its dirty rings, and
-//! proves that nothing got lost: `live-migration --help`.
+//! proves that nothing got lost: `cargo run --release --bin live-migration -- --help`.
 //!
 //! Exit status: 0 if both sides are equal, 1 if not, 2 for a usage error or where something that
 //! is needed is missing, 130 if interrupted.

@@ -28,7 +28,7 @@ const HALF: u64 = MEMORY as u64 / 2;
 pub fn create(kvm: &Kvm, memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
     memory.write_slice(&CODE, GuestAddress(ENTRY))?;
     let vm = kvm.create_vm()?;
-    let log = DirtyLog::enable(&vm, RingEntries::new(4096)?)?; // before the first vCPU
+    let log = DirtyLog::enable_auto(&vm, RingEntries::new(4096)?)?; // before the first vCPU
     let fd = vm.create_vcpu(0)?;
     let ring = log.attach_vcpu(&fd)?;
     // Protected mode without paging, in flat segments.

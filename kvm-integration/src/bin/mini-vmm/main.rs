@@ -1,9 +1,9 @@
-//! A small VMM that migrates its running guest into another process: to be copied from. It starts
-//! itself once more as the destination, at the other end of a Unix socket. Memory goes in rounds
-//! while vCPU and device write it; once they are stopped, the rest, and the vCPU's state.
+//! A small VMM that migrates its running guest into another process: `cargo run --bin mini-vmm`, or
+//! `-- --sim`. It starts itself once more as the destination, at the other end of a Unix socket. Memory
+//! goes in rounds while vCPU and device write it; once they are stopped, the rest, and the vCPU's state.
 //!
-//! `machine.rs` is the VM, `kvm.rs` what it asks of KVM, and the guest. `simulated.rs` stands in
-//! for KVM where there is none: nothing to copy from.
+//! To be copied from. `machine.rs` is the VM, `kvm.rs` what it asks of KVM, and the guest.
+//! `simulated.rs` stands in for KVM where there is none: nothing to copy from.
 
 #[cfg(target_arch = "x86_64")]
 mod kvm;
@@ -61,11 +61,12 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     let reaper = Reaper::spawn(log, LookFirst::default())?;
     log.start_tracking(SLOT, || (machine.set_logged)(true))?;
     // Nobody knows what was written until now: the first round has all memory.
-    let start = Instant::now();
-    while send_dirty(&mut socket, &machine)? > FEW_PAGES && start.elapsed() < PATIENCE {}
+    let (start, mut dirty) = (Instant::now(), DirtyPages::new());
+    while send_dirty(&mut socket, &machine, &mut dirty)? > FEW_PAGES && start.elapsed() < PATIENCE {
+    }
     let state = machine.stop(thread)?;
     // Complete, for nobody writes any more: neither vCPU nor device.
-    send_dirty(&mut socket, &machine)?;
+    send_dirty(&mut socket, &machine, &mut dirty)?;
     reaper.stop()?;
 
     let (here, checksum): (u32, _) = (machine.memory.read_obj(COUNT)?, machine.checksum()?);
@@ -77,9 +78,8 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
 }
 
 /// Sends all that was written since the last time. Returns how many pages.
-fn send_dirty(socket: &mut UnixStream, machine: &Machine) -> Result<u64> {
-    let mut dirty = DirtyPages::new();
-    machine.log.sync(&mut dirty)?;
+fn send_dirty(socket: &mut UnixStream, machine: &Machine, dirty: &mut DirtyPages) -> Result<u64> {
+    machine.log.sync(dirty)?;
     println!("{} pages to send", dirty.page_count());
     for run in dirty.runs() {
         let range = machine.map.range(run).context("a run of no slot")?;

@@ -1,4 +1,4 @@
-//! Compares pacing policies side by side: `pacing-lab --help`.
+//! Compares pacing policies side by side: `cargo run --release --bin pacing-lab -- --help`.
 //!
 //! Exit status: 0 if it ran, 2 for a usage error or where something that is needed is missing, 130
 //! if interrupted.
