@@ -8,7 +8,8 @@
 //!
 //! Where the kernel leaves room, the simulation takes the worst: a reset frees all entries first,
 //! then arms all pages at the very end, so that whoever copies a page before the reset has returned
-//! is found out; so does the reading of a [bitmap](Mode::Bitmap). [Faults](ResetFault) make it
+//! is found out; so does the reading of a [bitmap](Mode::Bitmap). It arms them in batches, as KVM does,
+//! and forgets a whole batch for one page that its slot does not have. [Faults](ResetFault) make it
 //! misbehave.
 //!
 //! ```
@@ -30,6 +31,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod batch;
 mod slot;
 mod vcpu;
 
@@ -40,11 +42,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
 use crate::log::DirtyLog;
 use crate::slot_id::SlotId;
+use batch::Batch;
 use slot::SimSlot;
 pub use vcpu::{SimVcpu, WriteError};
-
-/// Pages that a reset protects in one go: those of one 64-page window (`kvm_dirty_ring_reset`).
-const BATCH: usize = 64;
 
 /// How a simulated machine is made.
 #[derive(Debug, Clone)]
@@ -273,23 +273,6 @@ impl SimVm {
             vcpu.flush();
         }
     }
-
-    fn arm(&self, pages: &[(u32, u64)]) {
-        for &(slot, page) in pages {
-            if let Some(slot) = self.slot(SlotId::from_raw(slot)) {
-                slot.arm(page);
-            }
-        }
-    }
-}
-
-/// How many entries at the end of a ring may be one batch of a reset.
-fn last_batch(pages: &[(u32, u64)]) -> usize {
-    let Some(&(slot, page)) = pages.last() else {
-        return 0;
-    };
-    let is_near = |entry: &&(u32, u64)| entry.0 == slot && entry.1.abs_diff(page) < BATCH as u64;
-    pages.iter().rev().take_while(is_near).count()
 }
 
 impl Kernel for SimVm {
@@ -306,29 +289,28 @@ impl Kernel for SimVm {
             Some(ResetFault::Short { after }) => after,
             _ => u32::MAX,
         };
-        let mut pages = Vec::new();
+        let (mut entries, mut batches) = (Vec::new(), Vec::new());
         let mut recycled = 0;
         let vcpus = self.vcpus();
-        let mut last_ring = 0;
         for vcpu in &vcpus {
-            let before = pages.len();
-            recycled += vcpu.recycle(limit - recycled, &mut pages);
-            if pages.len() > before {
-                last_ring = before;
-            }
+            entries.clear();
+            recycled += vcpu.recycle(limit - recycled, &mut entries);
+            Batch::of_ring(&entries, &mut batches);
         }
         let short = recycled == limit && vcpus.iter().any(|vcpu| vcpu.awaits_reset());
         if let Some(hook) = &mut resets.hook {
             hook(ResetPhase::Recycled);
         }
-        if short {
-            pages.truncate(pages.len().saturating_sub(BATCH));
-        }
         let interrupted = fault == Some(ResetFault::AtEnd);
-        if interrupted {
-            pages.truncate(pages.len() - last_batch(&pages[last_ring..]));
+        if short || interrupted {
+            // The batch that was being put together.
+            batches.pop();
         }
-        self.arm(&pages);
+        for batch in batches {
+            if let Some(slot) = self.slot(SlotId::from_raw(batch.slot)) {
+                batch.arm(&slot);
+            }
+        }
         self.flush();
         Ok(Recycled {
             entries: recycled,

@@ -56,6 +56,10 @@ impl SimSlot {
         Some(self.page(page)?.armed.swap(false, Ordering::AcqRel))
     }
 
+    pub(super) fn has(&self, page: u64) -> bool {
+        self.page(page).is_some()
+    }
+
     /// Arms the page, if there is one.
     pub(super) fn arm(&self, page: u64) {
         if let Some(page) = self.page(page) {

@@ -1,0 +1,112 @@
+//! What a reset protects at a time.
+
+use super::slot::SimSlot;
+
+/// Pages of one slot that lie close together: the first, and which of the 64 from there on.
+///
+/// As in the kernel (`kvm_dirty_ring_reset`), entries next to each other in a ring make one batch, as long
+/// as they name one slot and the batch's pages fit into 64; a page before the first moves it, unless the last
+/// would fall out.
+pub(super) struct Batch {
+    pub(super) slot: u32,
+    first: u64,
+    pages: u64,
+}
+
+impl Batch {
+    /// Adds the batches of what was recycled of one ring.
+    pub(super) fn of_ring(entries: &[(u32, u64)], batches: &mut Vec<Self>) {
+        let mut begun: Option<Self> = None;
+        for &(slot, page) in entries {
+            if !begun.as_mut().is_some_and(|batch| batch.add(slot, page)) {
+                let next = Self {
+                    slot,
+                    first: page,
+                    pages: 1,
+                };
+                batches.extend(begun.replace(next));
+            }
+        }
+        batches.extend(begun);
+    }
+
+    fn add(&mut self, slot: u32, page: u64) -> bool {
+        if slot != self.slot {
+            return false;
+        }
+        if let Some(ahead @ 0..64) = page.checked_sub(self.first) {
+            self.pages |= 1 << ahead;
+            return true;
+        }
+        match self.first.checked_sub(page) {
+            Some(behind @ 1..64) if self.pages.leading_zeros() as u64 >= behind => {
+                self.first = page;
+                self.pages = self.pages << behind | 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Arms its pages in `slot`; none of them if the last is not in it (`kvm_reset_dirty_gfn`).
+    pub(super) fn arm(&self, slot: &SimSlot) {
+        let last = u64::from(self.pages.ilog2());
+        if self
+            .first
+            .checked_add(last)
+            .is_none_or(|last| !slot.has(last))
+        {
+            return;
+        }
+        let pages = (0..64).filter(|bit| self.pages >> bit & 1 != 0);
+        pages.for_each(|bit| slot.arm(self.first + bit));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batches(entries: &[(u32, u64)]) -> Vec<(u32, u64, u64)> {
+        let mut batches = Vec::new();
+        Batch::of_ring(entries, &mut batches);
+        let parts = |batch: Batch| (batch.slot, batch.first, batch.pages);
+        batches.into_iter().map(parts).collect()
+    }
+
+    #[test]
+    fn neighbours_in_the_ring_and_in_memory_are_one() {
+        assert_eq!(batches(&[]), []);
+        assert_eq!(batches(&[(1, 5), (1, 6), (1, 68)]), [(1, 5, 1 << 63 | 3)]);
+        assert_eq!(batches(&[(1, 5), (1, 69)]), [(1, 5, 1), (1, 69, 1)]);
+        assert_eq!(batches(&[(1, 5), (2, 6)]), [(1, 5, 1), (2, 6, 1)]);
+        assert_eq!(batches(&[(1, 68), (1, 5)]), [(1, 5, 1 << 63 | 1)]);
+        assert_eq!(batches(&[(1, 69), (1, 5)]), [(1, 69, 1), (1, 5, 1)]);
+        assert_eq!(
+            batches(&[(1, 9), (1, 72), (1, 8)]),
+            [(1, 9, 1 << 63 | 1), (1, 8, 1)]
+        );
+        assert_eq!(
+            batches(&[(1, u64::MAX), (1, 0)]),
+            [(1, u64::MAX, 1), (1, 0, 1)]
+        );
+    }
+
+    #[test]
+    fn all_of_it_is_in_the_slot_or_none_is_armed() {
+        let slot = SimSlot::new(64);
+        let armed = |entries: &[(u32, u64)]| {
+            (0..64).for_each(|page| drop(slot.disarm(page)));
+            let mut batches = Vec::new();
+            Batch::of_ring(entries, &mut batches);
+            batches.iter().for_each(|batch| batch.arm(&slot));
+            (0..64)
+                .filter(|&page| slot.disarm(page) == Some(true))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(armed(&[(0, 60), (0, 63)]), [60, 63]);
+        assert_eq!(armed(&[(0, 60), (0, 64)]), [0u64; 0]);
+        assert_eq!(armed(&[(0, 64), (0, 60)]), [0u64; 0]);
+        assert_eq!(armed(&[(0, 0), (0, 64), (0, u64::MAX)]), [0]);
+    }
+}
