@@ -62,7 +62,7 @@ fn rejoin_beside_a_producer() {
             let ring = Arc::clone(&ring);
             move || (0..3).for_each(|page| ring.push(0, page))
         });
-        let gap = view.rejoin();
+        let gap = view.rejoin(|_, _| ());
         assert_eq!(gap, 0, "a page was passed over");
         let before = view.harvest(|_, _| ());
         kernel.join().unwrap();

@@ -1,11 +1,15 @@
 //! A pass over rings: harvested, then reset, then published, each a type of its own.
 
+use std::io;
+
 use crate::bitmap::pool::{MAX_SHARDS, ShardGuard, ShardPool, Unreset};
 use crate::dirty_pages::DirtyPages;
 use crate::error::ResetError;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Mode};
 use crate::memslots::Table;
 use crate::reset::{Harvest, ResetGate, Rings};
+use crate::ring::RingView;
+use crate::slot_id::SlotId;
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
 use crate::targets::{Setter, Targets};
 use crate::vcpu::Vcpu;
@@ -13,6 +17,9 @@ use crate::vcpu::Vcpu;
 /// Entries after which a pass over many rings lets a reset go first: some tenths of a millisecond. In
 /// the models, each ring.
 const MOST_MARKED: u64 = if cfg!(test) { 1 } else { 1 << 16 };
+
+/// How often a removal has resets repeated that fall short.
+const RECYCLE_TRIES: usize = 4;
 
 /// Everything a pass needs.
 pub(crate) struct Harvester {
@@ -155,6 +162,35 @@ impl Harvester {
         pass.reset()?.publish();
         Ok(taken)
     }
+
+    /// Harvests every ring, and has the kernel recycle every entry of `slot` that anybody has marked,
+    /// whatever has become of that pass.
+    ///
+    /// Harvested entries are not enough for the slot's id to be used again. The kernel protects pages of
+    /// one slot in batches, and forgets a whole batch for one page that the slot does not have
+    /// (`kvm_reset_dirty_gfn`): an old entry, recycled beside some of a new and smaller slot of that id,
+    /// would leave the new one's pages unprotected, and the count would be whole.
+    pub(crate) fn recycle_all_of(&self, slot: SlotId) -> Result<(), ResetError> {
+        if self.kernel.mode() == Mode::Bitmap {
+            return Ok(());
+        }
+        for _ in 0..RECYCLE_TRIES {
+            let faults = self.gate.faults();
+            let mut pass = self.begin();
+            pass.harvest_all();
+            pass.reset_all()?.publish();
+            let is_whole = self.gate.faults() == faults;
+            let layout = self.layout();
+            let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
+            if is_whole || !rings.any(|ring| ring.awaits_reset_of(slot.raw())) {
+                return Ok(());
+            }
+        }
+        let source = Arc::new(io::Error::other(
+            "resets fall short, and leave entries of the slot",
+        ));
+        Err(ResetError { source })
+    }
 }
 
 impl Rings for Harvester {
@@ -237,10 +273,10 @@ impl<'a> Pass<'a, Harvested> {
         // Before anything moves the head.
         let overrun_before = ring.is_overrun();
         let alone = ring.all_recycled();
-        // That overrun is noted already; the gap it left shows once the vCPU has run on. What lies
+        // That overrun is counted already; the gap it left shows once the vCPU has run on. What lies
         // beyond must not wait for a full exit.
         let gap = match ring.was_overrun() {
-            true => ring.rejoin(),
+            true => self.rejoin_ring(&mut ring),
             false => 0,
         };
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
@@ -275,7 +311,7 @@ impl<'a> Pass<'a, Harvested> {
     pub(crate) fn rejoin(&mut self, vcpu: &Vcpu) -> bool {
         let mut marking = self.harvester.gate.harvest();
         let mut ring = lock(&vcpu.ring);
-        let gap = ring.rejoin();
+        let gap = self.rejoin_ring(&mut ring);
         vcpu.note_taken(gap);
         drop(ring);
         self.note_marked(&mut marking, gap);
@@ -284,6 +320,17 @@ impl<'a> Pass<'a, Harvested> {
             self.note_overrun();
         }
         was_behind
+    }
+
+    /// Joins the ring, and says how many entries were passed over.
+    fn rejoin_ring(&self, ring: &mut RingView) -> u32 {
+        ring.rejoin(|slot, page| {
+            let slot = self.layout.slots.get(slot);
+            // The kernel forgets the batch of such an entry: other pages of the slot may be in it.
+            if let Some(slot) = slot.filter(|slot| page >= slot.pages()) {
+                slot.suspect_all();
+            }
+        })
     }
 
     /// The kernel overwrote entries that nobody had harvested, or whose pages it had yet to

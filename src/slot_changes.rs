@@ -12,7 +12,8 @@ use crate::sync::{Arc, MutexGuard, lock};
 impl DirtyLog {
     /// Tracks a memslot of `pages` pages, all clean. Call it *before* the slot is created in KVM
     /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
-    /// every slot suspect. It waits for the passes under way, which do not know the slot.
+    /// every slot suspect, and each slot that is added later begins as dirty. It waits for the passes
+    /// under way, which do not know the slot.
     ///
     /// Clean: if a migration is under way and the other side does not have what the memory holds already,
     /// [mark](Self::mark_dirty) all of it. A slot that is created without the flag is clean, too, and
@@ -55,6 +56,13 @@ impl DirtyLog {
         // A pass on an older layout would not know the slot's entries, or would give them to the
         // slot that had the id before.
         harvester.quiesce();
+        if harvester.counts.unknown_slot.get() > 0 {
+            // Some may have been of this slot, if KVM had it before us.
+            let layout = harvester.layout();
+            if let Some(late) = layout.slots.get(slot.raw()) {
+                late.device().set(0, pages);
+            }
+        }
         // Nor may who takes the kernel's bits for that slot, by its id, be given the new one's.
         drop(self.inner().kernel_bits.lock());
         Ok(())
@@ -121,12 +129,12 @@ impl DirtyLog {
     }
 
     /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
-    /// still name it, so that none can ever land in a later slot of that id. From then on the id
-    /// may be added again.
+    /// still name it, and has them recycled, so that none can ever land in a later slot of that id or be
+    /// reset beside its entries. From then on the id may be added again.
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if it is finished already; a failed reset, after which the slot is as
-    /// it was and the call can be repeated.
+    /// [`SlotError::Unknown`] if it is finished already; a reset that failed, or that fell short again and
+    /// again, after which the slot is as it was and the call can be repeated.
     pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let finished = self.finish(retired);
         self.inner().tell();
@@ -140,7 +148,7 @@ impl DirtyLog {
         if !harvester.layout().slots.holds(slot) {
             return Err(SlotError::Unknown { slot: slot.id() });
         }
-        harvester.reap()?;
+        harvester.recycle_all_of(slot.id())?;
         harvester.change_layout(|layout| {
             layout.slots.remove(slot);
             Ok(())

@@ -109,6 +109,29 @@ fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
     assert_eq!(machine.vcpu.used(), 0);
 }
 
+/// The gap's old entries are recycled with what lies beyond. If they name pages that the id's next slot
+/// does not have, the kernel forgets the batch, and the new entry's page stays unprotected.
+#[test]
+fn a_gaps_old_entries_make_a_smaller_slot_suspect() {
+    let mut machine = Machine::new();
+    machine.vcpu.ignore_soft_limit(true);
+    machine.write(0..100);
+    machine.vcpu.ignore_soft_limit(false);
+    machine.sync();
+    machine.rearm();
+    machine.sync();
+    let retired = machine.log.retire_slot(RAM).unwrap();
+    machine.vm.delete_slot(RAM);
+    machine.log.finish_slot(&retired).unwrap();
+    machine.log.add_slot(RAM, 64).unwrap();
+    machine.vm.create_slot(RAM, 64);
+    for _ in 0..3 {
+        machine.write([60]);
+        let reported = machine.sync();
+        assert_eq!(reported, [run(RAM, 0, 64)], "page 60 was lost");
+    }
+}
+
 /// Nothing to harvest, yet the ring is full: an overrun that no pass has seen. Here the log came
 /// late to a ring that another has emptied before.
 #[test]

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use kvm_dirty_ring::error::{ReaperError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Fixed;
-use kvm_dirty_ring::sim::{SimConfig, SimVm};
+use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId};
 
 const RAM: SlotId = SlotId::new(0, 5);
@@ -55,6 +55,72 @@ fn ids_are_taken_until_a_removal_is_finished() {
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty).unwrap();
     assert_eq!(dirty.words(RAM), Some(&[1 << 19][..]));
+}
+
+/// Entries that were harvested and not recycled when a slot went would be recycled beside those of a smaller
+/// one with its id; the kernel then protects none of these pages.
+#[test]
+fn entries_of_a_slot_are_recycled_before_its_id_is_used_again() {
+    for refused in [false, true] {
+        let vm = SimVm::new(SimConfig::default());
+        let log = vm.dirty_log();
+        log.add_slot(RAM, 128).unwrap();
+        vm.create_slot(RAM, 128);
+        let vcpu = vm.add_vcpu();
+        let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        vcpu.write(RAM, 100).unwrap();
+        if refused {
+            // Not on the shard that the next pass takes, and so finds what was left there.
+            vm.inject([ResetFault::Error(libc::EINTR)]);
+            log.reap_on_shard(1).unwrap_err();
+        } else {
+            vm.inject([ResetFault::Short { after: 0 }; 2]);
+            log.reap().unwrap();
+        }
+        let retired = log.retire_slot(RAM).unwrap();
+        vm.delete_slot(RAM);
+        // As long as none is recycled, the removal does not end.
+        vm.inject([ResetFault::Short { after: 0 }; 8]);
+        let unfinished = log.finish_slot(&retired);
+        assert!(
+            matches!(unfinished, Err(SlotError::Reset(_))),
+            "{unfinished:?}"
+        );
+        assert!(matches!(
+            log.add_slot(RAM, 64),
+            Err(SlotError::Retired { .. })
+        ));
+        log.finish_slot(&retired).unwrap();
+        log.add_slot(RAM, 64).unwrap();
+        vm.create_slot(RAM, 64);
+        let mut dirty = DirtyPages::new();
+        for _ in 0..3 {
+            vcpu.write(RAM, 60).unwrap();
+            log.sync(&mut dirty).unwrap();
+            assert!(dirty.contains(RAM, 60), "a page was lost");
+        }
+    }
+}
+
+/// What was harvested of a slot that KVM has and the log does not is reported as soon as it does.
+#[test]
+fn a_slot_that_is_added_late_begins_as_dirty() {
+    let late = SlotId::new(0, 6);
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    log.add_slot(RAM, 10).unwrap();
+    vm.create_slot(RAM, 10);
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    vm.create_slot(late, 20);
+    vcpu.write(late, 5).unwrap();
+    log.reap().unwrap();
+    log.add_slot(late, 20).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(dirty.words(late), Some(&[(1 << 20) - 1][..]));
+    log.sync(&mut dirty).unwrap();
+    assert!(!dirty.contains(late, 5), "it was dirty once");
 }
 
 #[test]

@@ -58,6 +58,8 @@ mod parking;
 pub mod policy;
 mod random;
 pub mod rate;
+#[cfg(target_arch = "x86_64")]
+pub mod refusal;
 pub mod shape;
 pub mod stamp;
 pub mod storm;

@@ -4,7 +4,8 @@
 mod program;
 
 use std::io::{BufRead, BufReader};
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
 
 use serde_json::Value;
 
@@ -65,6 +66,17 @@ fn kvm_no_page_is_missed() {
     is_sound(&json("--backend kvm --seed 3 --episodes 15"), "kvm", 15);
 }
 
+/// A shell's job, which is the leader of its group, gets its stops all the same.
+fn kvm_a_job_of_a_shell_is_spared_nothing() {
+    let mut job = Command::new(PROGRAM);
+    let job = job.args("--backend kvm --seed 3 --episodes 2 --json".split(' '));
+    let ran = job.process_group(0).output().unwrap();
+    assert!(ran.status.success(), "{ran:?}");
+    let object: Value = serde_json::from_slice(&ran.stdout).expect("the line is JSON");
+    let elsewhere = Value::from(vec![FAULT_OF_THE_SIMULATION]);
+    assert_eq!(object["not_applicable"], elsewhere, "{object}");
+}
+
 fn an_episode_can_be_had_again() {
     let ran = run("--backend sim --seed 3 --only-episode 11 --episodes 2");
     assert_eq!(ran.status, Some(0), "{}", ran.stderr);
@@ -115,5 +127,12 @@ fn main() -> ExitCode {
         one_signal_ends_it,
         nonsense_is_refused_with_what_is_allowed,
     ];
-    program::test("chaos", &everywhere, &tests![kvm_no_page_is_missed])
+    program::test(
+        "chaos",
+        &everywhere,
+        &tests![
+            kvm_no_page_is_missed,
+            kvm_a_job_of_a_shell_is_spared_nothing,
+        ],
+    )
 }

@@ -143,7 +143,9 @@ impl ReaperBuilder {
                 return;
             }
             let work = || run(&log, Pacer::new(policy), &control);
-            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+                // Its drop may panic, too.
+                core::mem::forget(panic);
                 control.report(ReaperError::Panicked);
             }
             log.inner().reaper_counts.rest();

@@ -154,6 +154,13 @@ impl RingView {
         (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
     }
 
+    /// Whether an entry of a memslot waits for a reset, wherever an overrun may have left the indices.
+    /// Looks at every entry.
+    pub(crate) fn awaits_reset_of(&self, slot: u32) -> bool {
+        let mut entries = (0..self.entries()).map(|index| self.memory.at(index));
+        entries.any(|entry| entry.awaits_reset() && entry.payload().0 == slot)
+    }
+
     /// What the last harvested entry says, as long as the vCPU has not come round to it: slot and page.
     pub(crate) fn last(&self) -> (u32, u64) {
         self.memory.at(self.head.wrapping_sub(1)).payload()
@@ -164,9 +171,9 @@ impl RingView {
     ///
     /// An overrun leaves the kernel's write index further along than the consumer can follow: the
     /// entry at the head stays free, entries behind it are dirty. The gap is marked for reset, so
-    /// that the kernel's reset index crosses it too. Its payloads are old and name pages that are
-    /// merely protected once more.
-    pub(crate) fn rejoin(&mut self) -> u32 {
+    /// that the kernel's reset index crosses it too. Its payloads, which `skip` is told, are old: pages that
+    /// are merely protected once more, or such as their slot no longer has.
+    pub(crate) fn rejoin(&mut self, mut skip: impl FnMut(u32, u64)) -> u32 {
         let is_dirty = |ahead: u32| self.memory.at(self.head.wrapping_add(ahead)).is_dirty();
         let Some(gap) = (1..self.entries()).find(|&ahead| is_dirty(ahead)) else {
             return 0;
@@ -178,7 +185,10 @@ impl RingView {
         }
         // The write index is beyond the dirty entry found: nothing past it is marked.
         for _ in 0..gap {
-            self.memory.at(self.head).mark_reset();
+            let entry = self.memory.at(self.head);
+            let (old_slot, old_page) = entry.payload();
+            skip(old_slot, old_page);
+            entry.mark_reset();
             self.head = self.head.wrapping_add(1);
         }
         self.was_overrun = true;
@@ -263,7 +273,7 @@ mod tests {
                 assert!(!view.is_overrun());
                 assert!(harvest(&mut view).into_iter().eq(pages.clone()));
                 assert!(recycle(&producer).into_iter().eq(pages));
-                assert_eq!(view.rejoin(), 0);
+                assert_eq!(view.rejoin(|_, _| ()), 0);
             }
         }
     }
@@ -303,7 +313,7 @@ mod tests {
             assert!(!view.is_overrun());
             assert!(view.was_overrun());
             assert_eq!(recycle(&producer).len(), 8);
-            assert_eq!(view.rejoin(), 0);
+            assert_eq!(view.rejoin(|_, _| ()), 0);
         }
     }
 
@@ -353,15 +363,19 @@ mod tests {
                 assert_eq!(harvest(&mut view).len(), 8);
                 recycle(&producer);
                 assert_eq!(producer.used(), lead);
-                assert_eq!(view.rejoin(), 0, "nothing shows where the kernel is");
+                assert_eq!(
+                    view.rejoin(|_, _| ()),
+                    0,
+                    "nothing shows where the kernel is"
+                );
 
                 push(&producer, 100..101);
                 assert_eq!(harvest(&mut view), [0u64; 0]);
-                assert_eq!(view.rejoin(), lead);
+                assert_eq!(view.rejoin(|_, _| ()), lead);
                 assert_eq!(harvest(&mut view), [100]);
                 assert_eq!(recycle(&producer).len() as u32, lead + 1);
                 assert_eq!(producer.used(), 0);
-                assert_eq!(view.rejoin(), 0);
+                assert_eq!(view.rejoin(|_, _| ()), 0);
             }
         }
     }
@@ -369,11 +383,11 @@ mod tests {
     #[test]
     fn a_ring_without_a_gap_is_left_alone() {
         let (producer, mut view) = ring(0);
-        assert_eq!(view.rejoin(), 0);
+        assert_eq!(view.rejoin(|_, _| ()), 0);
         push(&producer, 0..6);
-        assert_eq!(view.rejoin(), 0, "the head is dirty");
+        assert_eq!(view.rejoin(|_, _| ()), 0, "the head is dirty");
         assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5]);
-        assert_eq!(view.rejoin(), 0, "nothing is dirty");
+        assert_eq!(view.rejoin(|_, _| ()), 0, "nothing is dirty");
         assert!(!view.was_overrun());
         assert_eq!(recycle(&producer).len(), 6);
     }

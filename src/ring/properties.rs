@@ -140,7 +140,7 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
                 assert_eq!(recycled, oracle.recycle(limit));
                 assert_eq!(count as usize, recycled.len());
             }
-            Deed::Rejoin => assert_eq!(view.rejoin(), oracle.rejoin()),
+            Deed::Rejoin => assert_eq!(view.rejoin(|_, _| ()), oracle.rejoin()),
         }
         assert_eq!(view.is_overrun(), oracle.is_overrun());
         assert_eq!(view.was_overrun(), oracle.was_overrun);

@@ -35,10 +35,10 @@ pub enum ChaosError {
     /// A thread could not be started.
     #[error("a thread could not be started: too many of them?")]
     Spawn(#[source] std::io::Error),
-    /// A filter of system calls could not be installed.
+    /// The kernel could not be had to refuse a reset.
     #[cfg(target_arch = "x86_64")]
-    #[error("a filter of system calls could not be installed: no seccomp?")]
-    Filter(#[from] seccompiler::Error),
+    #[error("no reset could be refused: no filter of system calls?")]
+    Refusal(#[source] std::io::Error),
     /// A thread panicked, which has been on stderr already.
     #[error("a thread of the episode panicked")]
     Panicked,

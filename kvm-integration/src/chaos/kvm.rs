@@ -14,10 +14,10 @@ use super::fault::{Counts, Fault};
 use super::helpers::nap;
 use super::ledger::{Instance, gpa};
 use super::plan::Kind;
-use super::refusal::refuse_a_reset;
 use super::world::{CHUNK, Job, LONGEST_LIST, Vcpu, World};
 use crate::machine::MachineError;
 use crate::program::{Load, Mode};
+use crate::refusal::refusing;
 use crate::storm::Storm;
 use crate::thread::{Action, VcpuThread};
 use crate::vcpu::Exit;
@@ -28,6 +28,9 @@ const LONGEST_STORM: Duration = Duration::from_millis(200);
 
 /// Full exits in a row whose reset fails, at the most: none of those that are refused does so again.
 const MOST_FAILURES: u32 = 1000;
+
+/// Passes of which one is to be refused its reset, at the most.
+const MOST_PASSES: u32 = 100;
 
 /// A machine on KVM.
 pub(super) struct KvmWorld {
@@ -48,6 +51,20 @@ impl KvmWorld {
             log => log?,
         };
         Ok(Self { vm, log })
+    }
+
+    /// Makes passes until the reset of one is refused, with error number `error`.
+    fn refuse_a_reset(&self, error: i32) -> Result<(), ChaosError> {
+        let passes = || {
+            // A pass over empty rings makes no ioctl.
+            for _ in 0..MOST_PASSES {
+                if self.log.reap().is_err() {
+                    break;
+                }
+                nap(100);
+            }
+        };
+        refusing(error, passes).map_err(ChaosError::Refusal)
     }
 
     /// Makes passes until the reset of one falls short, or enough.
@@ -89,7 +106,7 @@ impl World for KvmWorld {
 
     fn inject(&self, fault: ResetFault) -> Result<(), ChaosError> {
         match fault {
-            ResetFault::Error(number) => refuse_a_reset(&self.log, number)?,
+            ResetFault::Error(number) => self.refuse_a_reset(number)?,
             ResetFault::Short { .. } | ResetFault::AtEnd => self.shorten_a_reset(),
             _ => {}
         }

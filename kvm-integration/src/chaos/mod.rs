@@ -23,8 +23,6 @@ mod kvm;
 mod ledger;
 mod plan;
 mod policies;
-#[cfg(target_arch = "x86_64")]
-mod refusal;
 mod sim;
 mod world;
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use kvm_dirty_ring::Reaper;
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::pacing::Fixed;
-use kvm_integration::{Load, Mode, Workload};
+use kvm_integration::refusal::refusing;
+use kvm_integration::{Action, Load, Mode, VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
@@ -17,6 +18,7 @@ use super::machine::{
 tests![
     reused_id_gets_no_stale_entries,
     reuse_beside_a_reaper,
+    reuse_after_a_reset_that_was_refused,
     id_is_taken_until_it_is_finished,
     toggling_the_log_keeps_pending_entries,
 ];
@@ -90,6 +92,36 @@ fn reused_id_gets_no_stale_entries() -> Outcome {
 
 fn reuse_beside_a_reaper() -> Outcome {
     reuse(true, 20)?;
+    Ok(Completed)
+}
+
+/// KVM protects pages of one slot in batches, and forgets a whole batch for one page that the slot does not
+/// have: an old entry, not recycled before the id is used again, would leave the page of the next one
+/// unprotected for good.
+fn reuse_after_a_reset_that_was_refused() -> Outcome {
+    let mut machine = Machine::new(1024, &[128])?;
+    let mut list = vec![page_of(1, 100)];
+    list.extend([page_of(1, 60); 4]);
+    // It pauses after each store.
+    let load = Load::new(Mode::Native, list).chunk(1);
+    let (vcpu, _ring) = machine.attach(0, &load)?;
+    let vcpu = VcpuThread::spawn(vcpu, |_| Action::Pause)?;
+    assert!(vcpu.wait_paused());
+    // Not on the shard that the next pass takes, and so finds what was left there.
+    let refused = refusing(libc::EINTR, || machine.log.reap_on_shard(1))?;
+    assert!(refused.is_err(), "{refused:?}");
+    let retired = machine.log.retire_slot(slot_id(1))?;
+    machine.delete_slot(1)?;
+    machine.log.finish_slot(&retired)?;
+    machine.add_slot(1, 64)?;
+    for _ in 0..4 {
+        vcpu.resume();
+        assert!(vcpu.wait_paused());
+        machine.round()?;
+        assert!(machine.dirty().contains(slot_id(1), 60), "a page was lost");
+        machine.compare()?;
+    }
+    vcpu.stop()?;
     Ok(Completed)
 }
 

@@ -1,9 +1,11 @@
-//! Torments guests and their dirty logs, and looks whether a page gets lost: `cargo run --release --bin chaos -- --help`.
+//! Torments guests and their dirty logs, and looks whether a page gets lost:
+//! `cargo run --release --bin chaos -- --help`.
 //!
 //! Exit status: 0 if all was well, 1 if a page was missed, or an entry taken for a wrong slot's, 2 for a
 //! usage error or where an episode could not come to its end, 130 if interrupted.
 
 mod backend;
+mod child;
 mod options;
 mod progress;
 mod report;
@@ -17,6 +19,7 @@ use clap::Parser;
 use kvm_integration::chaos::{Chaos, ChaosError};
 use kvm_integration::interrupt::watch_signals;
 use kvm_integration::output::{exit_status, fail, say, say_aside};
+use kvm_integration::storm::Storm;
 use kvm_integration::watchdog::Watchdog;
 
 use options::Options;
@@ -31,6 +34,9 @@ const ENOUGH: usize = 10;
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if !Storm::can_stop() {
+        return child::run();
+    }
     let interrupted = match watch_signals() {
         Ok(interrupted) => interrupted,
         Err(error) => return fail(&error),

@@ -1,41 +1,32 @@
 //! Resets that the kernel refuses: by a filter of system calls, on a thread of its own.
 
+use std::io;
 use std::thread::{self, Builder};
 
-use kvm_dirty_ring::DirtyLog;
 use seccompiler::{
     BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, apply_filter,
 };
 
-use super::error::ChaosError;
-use super::helpers::nap;
-
 /// The ioctl `KVM_RESET_DIRTY_RINGS`.
 const RESET_DIRTY_RINGS: u64 = 0xaec7;
 
-/// A pass over empty rings makes no ioctl. Passes until one does, at the most.
-const MOST_PASSES: u32 = 100;
-
-/// Makes passes until the reset of one is refused, with error number `error`. Passes that it was to
-/// serve too fail with it.
-pub(super) fn refuse_a_reset(log: &DirtyLog, error: i32) -> Result<(), ChaosError> {
+/// Calls `passes` where every reset that it makes is refused, with error number `error`. Passes of
+/// others that such a reset was to serve fail with it.
+///
+/// # Errors
+/// The thread or the filter could not be had, or `passes` panicked.
+pub fn refusing<T: Send>(error: i32, passes: impl FnOnce() -> T + Send) -> io::Result<T> {
     // No filter can be taken off again: it ends with its thread.
-    let passes = move || -> Result<(), Error> {
+    let confined = move || -> Result<T, Error> {
         apply_filter(&filter(error)?)?;
-        for _ in 0..MOST_PASSES {
-            if log.reap().is_err() {
-                break;
-            }
-            nap(100);
-        }
-        Ok(())
+        Ok(passes())
     };
     thread::scope(|scope| {
-        let thread = Builder::new().name("chaos-refused".into());
-        let thread = thread.spawn_scoped(scope, passes);
-        let thread = thread.map_err(ChaosError::Spawn)?;
-        Ok(thread.join().map_err(|_| ChaosError::Panicked)??)
+        let thread = Builder::new().name("refused".into());
+        let thread = thread.spawn_scoped(scope, confined)?;
+        let result = thread.join().map_err(|_| io::Error::other("it panicked"))?;
+        result.map_err(io::Error::other)
     })
 }
 

@@ -1,0 +1,39 @@
+//! The program in a child of itself.
+//!
+//! A shell watches the process that it has started: one that is stopped, as resets are to be, it takes for
+//! suspended, and gives its terminal to others. Nobody watches the child but its parent.
+
+use std::env;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use kvm_integration::output::fail;
+
+/// Runs the program there, with the same arguments, and ends as it does.
+pub fn run() -> ExitCode {
+    match wait_for_it() {
+        Ok(Some(code)) => ExitCode::from(code as u8),
+        Ok(None) => fail(&io::Error::other("killed by a signal")),
+        Err(error) => fail(&error),
+    }
+}
+
+fn wait_for_it() -> io::Result<Option<i32>> {
+    let mut command = Command::new(env::current_exe()?);
+    command.args(env::args_os().skip(1));
+    let end_with_the_parent = || {
+        // SAFETY: prctl takes integers here, and may be called between fork and exec.
+        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes a system call, and touches no memory but errno.
+    unsafe { command.pre_exec(end_with_the_parent) };
+    let mut child = command.spawn()?;
+    // A terminal sends it to both; the child tells what it has found by then.
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
+    Ok(child.wait()?.code())
+}
