@@ -439,6 +439,10 @@ fn confined() -> Outcome {
         let (log, slot) = (changed, slot_id(9));
         log.add_slot(slot, 1 << 24)?;
         log.mark_dirty(slot, 0, 1 << 20)?;
+        log.stop_tracking(slot, || Ok(()))?;
+        log.start_tracking(slot, || Ok(()))?;
+        log.rearm(|_| Ok(()))?;
+        log.rearmed(slot)?;
         let retired = log.retire_slot(slot)?;
         log.finish_slot(&retired)
     })?;
