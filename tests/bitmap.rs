@@ -16,6 +16,17 @@ const PAGES: u64 = 130;
 fn machine() -> (SimVm, DirtyLog, SimVcpu) {
     let mut config = SimConfig::default();
     config.mode = Mode::Bitmap;
+    machine_of(config)
+}
+
+/// The same with rings, and bitmaps beside them or none.
+fn with_rings(with_bitmap: bool) -> (SimVm, DirtyLog, SimVcpu) {
+    let mut config = SimConfig::default();
+    config.with_bitmap = with_bitmap;
+    machine_of(config)
+}
+
+fn machine_of(config: SimConfig) -> (SimVm, DirtyLog, SimVcpu) {
     let vm = SimVm::new(config);
     let log = vm.dirty_log();
     log.add_slot(RAM, PAGES).unwrap();
@@ -59,13 +70,7 @@ fn vcpus_never_stop_for_a_ring() {
 #[test]
 fn what_the_kernel_writes_comes_by_the_bitmap() {
     for with_bitmap in [false, true] {
-        let mut config = SimConfig::default();
-        config.with_bitmap = with_bitmap;
-        let vm = SimVm::new(config);
-        let log = vm.dirty_log();
-        log.add_slot(RAM, PAGES).unwrap();
-        vm.create_slot(RAM, PAGES);
-        let vcpu = vm.add_vcpu();
+        let (vm, log, vcpu) = with_rings(with_bitmap);
         let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
         vcpu.write(RAM, 3).unwrap();
         assert!(vm.kernel_write(RAM, 129));
@@ -163,13 +168,7 @@ fn a_slot_that_was_rearmed_is_dirty() {
 /// slot for clean.
 #[test]
 fn a_sync_amid_a_rearming_reports_the_slot() {
-    let mut config = SimConfig::default();
-    config.with_bitmap = true;
-    let vm = SimVm::new(config);
-    let log = vm.dirty_log();
-    log.add_slot(RAM, PAGES).unwrap();
-    vm.create_slot(RAM, PAGES);
-    let vcpu = vm.add_vcpu();
+    let (vm, log, vcpu) = with_rings(true);
     let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
     vm.inject([ResetFault::Short { after: 0 }]);
     vcpu.write(RAM, 3).unwrap();

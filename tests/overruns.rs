@@ -95,8 +95,8 @@ fn a_vcpu_that_ran_over_harvested_entries_stays_out() {
     assert_stays_reported(&mut machine, 0..70);
 }
 
-#[test]
-fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
+/// A machine whose ring was overrun, which nobody suspects any more; the next entry leaves a gap before it.
+fn with_a_gap() -> Machine {
     let mut machine = Machine::new();
     machine.vcpu.ignore_soft_limit(true);
     machine.write(0..100);
@@ -104,6 +104,12 @@ fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
     machine.sync();
     machine.rearm();
     machine.sync();
+    machine
+}
+
+#[test]
+fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
+    let mut machine = with_a_gap();
     machine.write([150]);
     assert_eq!(machine.sync(), [run(RAM, 150, 1)]);
     assert_eq!(machine.vcpu.used(), 0);
@@ -113,13 +119,7 @@ fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
 /// does not have, the kernel forgets the batch, and the new entry's page stays unprotected.
 #[test]
 fn a_gaps_old_entries_make_a_smaller_slot_suspect() {
-    let mut machine = Machine::new();
-    machine.vcpu.ignore_soft_limit(true);
-    machine.write(0..100);
-    machine.vcpu.ignore_soft_limit(false);
-    machine.sync();
-    machine.rearm();
-    machine.sync();
+    let mut machine = with_a_gap();
     let retired = machine.log.retire_slot(RAM).unwrap();
     machine.vm.delete_slot(RAM);
     machine.log.finish_slot(&retired).unwrap();
