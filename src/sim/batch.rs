@@ -96,7 +96,7 @@ mod tests {
     fn all_of_it_is_in_the_slot_or_none_is_armed() {
         let slot = SimSlot::new(64);
         let armed = |entries: &[(u32, u64)]| {
-            (0..64).for_each(|page| drop(slot.disarm(page)));
+            (0..64).for_each(|page| _ = slot.disarm(page));
             let mut batches = Vec::new();
             Batch::of_ring(entries, &mut batches);
             batches.iter().for_each(|batch| batch.arm(&slot));
