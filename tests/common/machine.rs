@@ -349,6 +349,10 @@ impl Machine {
                 vm.create_slot(slot, pages);
                 sizes.lock().unwrap().insert(slot, pages);
                 self.tracked.insert(slot, pages);
+                if log.stats().unknown_slot_entries > 0 {
+                    // They may have been its.
+                    self.written.insert(slot, (0..pages).collect());
+                }
                 self.copy.insert(slot, vec![0; pages as usize]);
                 Life::Live
             }
