@@ -189,7 +189,8 @@ impl Machine {
             "{slot} of {pages} pages: {added:?}"
         );
         if added.is_ok() {
-            world.slots.insert(slot, pages);
+            let is_late = self.log.stats().unknown_slot_entries > 0;
+            world.add(slot, pages, is_late);
         }
     }
 

@@ -325,6 +325,14 @@ impl World {
         self.slots.contains_key(&slot)
     }
 
+    /// The log tracks a slot; if it has met entries of slots that it does not know, all pages are owed.
+    pub fn add(&mut self, slot: SlotId, pages: u64, is_late: bool) {
+        self.slots.insert(slot, pages);
+        if is_late {
+            self.owed.entry(slot).or_default().extend(0..pages);
+        }
+    }
+
     /// The slot is gone.
     pub fn forget(&mut self, slot: SlotId) {
         self.slots.remove(&slot);
