@@ -305,6 +305,13 @@ impl World {
         }
     }
 
+    /// Whether an entry of the slot waits for a reset.
+    pub fn awaits_reset_of(&self, slot: SlotId) -> bool {
+        let waits = |cell: Cell| cell.flags & RESET != 0 && cell.slot == slot.raw();
+        let mut rings = self.rings.iter();
+        rings.any(|ring| (0..ring.entries()).any(|index| waits(ring.memory.get(index))))
+    }
+
     /// A device has written, if there are such pages.
     pub fn device_write(&mut self, slot: SlotId, first: u64, pages: u64) -> bool {
         let Some(&size) = self.slots.get(&slot) else {
