@@ -102,6 +102,28 @@ fn entries_of_a_slot_are_recycled_before_its_id_is_used_again() {
     }
 }
 
+/// A removal is not held up by entries of other slots, however short the resets fall.
+#[test]
+fn entries_of_other_slots_hold_no_removal_up() {
+    let other = SlotId::new(0, 6);
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    for slot in [RAM, other] {
+        log.add_slot(slot, 100).unwrap();
+        vm.create_slot(slot, 100);
+    }
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    vcpu.write(RAM, 1).unwrap();
+    (0..5).for_each(|page| vcpu.write(other, page).unwrap());
+    vm.delete_slot(RAM);
+    vm.inject([ResetFault::Short { after: 1 }]);
+    vm.inject([ResetFault::Short { after: 0 }; 16]);
+    log.finish_slot(&retired).unwrap();
+    log.add_slot(RAM, 10).unwrap();
+}
+
 /// What was harvested of a slot that KVM has and the log does not is reported as soon as it does.
 #[test]
 fn a_slot_that_is_added_late_begins_as_dirty() {
