@@ -326,6 +326,31 @@ fn mark() -> impl Strategy<Value = (usize, usize)> {
     (number(), length)
 }
 
+/// Whoever names more than there is marks what there is.
+#[test]
+fn marks_past_the_regions_end_are_cut_off() {
+    let log = log();
+    let bitmap = RegionBitmap::with_len(70 * page_size() - 1);
+    log.add_slot_with(RAM, &bitmap).unwrap();
+    for (first, len) in [
+        (68, 3 * page_size()),
+        (69, usize::MAX),
+        (70, 1),
+        (200, 5000),
+    ] {
+        bitmap.mark_dirty(first * page_size(), len);
+        bitmap
+            .slice_at(page_size())
+            .mark_dirty(first * page_size(), len);
+        let expected = first.min(70) as u64..70;
+        assert_eq!(
+            synced(&log, RAM),
+            expected.collect::<BTreeSet<_>>(),
+            "{first}, {len}"
+        );
+    }
+}
+
 proptest! {
     /// The oracle looks at each page by itself.
     #[test]
