@@ -20,14 +20,22 @@ fn debtor(entries: usize) -> (Arc<Machine>, DirtyLog, VcpuRing) {
     (machine, log, ring)
 }
 
+/// The vCPU sleeps off what it owes, on its thread.
+fn throttle(ring: VcpuRing) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        // Should it sleep for ever, dropping the ring would be a second panic, which hides that.
+        let mut ring = ManuallyDrop::new(ring);
+        ring.throttle();
+        drop(ManuallyDrop::into_inner(ring));
+    })
+}
+
 /// Whenever the limit is lifted, the vCPU goes on.
 #[test]
 fn a_limit_lifted_beside_a_sleeper() {
     model(3, || {
-        let (_machine, log, mut ring) = debtor(2);
-        let vcpu = thread::spawn(move || {
-            ring.throttle();
-        });
+        let (_machine, log, ring) = debtor(2);
+        let vcpu = throttle(ring);
         log.set_dirty_limits(None).unwrap();
         vcpu.join().unwrap();
     });
@@ -38,10 +46,8 @@ fn a_limit_lifted_beside_a_sleeper() {
 #[test]
 fn a_stop_beside_a_sleeper() {
     model(3, || {
-        let (_machine, log, mut ring) = debtor(2);
-        let vcpu = thread::spawn(move || {
-            ring.throttle();
-        });
+        let (_machine, log, ring) = debtor(2);
+        let vcpu = throttle(ring);
         let other = thread::spawn({
             let log = log.clone();
             move || drop(log.keep_awake())

@@ -82,8 +82,8 @@ impl DirtyLog {
     /// Looks at the vCPUs that have a limit, and calls `kick` for each that is ahead of it and not
     /// asleep, by its place in the order in which they were attached: `kick` makes its thread leave
     /// `KVM_RUN` and call [`VcpuRing::throttle`]. Returns when to look again, `None` if no vCPU that
-    /// has its [`VcpuRing`] has a limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a thread that does
-    /// this.
+    /// has its [`VcpuRing`] has a limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a
+    /// thread that does this.
     ///
     /// A kick that comes to nothing, since the thread was about to enter the guest, is repeated by
     /// the next look. `kick` is called with no lock held; the `VcpuRing` may be dropped meanwhile, so
