@@ -7,6 +7,7 @@ use kvm_dirty_ring::error::{ReaperError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId};
+use proptest::prelude::*;
 
 const RAM: SlotId = SlotId::new(0, 5);
 const MOST_PAGES: u64 = (1 << 31) - 1;
@@ -98,6 +99,44 @@ fn entries_of_a_slot_are_recycled_before_its_id_is_used_again() {
             vcpu.write(RAM, 60).unwrap();
             log.sync(&mut dirty).unwrap();
             assert!(dirty.contains(RAM, 60), "a page was lost");
+        }
+    }
+}
+
+proptest! {
+    /// Whatever a reset has left of a slot, and whatever sizes the two have.
+    #[test]
+    fn what_is_written_in_the_next_slot_of_an_id_is_reported(
+        sizes in (1u64..200, 1u64..200),
+        left in prop::collection::vec(any::<u64>(), 1..20),
+        fault in prop_oneof![
+            Just(ResetFault::Error(libc::EINTR)),
+            (0u32..20).prop_map(|after| ResetFault::Short { after }),
+        ],
+        written in prop::collection::vec(any::<u64>(), 1..20),
+    ) {
+        let vm = SimVm::new(SimConfig::default());
+        let log = vm.dirty_log();
+        log.add_slot(RAM, sizes.0).unwrap();
+        vm.create_slot(RAM, sizes.0);
+        let vcpu = vm.add_vcpu();
+        let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        left.iter().for_each(|page| vcpu.write(RAM, page % sizes.0).unwrap());
+        // The repetition of a short one gets no further.
+        vm.inject([fault, ResetFault::Short { after: 0 }]);
+        let _ = log.reap_on_shard(1);
+        let retired = log.retire_slot(RAM).unwrap();
+        vm.delete_slot(RAM);
+        log.finish_slot(&retired).unwrap();
+        log.add_slot(RAM, sizes.1).unwrap();
+        vm.create_slot(RAM, sizes.1);
+        let mut dirty = DirtyPages::new();
+        for _ in 0..3 {
+            written.iter().for_each(|page| vcpu.write(RAM, page % sizes.1).unwrap());
+            log.sync(&mut dirty).unwrap();
+            for page in &written {
+                prop_assert!(dirty.contains(RAM, page % sizes.1), "page {page} was lost");
+            }
         }
     }
 }
