@@ -1,0 +1,263 @@
+//! The Rust of README.md and docs/guide.md, so that it compiles: each paragraph of theirs is to be found
+//! in a function here, line by line. That it does what they say is for the other tests.
+
+#![allow(dead_code)]
+
+use std::error::Error;
+use std::fs::File;
+use std::io;
+use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::pacing::{LookFirst, Observation, Pacer, Pacing, RingObservation};
+use kvm_dirty_ring::{
+    DirtyLog, DirtyPages, GuestMap, Limiter, Priority, Reaper, RingEntries, SlotId, VcpuRing,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+type Outcome = Result<(), Box<dyn Error>>;
+
+// What the VMM has.
+
+struct Thread;
+
+impl Thread {
+    fn kick(&self) {}
+}
+
+fn set_region(_: &kvm_userspace_memory_region) -> io::Result<()> {
+    Ok(())
+}
+
+fn set_flags(_: SlotId, _: u32) -> io::Result<()> {
+    Ok(())
+}
+
+fn stop_vcpus() -> io::Result<()> {
+    Ok(())
+}
+
+fn resume_vcpus() -> io::Result<()> {
+    Ok(())
+}
+
+fn stop_devices() -> io::Result<()> {
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn readme_use(vm_fd: File, vcpu_fd: File, pages: u64, mut dirty: DirtyPages) -> Outcome {
+    let send = |_: SlotId, _: u64, _: u64| io::Result::Ok(());
+    let log = DirtyLog::enable(&vm_fd, RingEntries::new(4096)?)?;   // before the first vCPU
+    log.add_slot(SlotId::new(0, 0), pages)?;                        // before KVM knows the slot
+    let mut ring = log.attach_vcpu(&vcpu_fd)?;                      // one for each vCPU
+    let reaper = Reaper::spawn(&log, LookFirst::default())?;        // empties the rings in time
+    // On the vCPU's thread, on KVM_EXIT_DIRTY_RING_FULL:
+    ring.on_full()?;
+    // On the migration's thread, each round; then the pages may be read:
+    log.sync(&mut dirty)?;
+    for run in dirty.runs() { send(run.slot, run.first_page, run.pages)?; }
+
+    drop(reaper);
+    Ok(())
+}
+
+#[rustfmt::skip]
+#[expect(clippy::single_match)] // It is one of many arms.
+fn full_ring(mut vcpu_fd: VcpuFd, mut ring: VcpuRing) -> Outcome {
+    match vcpu_fd.run() {
+        // kvm-ioctls 0.25 has no name of its own for this exit.
+        Ok(VcpuExit::Unsupported(kvm_bindings::KVM_EXIT_DIRTY_RING_FULL)) => ring.on_full()?,
+        _ => {} // ... all others as before
+    }
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn device(log: DirtyLog, memory: GuestMemoryMmap, map: GuestMap, address: u64, bytes: [u8; 4]) -> Outcome {
+    memory.write_slice(&bytes, GuestAddress(address))?;
+    // A write within one page.
+    let (slot, page) = map.locate(address).ok_or("no memory there")?;
+    log.mark_dirty(slot, page, 1)?;
+
+    Ok(())
+}
+
+/// Looks each millisecond, and empties a ring that is three quarters full.
+struct ThreeQuarters;
+
+impl Pacing for ThreeQuarters {
+    fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
+        for (ring, reap) in seen.rings.iter().zip(reap) {
+            *reap = ring.waiting * 4 >= ring.soft_limit * 3;
+        }
+        Duration::from_millis(1)
+    }
+}
+
+/// When the timer fires, or, with `woken`, when a vCPU's thread says that its ring was full.
+fn turn(
+    log: &DirtyLog,
+    pacer: &mut Pacer,
+    rings: &mut Vec<RingObservation>,
+    start: Instant,
+    woken: bool,
+) -> Result<Duration, ResetError> {
+    log.observe(rings);
+    if let Err(error) = pacer.look(start.elapsed(), woken, rings) {
+        eprintln!("{error}: once a second from now on");
+    }
+    if !pacer.reap().is_empty() {
+        let entries = log.reap_rings(pacer.reap())?;
+        pacer.passed(start.elapsed(), entries);
+    }
+    Ok(pacer.due()) // when to look again, counted from `start`
+}
+
+#[rustfmt::skip]
+fn reaper(log: DirtyLog) -> Outcome {
+    let reaper = Reaper::builder()
+        .name("vm7-reaper")               // Linux keeps 15 bytes
+        .cpus([0, 1])                     // not those that vCPUs are pinned to
+        .priority(Priority::Nice(-5))     // CAP_SYS_NICE, or RLIMIT_NICE
+        .spawn(&log, LookFirst::default())?;
+
+    drop(reaper);
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn adding(log: DirtyLog, slot: SlotId, pages: u64, region: kvm_userspace_memory_region) -> Outcome {
+    log.add_slot(slot, pages)?;
+    set_region(&region)?; // KVM_SET_USER_MEMORY_REGION
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn removing(
+    log: DirtyLog, mut dirty: DirtyPages, slot: SlotId, mut region: kvm_userspace_memory_region,
+) -> Outcome {
+    let retired = log.retire_slot(slot)?;  // what was written is known now
+    log.sync(&mut dirty)?;                 // if these pages are to be copied: for the last time
+    region.memory_size = 0;
+    set_region(&region)?;                  // deleted in KVM
+    log.finish_slot(&retired)?;            // the id is free now
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn switching(log: DirtyLog, slot: SlotId, pages: u64) -> Outcome {
+    log.add_slot(slot, pages)?;
+    log.stop_tracking(slot, || set_flags(slot, 0))?;       // created, not logged
+    // The migration begins:
+    log.start_tracking(slot, || set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES))?;
+    // ... and ends:
+    log.stop_tracking(slot, || set_flags(slot, 0))?;
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn the_last_sync(log: DirtyLog, mut dirty: DirtyPages) -> Outcome {
+    let send = |_: &DirtyPages| io::Result::Ok(());
+    stop_vcpus()?;
+    stop_devices()?;
+    send(&dirty)?;         // what the sync before has found
+    log.sync(&mut dirty)?;
+    send(&dirty)?;         // and what came after it
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn suspects(log: DirtyLog) -> Outcome {
+    if log.stats().suspect_pages > 0 {
+        stop_vcpus()?;
+        log.rearm(|slot| {
+            set_flags(slot, 0)?; // KVM_SET_USER_MEMORY_REGION, all else as it was
+            set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES)
+        })?;
+        resume_vcpus()?;
+    }
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn limits(log: DirtyLog, threads: Vec<Thread>, mut vcpu_fd: VcpuFd, mut ring: VcpuRing) -> Outcome {
+    // A signal whose handler does nothing. KVM_RUN returns EINTR.
+    let limiter = Limiter::spawn(&log, move |vcpu| threads[vcpu].kick())?;
+    log.set_dirty_limits(NonZeroU64::new(5_000))?; // None lifts it
+
+    match vcpu_fd.run() {
+
+        // In the vCPU's loop; `on_full` as ever.
+        Err(error) if error.errno() == libc::EINTR => { ring.throttle(); }
+
+        _ => {}
+    }
+
+    // Wherever vCPUs are stopped, also for the final pass: before they are told to.
+    let awake = log.keep_awake();
+    stop_vcpus()?;
+    // ... and when they are to run again:
+    drop(awake);
+
+    drop(limiter);
+    Ok(())
+}
+
+/// Lines as they are compared: however they are indented and their comments aligned.
+fn plain(text: &str) -> String {
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    text.lines().map(words).collect::<Vec<_>>().join("\n")
+}
+
+/// What blank lines set apart in the Rust of a document, with the line it begins at.
+fn paragraphs(document: &str) -> Vec<(usize, String)> {
+    let mut found: Vec<(usize, String)> = Vec::new();
+    let (mut is_rust, mut goes_on) = (false, false);
+    for (number, line) in (1..).zip(document.lines()) {
+        if line.starts_with("```") {
+            is_rust = line == "```rust";
+            goes_on = false;
+        } else if is_rust && !line.trim().is_empty() {
+            match found.last_mut() {
+                Some((_, text)) if goes_on => *text += &format!("\n{line}"),
+                _ => found.push((number, line.to_owned())),
+            }
+            goes_on = true;
+        } else {
+            goes_on = false;
+        }
+    }
+    found
+}
+
+fn all_of_it_compiles(name: &str, document: &str, least: usize) {
+    let compiled = plain(include_str!("snippets.rs"));
+    let paragraphs = paragraphs(document);
+    assert!(paragraphs.len() >= least, "{name}: {paragraphs:?}");
+    for (line, text) in paragraphs {
+        // Whole lines.
+        let wanted = format!("\n{}\n", plain(&text));
+        let is_there = compiled.contains(&wanted);
+        assert!(is_there, "{name}:{line}: not compiled here:\n{text}");
+    }
+}
+
+#[test]
+fn the_readme_compiles() {
+    all_of_it_compiles("README.md", include_str!("../../README.md"), 1);
+}
+
+#[test]
+fn the_guide_compiles() {
+    all_of_it_compiles("docs/guide.md", include_str!("../../docs/guide.md"), 14);
+}
