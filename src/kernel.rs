@@ -89,8 +89,9 @@ pub trait Kernel: Send + Sync {
     ///
     /// # Errors
     /// Not all bits were taken: those in `words` count, the kernel still has the others. But with
-    /// ENOENT (it has no bits of the slot) and EFAULT (they are more than fit) they may be gone, and
-    /// every page is taken for dirty.
+    /// ENOENT (it has no bits of the slot), EFAULT (they are more than fit) and EINVAL (its slot has another
+    /// size, or there can be none of that id) they may be gone, and every page is taken for dirty: as
+    /// without an error where bits past the slot's end are set.
     fn take_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
         let _ = (slot, pages, words);
         Err(io::ErrorKind::Unsupported.into())

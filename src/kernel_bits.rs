@@ -48,8 +48,8 @@ impl Taking<'_> {
     /// Moves the kernel's bits of `slot`, for which there is room, to its device bits: only now that
     /// their pages are protected again, and whether or not the kernel got to its end.
     ///
-    /// Where it can't tell, every page is dirty; but of a slot whose removal has begun it need not
-    /// have any bits.
+    /// Where it can't tell, or has the slot in another size, every page is dirty; but of a slot whose
+    /// removal has begun it need not have any bits.
     pub(crate) fn take(
         &mut self,
         kernel: &dyn Kernel,
@@ -59,22 +59,25 @@ impl Taking<'_> {
         let words = &mut self.words[..words_for(slot.pages())];
         let found = Found { words, slot };
         let taken = kernel.take_bitmap(slot.id(), slot.pages(), found.words);
+        let is_larger = found.names_more();
         drop(found);
-        let Err(source) = taken else {
-            return Ok(());
-        };
-        match source.raw_os_error() {
-            Some(libc::ENOENT) if retired => Ok(()),
-            Some(libc::ENOENT | libc::EFAULT) => {
-                self.missing.add(1);
-                slot.device().set(0, slot.pages());
-                Ok(())
+        if let Err(source) = taken {
+            match source.raw_os_error() {
+                Some(libc::ENOENT) if retired => return Ok(()),
+                Some(libc::ENOENT | libc::EFAULT | libc::EINVAL) => {}
+                _ => {
+                    return Err(BitmapError {
+                        slot: slot.id(),
+                        source: Arc::new(source),
+                    });
+                }
             }
-            _ => Err(BitmapError {
-                slot: slot.id(),
-                source: Arc::new(source),
-            }),
+        } else if !is_larger {
+            return Ok(());
         }
+        self.missing.add(1);
+        slot.device().set(0, slot.pages());
+        Ok(())
     }
 }
 
@@ -85,10 +88,18 @@ struct Found<'a> {
     slot: &'a Slot,
 }
 
+impl Found<'_> {
+    /// Whether there are bits past the slot's end: the kernel's is larger.
+    fn names_more(&self) -> bool {
+        let in_last = self.slot.pages() % u64::from(u64::BITS);
+        let last = self.words.last().copied().unwrap_or(0);
+        in_last > 0 && last >> in_last > 0
+    }
+}
+
 impl Drop for Found<'_> {
     fn drop(&mut self) {
         for (word, mask) in masks(0, self.slot.pages()) {
-            // No kernel sets bits past the slot's end; one that does names no page.
             let bits = core::mem::take(&mut self.words[word]) & mask;
             if bits != 0 {
                 self.slot.device().merge(word, bits);

@@ -243,6 +243,8 @@ impl DirtyLog {
         }
         self.collect(collected.dirty)?;
         collected.complete = true;
+        // What was the caller's would keep slots that are gone, for as long as no sync needs it.
+        *collected.pending = DirtyPages::new();
         Ok(())
     }
 

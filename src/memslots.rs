@@ -243,6 +243,15 @@ impl Table {
         Ok(Arc::clone(&tracked.slot))
     }
 
+    /// Marks a retired slot as staying.
+    pub(crate) fn keep(&mut self, slot: &Arc<Slot>) -> Result<(), SlotError> {
+        let tracked = self.tracked_mut(slot.id);
+        let tracked = tracked.filter(|tracked| Arc::ptr_eq(&tracked.slot, slot));
+        let tracked = tracked.ok_or(SlotError::Unknown { slot: slot.id })?;
+        tracked.retired = false;
+        Ok(())
+    }
+
     /// Forgets a retired slot, whose id is then free.
     pub(crate) fn remove(&mut self, slot: &Arc<Slot>) {
         if self.holds(slot) {

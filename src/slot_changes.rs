@@ -12,8 +12,8 @@ use crate::sync::{Arc, MutexGuard, lock};
 impl DirtyLog {
     /// Tracks a memslot of `pages` pages, all clean. Call it *before* the slot is created in KVM
     /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
-    /// every slot suspect, and each slot that is added later begins as dirty. It waits for the passes
-    /// under way, which do not know the slot.
+    /// every slot suspect, of each that is added later, too. It waits for the passes under way, which do
+    /// not know the slot.
     ///
     /// Clean: if a migration is under way and the other side does not have what the memory holds already,
     /// [mark](Self::mark_dirty) all of it. A slot that is created without the flag is clean, too, and
@@ -22,7 +22,8 @@ impl DirtyLog {
     ///
     /// # Errors
     /// The id is in use or being removed, the size is none that a slot can have, or there is no
-    /// memory.
+    /// memory; or there were entries of slots that are not tracked, and resets fail or fall short: then
+    /// nothing has changed, and the call can be repeated.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
         self.track(&lock(&self.inner().slot_change), slot, pages, None)
     }
@@ -57,15 +58,35 @@ impl DirtyLog {
         // slot that had the id before.
         harvester.quiesce();
         if harvester.counts.unknown_slot.get() > 0 {
-            // Some may have been of this slot, if KVM had it before us.
-            let layout = harvester.layout();
-            if let Some(late) = layout.slots.get(slot.raw()) {
-                late.device().set(0, pages);
-            }
+            self.doubt(slot)?;
         }
         // Nor may who takes the kernel's bits for that slot, by its id, be given the new one's.
         drop(self.inner().kernel_bits.lock());
         Ok(())
+    }
+
+    /// Some entries that named no slot may have been of this one, if KVM had it, or one of another size,
+    /// before us: nobody knows which of its pages are protected. Those that are left are not to be
+    /// recycled beside the new ones, also after a rearming.
+    fn doubt(&self, slot: SlotId) -> Result<(), SlotError> {
+        let harvester = &self.inner().harvester;
+        let layout = harvester.layout();
+        let Some(added) = layout.slots.get(slot.raw()) else {
+            return Ok(());
+        };
+        added.suspect_all();
+        let recycled = harvester.recycle_all_of(slot);
+        if recycled.is_err() {
+            self.forget(added)?;
+        }
+        Ok(recycled?)
+    }
+
+    fn forget(&self, slot: &Arc<Slot>) -> Result<(), SlotError> {
+        self.inner().harvester.change_layout(|layout| {
+            layout.slots.remove(slot);
+            Ok(())
+        })
     }
 
     /// Begins to remove a memslot: empties the rings, and takes the kernel's own bits of it, so that
@@ -78,7 +99,8 @@ impl DirtyLog {
     /// page-modification buffer still holds; where the memory lives on elsewhere, stop the vCPUs
     /// first or treat all of it as dirty.
     ///
-    /// A removal that was begun and not finished, because the deletion failed, say, may be begun again.
+    /// A removal that was begun and not finished, because the deletion failed, say, may be begun again, or
+    /// [called off](Self::keep_slot).
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -149,15 +171,23 @@ impl DirtyLog {
             return Err(SlotError::Unknown { slot: slot.id() });
         }
         harvester.recycle_all_of(slot.id())?;
-        harvester.change_layout(|layout| {
-            layout.slots.remove(slot);
-            Ok(())
-        })
+        self.forget(slot)
+    }
+
+    /// Calls a removal off, for the slot was not deleted in KVM: from now on it is tracked as if
+    /// [`retire_slot`](Self::retire_slot) had not been called. Nothing that was written meanwhile is lost.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`] if the removal is finished already.
+    pub fn keep_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
+        let _one_at_a_time = lock(&self.inner().slot_change);
+        let harvester = &self.inner().harvester;
+        harvester.change_layout(|layout| layout.slots.keep(&retired.slot))
     }
 }
 
 /// A memslot whose removal has begun, see [`DirtyLog::retire_slot`].
-#[must_use = "the slot's id stays taken until the removal is finished"]
+#[must_use = "the slot's id stays taken until the removal is finished, or called off"]
 pub struct RetiredSlot {
     slot: Arc<Slot>,
 }

@@ -103,14 +103,37 @@ fn a_slot_that_is_larger_in_the_kernel_is_dirty() {
     assert_eq!(log.stats().missing_bitmaps, 1);
 }
 
-/// Bits past the slot's end, in its last word, are no pages of it.
+/// Bits past the slot's end, in its last word: the kernel has it in another size.
 #[test]
-fn bits_past_the_end_are_no_pages() {
+fn a_slot_with_bits_past_its_end_is_dirty() {
     let (vm, log, vcpu) = machine();
     vm.create_slot(RAM, PAGES + 62);
     vcpu.write(RAM, PAGES + 61).unwrap();
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    assert_eq!(log.stats().missing_bitmaps, 1);
+    // There are none but those of pages that it has.
     vcpu.write(RAM, PAGES - 1).unwrap();
     assert_eq!(sync(&log), [PAGES - 1]);
+    assert_eq!(log.stats().missing_bitmaps, 1);
+}
+
+/// KVM says so of a slot of another size, and of one that it can't have. All others are still to be had.
+#[test]
+fn a_slot_that_is_refused_as_invalid_is_dirty() {
+    let (vm, log, vcpu) = machine();
+    let fault = BitmapFault {
+        after: 0,
+        error: libc::EINVAL,
+    };
+    for missing in 1..4 {
+        vcpu.write(RAM, 3).unwrap();
+        vm.inject_bitmap([fault]);
+        assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+        assert_eq!(log.stats().missing_bitmaps, missing);
+    }
+    vm.inject_bitmap([fault]);
+    drop(log.retire_slot(RAM).unwrap());
+    assert_eq!(log.stats().missing_bitmaps, 4);
 }
 
 #[test]

@@ -166,9 +166,10 @@ fn entries_of_other_slots_hold_no_removal_up() {
     log.add_slot(RAM, 10).unwrap();
 }
 
-/// What was harvested of a slot that KVM has and the log does not is reported as soon as it does.
+/// What was harvested of a slot that KVM has and the log does not is reported as soon as it does. It may have
+/// been of a slot of another size, and the kernel may protect none of its pages: until it is re-armed.
 #[test]
-fn a_slot_that_is_added_late_begins_as_dirty() {
+fn a_slot_that_is_added_late_is_suspect() {
     let late = SlotId::new(0, 6);
     let vm = SimVm::new(SimConfig::default());
     let log = vm.dirty_log();
@@ -181,10 +182,93 @@ fn a_slot_that_is_added_late_begins_as_dirty() {
     log.reap().unwrap();
     log.add_slot(late, 20).unwrap();
     let mut dirty = DirtyPages::new();
+    for _ in 0..3 {
+        log.sync(&mut dirty).unwrap();
+        assert_eq!(dirty.words(late), Some(&[(1 << 20) - 1][..]));
+    }
+    log.rearm(|slot| {
+        vm.rearm_slot(slot);
+        Ok(())
+    })
+    .unwrap();
     log.sync(&mut dirty).unwrap();
-    assert_eq!(dirty.words(late), Some(&[(1 << 20) - 1][..]));
     log.sync(&mut dirty).unwrap();
-    assert!(!dirty.contains(late, 5), "it was dirty once");
+    assert!(dirty.is_empty(), "it was re-armed");
+}
+
+/// Nor does what is left in a ring of an unknown slot come back beside the pages of the next of that id, when
+/// suspicion has ended.
+#[test]
+fn entries_of_an_unknown_slot_are_recycled_before_its_id_is_added() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    vm.create_slot(RAM, 128);
+    vcpu.write(RAM, 100).unwrap();
+    vm.inject([ResetFault::Error(libc::EINTR)]);
+    log.reap_on_shard(1).unwrap_err();
+    vm.delete_slot(RAM);
+    // As long as none is recycled, the id is not to be had.
+    vm.inject([ResetFault::Short { after: 0 }; 8]);
+    let refused = log.add_slot(RAM, 64);
+    assert!(matches!(refused, Err(SlotError::Reset(_))), "{refused:?}");
+    let unknown = log.mark_dirty(RAM, 0, 1);
+    assert!(matches!(unknown, Err(SlotError::Unknown { .. })));
+
+    log.add_slot(RAM, 64).unwrap();
+    vm.create_slot(RAM, 64);
+    vm.rearm_slot(RAM);
+    log.rearmed(RAM).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    for _ in 0..3 {
+        vcpu.write(RAM, 60).unwrap();
+        log.sync(&mut dirty).unwrap();
+        assert_eq!(dirty.words(RAM), Some(&[1 << 60][..]), "a page was lost");
+    }
+}
+
+#[test]
+fn a_removal_can_be_called_off() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    log.add_slot(RAM, 10).unwrap();
+    vm.create_slot(RAM, 10);
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    vcpu.write(RAM, 3).unwrap();
+    vm.inject([ResetFault::Short { after: 0 }; 2]);
+    log.reap().unwrap();
+    let rearm = || {
+        log.rearm(|slot| {
+            vm.rearm_slot(slot);
+            Ok(())
+        })
+    };
+    assert_eq!(rearm().unwrap(), 0, "it is about to go");
+    let refused = log.stop_tracking(RAM, || Ok(()));
+    assert!(matches!(refused, Err(SlotError::Retired { slot: RAM })));
+
+    log.keep_slot(&retired).unwrap();
+    assert_eq!(rearm().unwrap(), 1);
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    assert!(dirty.contains(RAM, 3));
+    log.stop_tracking(RAM, || Ok(())).unwrap();
+    log.start_tracking(RAM, || Ok(())).unwrap();
+    let exists = log.add_slot(RAM, 10);
+    assert!(matches!(exists, Err(SlotError::Exists { slot: RAM })));
+
+    let retired = log.retire_slot(RAM).unwrap();
+    vm.delete_slot(RAM);
+    log.finish_slot(&retired).unwrap();
+    let unknown = |result| matches!(result, Err(SlotError::Unknown { slot: RAM }));
+    assert!(unknown(log.keep_slot(&retired)));
+    // Nor is it the next one of that id that is kept.
+    log.add_slot(RAM, 20).unwrap();
+    assert!(unknown(log.keep_slot(&retired)));
 }
 
 #[test]
@@ -292,18 +376,14 @@ fn short_of_memory() {
 
 /// Allows the process `more` bytes than it has now. The limit before.
 fn limit_memory(more: u64) -> libc::rlimit {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
     let mut before = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
     // SAFETY: the struct is valid for the call.
     assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut before) }, 0);
-    // SAFETY: sysconf reads a number.
-    let page_size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
     set_limit(libc::rlimit {
-        rlim_cur: pages * page_size + more,
+        rlim_cur: mapped() + more,
         ..before
     });
     before
@@ -314,12 +394,23 @@ fn set_limit(limit: libc::rlimit) {
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
 }
 
-/// Bytes of this process that are in memory.
-fn resident() -> u64 {
+/// Bytes of this process: of its address space, and of that what is in memory.
+fn mapped_and_resident() -> (u64, u64) {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
-    // SAFETY: sysconf reads a number; this one always exists.
-    pages * unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64
+    let mut pages = statm.split(' ').map(|pages| pages.parse::<u64>());
+    let mut bytes = || {
+        // SAFETY: sysconf reads a number; this one always exists.
+        pages.next().unwrap().unwrap() * unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64
+    };
+    (bytes(), bytes())
+}
+
+fn mapped() -> u64 {
+    mapped_and_resident().0
+}
+
+fn resident() -> u64 {
+    mapped_and_resident().1
 }
 
 /// A guest of 1 TiB has 32 MiB of bits in each of some seven bitmaps. In memory are those of them
@@ -339,4 +430,26 @@ fn what_is_clean_takes_no_memory() {
     }
     let taken = resident().saturating_sub(before);
     assert!(taken < 16 * MIB, "{} MiB", taken / MIB);
+}
+
+/// What the log keeps between two syncs does not hold on to slots that go.
+#[test]
+fn a_slot_that_is_gone_takes_no_memory() {
+    const GIB: u64 = 1 << 30;
+    let stays = SlotId::new(0, 6);
+    let log = SimVm::new(SimConfig::default()).dirty_log();
+    log.add_slot(stays, 10).unwrap();
+    log.add_slot(RAM, MOST_PAGES).unwrap();
+    let with = mapped();
+    // A list of all slots is made for the pages of one.
+    log.stop_tracking(stays, || Ok(())).unwrap();
+    log.start_tracking(stays, || Ok(())).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    log.finish_slot(&retired).unwrap();
+    drop(retired);
+    log.sync(&mut dirty).unwrap();
+    let freed = with.saturating_sub(mapped());
+    assert!(freed > GIB, "{} MiB", freed >> 20);
 }

@@ -12,7 +12,7 @@ use kvm_bindings::{
 };
 use kvm_dirty_ring::error::{AttachError, EnableError, SyncError};
 use kvm_dirty_ring::pacing::LookFirst;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, RingEntries};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, RingEntries, SlotId};
 use kvm_integration::{GuestMemory, Load, TinyVm, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
@@ -35,6 +35,8 @@ tests![
     a_removal_takes_what_was_written,
     a_slot_that_is_not_logged_is_dirty,
     a_slot_that_is_larger_in_kvm_is_dirty,
+    a_slot_of_another_size_in_its_last_word_is_dirty,
+    a_slot_that_kvm_cannot_have_is_dirty,
     what_is_refused,
     rings_behind_the_logs_back_are_noticed,
     auto_takes_bitmaps_where_there_are_no_rings,
@@ -216,6 +218,49 @@ fn a_slot_that_is_larger_in_kvm_is_dirty() -> Outcome {
         log.sync(&mut dirty)?;
         assert_eq!(dirty.page_count(), 100);
         assert_eq!(log.stats().missing_bitmaps, times);
+    }
+    Ok(Completed)
+}
+
+/// KVM refuses to clear up to an end that is not its slot's, and clears nothing.
+fn a_slot_of_another_size_in_its_last_word_is_dirty() -> Outcome {
+    for (pages, in_kvm) in [(70, 100), (128, 100)] {
+        let vm = vm()?;
+        let log = DirtyLog::enable_bitmap(vm.vm_fd())?;
+        let mut protect = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            ..Default::default()
+        };
+        // Its pages are dirty without a guest, by INITIALLY_SET.
+        protect.args[0] = 3;
+        vm.vm_fd().enable_cap(&protect)?;
+        log.add_slot(slot_id(1), pages)?;
+        vm.add_slot(1, gpa(1), Arc::new(GuestMemory::new(in_kvm)?), true)?;
+        let mut dirty = DirtyPages::new();
+        for times in 1..=3 {
+            log.sync(&mut dirty)?;
+            assert_eq!(dirty.page_count(), pages);
+            assert_eq!(log.stats().missing_bitmaps, times);
+        }
+        drop(log.retire_slot(slot_id(1))?);
+    }
+    Ok(Completed)
+}
+
+/// It keeps no other slot from being synced, nor from being removed.
+fn a_slot_that_kvm_cannot_have_is_dirty() -> Outcome {
+    for slot in [SlotId::new(0, 40_000), SlotId::new(1, 7)] {
+        let mut machine = Machine::with_bitmap(&[64])?;
+        machine.log.add_slot(slot, 100)?;
+        let mut dirty = DirtyPages::new();
+        for times in 1..=3 {
+            machine.log.sync(&mut dirty)?;
+            assert_eq!(dirty.page_count(), 100);
+            assert_eq!(machine.log.stats().missing_bitmaps, times);
+        }
+        let retired = machine.log.retire_slot(slot)?;
+        machine.log.finish_slot(&retired)?;
+        assert_eq!(machine.round()?, 0);
     }
     Ok(Completed)
 }
