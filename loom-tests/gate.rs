@@ -61,6 +61,8 @@ impl Rings for NoRings {
         false
     }
 
+    fn reach_back(&self, _: &mut dyn FnMut() -> bool) {}
+
     fn suspect_last_batches(&self) {}
 }
 

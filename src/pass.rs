@@ -56,6 +56,22 @@ impl Layout {
         self.slots.slots().map(|slot| slot.suspects()).sum()
     }
 
+    /// Some page is written and unprotected, and we can't tell which.
+    fn suspect_all(&self) {
+        for slot in self.slots.slots() {
+            slot.suspect_all();
+        }
+    }
+
+    /// An old entry is about to be recycled. If its slot has no such page any more, the kernel forgets the
+    /// batch: other pages of the slot may be in it.
+    fn suspect_if_beyond(&self, slot: u32, page: u64) {
+        let slot = self.slots.get(slot);
+        if let Some(slot) = slot.filter(|slot| page >= slot.pages()) {
+            slot.suspect_all();
+        }
+    }
+
     fn targets(&self, held: &ShardGuard<'_>) -> &Targets {
         // SAFETY: `self` holds both the slots and the targets, and whoever changes the slots
         // throws the targets away.
@@ -200,6 +216,18 @@ impl Rings for Harvester {
         rings.all(|ring| ring.nothing_awaits_reset())
     }
 
+    fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool) {
+        let layout = self.layout();
+        for vcpu in &layout.vcpus {
+            let skip = |slot, page| layout.suspect_if_beyond(slot, page);
+            if lock(&vcpu.ring).reach_back(skip, &mut *finds_nothing) {
+                // What it overran, nobody knows.
+                self.counts.overruns.add(1);
+                layout.suspect_all();
+            }
+        }
+    }
+
     fn suspect_last_batches(&self) {
         let layout = self.layout();
         for vcpu in layout.vcpus.iter().filter(|vcpu| vcpu.taken() > 0) {
@@ -294,7 +322,7 @@ impl<'a> Pass<'a, Harvested> {
         if misses.unknown_slot + misses.out_of_range > 0 {
             counts.unknown_slot.add(misses.unknown_slot);
             counts.out_of_range.add(misses.out_of_range);
-            self.suspect_all();
+            self.layout.suspect_all();
         }
         if overrun {
             self.note_overrun();
@@ -324,27 +352,14 @@ impl<'a> Pass<'a, Harvested> {
 
     /// Joins the ring, and says how many entries were passed over.
     fn rejoin_ring(&self, ring: &mut RingView) -> u32 {
-        ring.rejoin(|slot, page| {
-            let slot = self.layout.slots.get(slot);
-            // The kernel forgets the batch of such an entry: other pages of the slot may be in it.
-            if let Some(slot) = slot.filter(|slot| page >= slot.pages()) {
-                slot.suspect_all();
-            }
-        })
+        ring.rejoin(|slot, page| self.layout.suspect_if_beyond(slot, page))
     }
 
     /// The kernel overwrote entries that nobody had harvested, or whose pages it had yet to
     /// protect: which pages, nobody knows.
     fn note_overrun(&self) {
         self.harvester.counts.overruns.add(1);
-        self.suspect_all();
-    }
-
-    /// Some page is written and unprotected, and we can't tell which.
-    fn suspect_all(&self) {
-        for slot in self.layout.slots.slots() {
-            slot.suspect_all();
-        }
+        self.layout.suspect_all();
     }
 
     fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {

@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::error::ResetError;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Recycled};
 use crate::sync::{Arc, Condvar, Counter, Mutex, MutexGuard, lock, wait};
 
 /// Serialises reset ioctls, combines them, and keeps harvests out of them.
@@ -29,6 +29,11 @@ pub(crate) struct ResetGate {
 pub(crate) trait Rings {
     /// Whether no entry of any ring waits for a reset. No entry is marked meanwhile.
     fn nothing_awaits_reset(&self) -> bool;
+
+    /// Helps the kernel on in rings where its reset index stays behind, see
+    /// [`RingView::reach_back`](crate::ring::RingView::reach_back). No entry is marked meanwhile by anybody
+    /// else.
+    fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool);
 
     /// The last batch of some ring may be recycled and its pages not protected: which ring, the gate
     /// can't tell. Called before anybody is told that the reset is over.
@@ -162,13 +167,24 @@ impl ResetGate {
             return Ok(recycled);
         }
         self.faults.add(1);
-        while recycled < outstanding {
+        let again = || {
             self.resets.add(1);
-            // An error here adds nothing: the entries are suspect already.
-            match kernel.reset() {
-                Ok(more) if more.entries > 0 => recycled += u64::from(more.entries),
-                Ok(_) | Err(_) => break,
+            kernel.reset()
+        };
+        // An error here adds nothing: the entries are suspect already.
+        let mut last = again();
+        while let Ok(more) = &last {
+            recycled += u64::from(more.entries);
+            if more.entries == 0 || recycled >= outstanding {
+                break;
             }
+            last = again();
+        }
+        let finds_nothing = |last: io::Result<Recycled>| {
+            last.is_ok_and(|more| more.entries == 0 && !more.interrupted)
+        };
+        if finds_nothing(last) {
+            rings.reach_back(&mut || finds_nothing(again()));
         }
         // An overrun, or somebody else's reset, has left nothing to recycle of what we count: it
         // would make every later reset look short. No entry is marked meanwhile.

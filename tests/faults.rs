@@ -42,8 +42,9 @@ fn pages_of_a_short_reset_are_reported_until_rearmed() {
 fn a_reset_that_only_recycles_what_another_left_is_short() {
     let mut machine = Machine::new();
     let short = |after| ResetFault::Short { after };
-    // Three entries stay behind: the reset and its repetition both stop.
-    machine.vm.inject([short(1), short(0)]);
+    // Three entries stay behind: the reset stops, and its repetition is refused.
+    let refused = ResetFault::Error(libc::EINTR);
+    machine.vm.inject([short(1), refused]);
     machine.write([10, 20, 30, 40]);
     machine.sync();
     // The three and page 50 are recycled, four for the two that were marked; page 50 is not armed.
@@ -256,8 +257,10 @@ fn a_full_exit_after_a_short_reset_shows_no_soft_limit() {
     let mut machine = Machine::new();
     let soft_limit = |machine: &Machine| machine.log.stats().vcpus[0].soft_limit;
     machine.write(0..60);
-    let short = |after| ResetFault::Short { after };
-    machine.vm.inject([short(40), short(0)]);
+    let refused = ResetFault::Error(libc::EINTR);
+    machine
+        .vm
+        .inject([ResetFault::Short { after: 40 }, refused]);
     machine.ring.on_full().unwrap();
     machine.write(100..140);
     assert_eq!(machine.vcpu.write(RAM, 140), Err(WriteError::RingFull));

@@ -58,6 +58,13 @@ fn ids_are_taken_until_a_removal_is_finished() {
     assert_eq!(dirty.words(RAM), Some(&[1 << 19][..]));
 }
 
+/// Whoever insists that entries are recycled is disappointed four times: by a reset, and by its repetition.
+fn none_recycled() -> impl Iterator<Item = ResetFault> {
+    let stops = ResetFault::Short { after: 0 };
+    let refused = ResetFault::Error(libc::EINTR);
+    [stops, refused].into_iter().cycle().take(8)
+}
+
 /// Entries that were harvested and not recycled when a slot went would be recycled beside those of a smaller
 /// one with its id; the kernel then protects none of these pages.
 #[test]
@@ -75,13 +82,13 @@ fn entries_of_a_slot_are_recycled_before_its_id_is_used_again() {
             vm.inject([ResetFault::Error(libc::EINTR)]);
             log.reap_on_shard(1).unwrap_err();
         } else {
-            vm.inject([ResetFault::Short { after: 0 }; 2]);
+            vm.inject(none_recycled().take(2));
             log.reap().unwrap();
         }
         let retired = log.retire_slot(RAM).unwrap();
         vm.delete_slot(RAM);
         // As long as none is recycled, the removal does not end.
-        vm.inject([ResetFault::Short { after: 0 }; 8]);
+        vm.inject(none_recycled());
         let unfinished = log.finish_slot(&retired);
         assert!(
             matches!(unfinished, Err(SlotError::Reset(_))),
@@ -126,11 +133,16 @@ proptest! {
         let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
         left.iter().for_each(|page| vcpu.write(RAM, page % sizes.0).unwrap());
         // The repetition of a short one gets no further.
-        vm.inject([fault, ResetFault::Short { after: 0 }]);
+        vm.inject([fault, ResetFault::Error(libc::EINTR)]);
         let _ = log.reap_on_shard(1);
-        let retired = log.retire_slot(RAM).unwrap();
+        // The refusal may still be to come.
+        let mut retired = log.retire_slot(RAM);
+        if retired.is_err() {
+            retired = log.retire_slot(RAM);
+        }
+        let retired = retired.unwrap();
         vm.delete_slot(RAM);
-        log.finish_slot(&retired).unwrap();
+        let _ = log.finish_slot(&retired).or_else(|_| log.finish_slot(&retired));
         log.add_slot(RAM, sizes.1).unwrap();
         vm.create_slot(RAM, sizes.1);
         let mut dirty = DirtyPages::new();
@@ -210,7 +222,7 @@ fn entries_of_an_unknown_slot_are_recycled_before_its_id_is_added() {
     log.reap_on_shard(1).unwrap_err();
     vm.delete_slot(RAM);
     // As long as none is recycled, the id is not to be had.
-    vm.inject([ResetFault::Short { after: 0 }; 8]);
+    vm.inject(none_recycled());
     let refused = log.add_slot(RAM, 64);
     assert!(matches!(refused, Err(SlotError::Reset(_))), "{refused:?}");
     let unknown = log.mark_dirty(RAM, 0, 1);

@@ -179,18 +179,32 @@ impl Machine {
     }
 
     fn add(&mut self, slot: SlotId, pages: u64) {
-        let added = self.log.add_slot(slot, pages);
+        let is_late = self.log.stats().unknown_slot_entries > 0;
         let mut world = self.wild.world();
         let possible = slot.address_space() < 2 && (1..1 << 31).contains(&pages);
         let expected = possible && !world.slots.contains_key(&slot);
-        assert_eq!(
-            added.is_ok(),
-            expected,
-            "{slot} of {pages} pages: {added:?}"
-        );
-        if added.is_ok() {
-            let is_late = self.log.stats().unknown_slot_entries > 0;
+        if expected {
             world.add(slot, pages, is_late);
+        }
+        drop(world);
+        // It harvests if there were entries of slots that nobody knows, for these may be of this one.
+        let mut added = false;
+        self.harvest(
+            |_| expected && is_late,
+            |machine| {
+                let result = machine.log.add_slot(slot, pages);
+                added = result.is_ok();
+                let is_left = || machine.wild.world().awaits_reset_of(slot);
+                match result {
+                    Err(SlotError::Reset(_)) => {
+                        expected && is_left() || machine.wild.world().failures > 0
+                    }
+                    result => result.is_ok() == expected,
+                }
+            },
+        );
+        if expected && !added {
+            self.wild.world().forget(slot);
         }
     }
 

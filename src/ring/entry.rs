@@ -74,6 +74,15 @@ impl Entry {
         self.flags.store(RESET, Ordering::Release);
     }
 
+    /// Makes an entry free again that was marked and that the kernel has not looked at.
+    pub(crate) fn unmark(&self) {
+        // Relaxed, both: nothing was read of it that the kernel is to wait for. If the kernel has recycled it,
+        // or filled it anew, it stays as it is.
+        let _ = self
+            .flags
+            .compare_exchange(RESET, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
     /// Whether the kernel may fill the entry.
     #[inline]
     pub(crate) fn is_free(&self) -> bool {

@@ -33,7 +33,7 @@ pub fn run_exactly(machine: &mut Machine, ops: &[Op]) {
     }
 }
 
-/// At every checkpoint, and at the end, the copy is equal to the truth.
+/// At every checkpoint, and at the end, the copy is equal to the truth; and what was begun can be ended.
 pub fn run_migration(machine: &mut Machine, ops: &[Op]) {
     for op in ops {
         match op {
@@ -43,6 +43,7 @@ pub fn run_migration(machine: &mut Machine, ops: &[Op]) {
         }
     }
     machine.checkpoint();
+    machine.calm_down();
 }
 
 /// The log has counted no fault.
@@ -63,7 +64,6 @@ pub fn assert_faultless(machine: &Machine) {
 /// After the faults of `faulty`: protects every slot anew, and then every sync of `calm` is exact.
 pub fn run_repaired(machine: &mut Machine, faulty: &[Op], calm: &[Op]) {
     run_migration(machine, faulty);
-    machine.calm_down();
     machine.checkpoint();
     machine.rearm();
     machine.checkpoint();

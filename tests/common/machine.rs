@@ -344,18 +344,25 @@ impl Machine {
         };
         let life = mem::replace(&mut self.lives[index], Life::Absent);
         self.lives[index] = match life {
-            Life::Absent => {
-                log.add_slot(slot, pages).unwrap();
-                vm.create_slot(slot, pages);
-                sizes.lock().unwrap().insert(slot, pages);
-                self.tracked.insert(slot, pages);
-                if log.stats().unknown_slot_entries > 0 {
-                    // They may have been its.
-                    self.written.insert(slot, (0..pages).collect());
+            Life::Absent => match log.add_slot(slot, pages) {
+                Ok(()) => {
+                    vm.create_slot(slot, pages);
+                    sizes.lock().unwrap().insert(slot, pages);
+                    self.tracked.insert(slot, pages);
+                    if log.stats().unknown_slot_entries > 0 {
+                        // They may have been its: it is suspect.
+                        vm.rearm_slot(slot);
+                        log.rearmed(slot).unwrap();
+                        self.written.insert(slot, (0..pages).collect());
+                    }
+                    self.copy.insert(slot, vec![0; pages as usize]);
+                    Life::Live
                 }
-                self.copy.insert(slot, vec![0; pages as usize]);
-                Life::Live
-            }
+                Err(error) => {
+                    failed(error);
+                    Life::Absent
+                }
+            },
             Life::Live => match log.retire_slot(slot) {
                 Ok(retired) => {
                     let written = self.written.get(&slot).cloned();
@@ -447,10 +454,14 @@ impl Machine {
         }
     }
 
-    /// Uses up what faults and writes inside resets are still to come.
+    /// Uses up what faults and writes inside resets are still to come, and ends removals.
     pub fn calm_down(&mut self) {
         self.memory.in_reset.lock().unwrap().clear();
-        while self.memory.sizes.lock().unwrap().is_empty() {
+        // A removal takes a few resets, of which each fault spoils one.
+        for _ in 0..4 + self.injected {
+            if !self.memory.sizes.lock().unwrap().is_empty() {
+                break;
+            }
             self.step_slot(0, 1);
         }
         let slot = *self.memory.sizes.lock().unwrap().keys().next().unwrap();
@@ -473,6 +484,13 @@ impl Machine {
             let _ = ring.on_full();
         }
         self.injected = 0;
+        // Whatever resets have left of a slot that is deleted, its removal ends; but in rings as small as
+        // these, that were overrun by as much as they hold.
+        for index in 0..self.lives.len() {
+            if !self.overran && matches!(self.lives[index], Life::Deleted(_)) {
+                self.step_slot(index, 1);
+            }
+        }
     }
 }
 

@@ -17,6 +17,8 @@ pub struct World {
     pub reactions: VecDeque<Reaction>,
     /// Resets that failed during this call.
     pub failures: u32,
+    /// Whether a reset of the call under way recycled nothing: the log may help such a kernel on.
+    found_nothing: bool,
     /// Pages that the next sync must report.
     owed: PageSet,
     /// Of these, those marked since the last reset that did not fail.
@@ -90,6 +92,7 @@ impl World {
             slots: BTreeMap::new(),
             reactions: VecDeque::new(),
             failures: 0,
+            found_nothing: false,
             owed: PageSet::new(),
             unreset: PageSet::new(),
             suspect: PageSet::new(),
@@ -193,6 +196,7 @@ impl World {
     /// A call begins that harvests these rings.
     pub fn begin_call(&mut self, wanted: impl Fn(usize) -> bool) {
         self.failures = 0;
+        self.found_nothing = false;
         let mut overrun = false;
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.wanted = wanted(index);
@@ -220,6 +224,7 @@ impl World {
 
     /// Finds what the log has marked since the kernel's side was last at it.
     pub fn note_marks(&mut self) {
+        let found_nothing = self.found_nothing;
         for index in 0..self.rings.len() {
             let ring = &mut self.rings[index];
             let (head, waiting) = (ring.head, ring.waiting.take());
@@ -227,7 +232,9 @@ impl World {
             for ahead in 0..ring.entries() {
                 let at = head.wrapping_add(ahead);
                 let (old, new) = (ring.at(at), ring.memory.get(at));
-                if old != new {
+                if old != new && found_nothing && is_help(old, new) {
+                    ring.set(at, new);
+                } else if old != new {
                     let harvested = Cell {
                         flags: RESET,
                         ..old
@@ -288,6 +295,7 @@ impl World {
     /// A reset says that it has recycled `count` entries. If that is fewer than are marked, pages of
     /// those marked since the one before may be unprotected.
     pub fn note_reset(&mut self, count: u32) {
+        self.found_nothing |= count == 0;
         self.returned += u64::from(count);
         let unreset = std::mem::take(&mut self.unreset);
         if self.returned < self.marked {
@@ -332,11 +340,11 @@ impl World {
         self.slots.contains_key(&slot)
     }
 
-    /// The log tracks a slot; if it has met entries of slots that it does not know, all pages are owed.
+    /// The log tracks a slot; if it has met entries of slots that it does not know, all pages are suspect.
     pub fn add(&mut self, slot: SlotId, pages: u64, is_late: bool) {
         self.slots.insert(slot, pages);
         if is_late {
-            self.owed.entry(slot).or_default().extend(0..pages);
+            self.suspect.entry(slot).or_default().extend(0..pages);
         }
     }
 
@@ -383,6 +391,16 @@ impl World {
             told.then(|| ring.prefix())
         })
     }
+}
+
+/// Whether a free entry was marked to help the kernel on, or is free again since that was in vain.
+fn is_help(old: Cell, new: Cell) -> bool {
+    let flags = |cell: Cell| cell.flags & (DIRTY | RESET);
+    let same = Cell {
+        flags: old.flags,
+        ..new
+    };
+    same == old && [(0, RESET), (RESET, 0)].contains(&(flags(old), flags(new)))
 }
 
 fn merge(into: &mut PageSet, pages: &PageSet) {
