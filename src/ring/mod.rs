@@ -22,7 +22,7 @@ pub use memory::RingMemory;
 const LINE: usize = 4;
 
 /// So many resets in a row find nothing, undisturbed, only where there is nothing to be found.
-const NO_ACCIDENT: u32 = 16;
+const NO_ACCIDENT: usize = 16;
 
 /// The consumer of one ring.
 ///
@@ -202,36 +202,39 @@ impl RingView {
     ///
     /// So it does for good if it overran entries that were harvested and not recycled: these were marked
     /// twice and recycled once, and what awaits a reset now lies beyond it. Where it is nobody tells. So the
-    /// free entries before are marked, one more each time that the kernel `finds_nothing`, until it gets on.
-    /// Their payloads, which `skip` is told, are old. If it finds something for another reason, or is
-    /// disturbed, those marked in vain are free again; no reset is in flight but by `finds_nothing`.
+    /// free entries before are marked, one more each time that the kernel `finds_nothing`, until it gets on;
+    /// since all of them were pushed once, it does not get past its own write index. Their payloads, which
+    /// `skip` is told, are old. If it finds something for another reason, or is disturbed, those marked in
+    /// vain are free again; no reset is in flight but by `finds_nothing`.
     pub(crate) fn reach_back(
         &mut self,
         mut skip: impl FnMut(u32, u64),
         mut finds_nothing: impl FnMut() -> bool,
     ) -> bool {
         let behind = |back: u32| self.memory.at(self.head.wrapping_sub(back));
-        let waits = |back: &u32| behind(*back).awaits_reset();
-        let waiting = (1..self.entries()).take_while(waits).count() as u32;
-        let mut reached = waiting;
-        while waiting > 0 && reached < self.entries() && behind(reached + 1).is_free() {
-            // With the one at the head all would be marked: if the kernel was at the first that waits, it would
-            // go a whole ring, past its own write index.
-            if reached + 1 == self.entries() && reached - waiting < NO_ACCIDENT {
+        let mut before_head = 1..=self.entries();
+        before_head.find(|&back| behind(back).awaits_reset());
+        let mut marked = Vec::new();
+        for back in before_head.filter(|&back| !behind(back).awaits_reset()) {
+            // Should it have been at the first that waits all the time, it would go on from the head if that was
+            // marked.
+            let is_sure = back < self.entries() || marked.len() >= NO_ACCIDENT;
+            if !is_sure || !behind(back).is_free() {
                 break;
             }
-            reached += 1;
-            let (old_slot, old_page) = behind(reached).payload();
+            let (old_slot, old_page) = behind(back).payload();
             skip(old_slot, old_page);
-            behind(reached).mark_reset();
+            behind(back).mark_reset();
+            marked.push(back);
             if !finds_nothing() {
                 break;
             }
         }
-        let crossed = reached > waiting && !behind(reached).awaits_reset();
-        (waiting + 1..=reached).for_each(|back| behind(back).unmark());
-        self.was_overrun |= crossed;
-        crossed
+        let got_on = |&back: &u32| !behind(back).awaits_reset();
+        let is_helped = marked.last().is_some_and(got_on);
+        marked.iter().for_each(|&back| behind(back).unmark());
+        self.was_overrun |= is_helped;
+        is_helped
     }
 }
 

@@ -35,6 +35,12 @@ pub fn run_exactly(machine: &mut Machine, ops: &[Op]) {
 
 /// At every checkpoint, and at the end, the copy is equal to the truth; and what was begun can be ended.
 pub fn run_migration(machine: &mut Machine, ops: &[Op]) {
+    play(machine, ops);
+    machine.calm_down();
+    machine.end_removals();
+}
+
+fn play(machine: &mut Machine, ops: &[Op]) {
     for op in ops {
         match op {
             Op::Sync => drop(machine.sync()),
@@ -43,7 +49,6 @@ pub fn run_migration(machine: &mut Machine, ops: &[Op]) {
         }
     }
     machine.checkpoint();
-    machine.calm_down();
 }
 
 /// The log has counted no fault.
@@ -63,7 +68,8 @@ pub fn assert_faultless(machine: &Machine) {
 
 /// After the faults of `faulty`: protects every slot anew, and then every sync of `calm` is exact.
 pub fn run_repaired(machine: &mut Machine, faulty: &[Op], calm: &[Op]) {
-    run_migration(machine, faulty);
+    play(machine, faulty);
+    machine.calm_down();
     machine.checkpoint();
     machine.rearm();
     machine.checkpoint();

@@ -454,7 +454,7 @@ impl Machine {
         }
     }
 
-    /// Uses up what faults and writes inside resets are still to come, and ends removals.
+    /// Uses up what faults and writes inside resets are still to come.
     pub fn calm_down(&mut self) {
         self.memory.in_reset.lock().unwrap().clear();
         // A removal takes a few resets, of which each fault spoils one.
@@ -484,8 +484,11 @@ impl Machine {
             let _ = ring.on_full();
         }
         self.injected = 0;
-        // Whatever resets have left of a slot that is deleted, its removal ends; but in rings as small as
-        // these, that were overrun by as much as they hold.
+    }
+
+    /// Whatever resets have left of a slot that is deleted, its removal ends; but in rings as small as
+    /// these, that were overrun by as much as they hold.
+    pub fn end_removals(&mut self) {
         for index in 0..self.lives.len() {
             if !self.overran && matches!(self.lives[index], Life::Deleted(_)) {
                 self.step_slot(index, 1);
