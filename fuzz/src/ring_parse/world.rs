@@ -234,6 +234,8 @@ impl World {
                 let (old, new) = (ring.at(at), ring.memory.get(at));
                 if old != new && found_nothing && is_help(old, new) {
                     ring.set(at, new);
+                    // It takes the kernel for one that has overrun the ring.
+                    self.orderly = false;
                 } else if old != new {
                     let harvested = Cell {
                         flags: RESET,
