@@ -58,7 +58,8 @@ impl DirtyLog {
     /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
     /// tracked](Self::stop_tracking).
     ///
-    /// It waits for other changes of slots; `protect` must not make any in this log.
+    /// It waits for other changes of slots; `protect` must not make any in this log, nor wait for a thread
+    /// that does: stop the vCPUs before.
     ///
     /// It pays as soon as a sync has reported suspects (see
     /// [`Stats::suspect_pages`](crate::Stats::suspect_pages)), since all of them have to be copied each

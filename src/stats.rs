@@ -31,7 +31,7 @@ pub struct Stats {
     /// Reset ioctls that failed.
     pub failed_resets: u64,
     /// Entries that named a slot which is not tracked. Each makes every page suspect, and has slots that
-    /// are added later begin as dirty.
+    /// are added later are suspect.
     pub unknown_slot_entries: u64,
     /// Entries that named a page past the end of their slot. Each makes every page suspect.
     pub out_of_range_entries: u64,

@@ -20,7 +20,7 @@ impl DirtyLog {
     /// without the flag stops being so by [`stop_tracking`](Self::stop_tracking), which creates it.
     ///
     /// It waits for a sync under way, and for other changes of slots; `log_on` must not make any in
-    /// this log.
+    /// this log, nor wait for a thread that does.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -75,7 +75,7 @@ impl DirtyLog {
     /// under suspicion no longer are: starting protects every page.
     ///
     /// It waits for a sync under way, and for other changes of slots; `log_off` must not make any
-    /// in this log.
+    /// in this log, nor wait for a thread that does.
     ///
     /// # Errors
     /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_off`

@@ -39,6 +39,7 @@ fn is_sound(object: &Value, backend: &str, wanted: u64) {
     assert_eq!(object["backend"], backend, "{object}");
     assert_eq!(number(&object["episodes"]), wanted, "{object}");
     assert!(number(&object["comparisons"]) >= 2 * wanted, "{object}");
+    assert!(number(&object["exact_comparisons"]) >= wanted, "{object}");
     assert!(number(&object["entries"]) > 1000, "{object}");
     assert!(object["seconds"].as_f64().is_some_and(|time| time > 0.0));
     let faults = object["faults"].as_object().expect("faults by kind");

@@ -138,6 +138,8 @@ pub struct Episode {
     pub entries: u64,
     /// Comparisons made.
     pub comparisons: u64,
+    /// Of these, with all vCPUs stopped, those with no page under suspicion, which is reported in any case.
+    pub exact_comparisons: u64,
     /// Pages that no sync reported after they were last written; each as often as it was.
     pub missed_pages: u64,
     /// Pages that were reported of a slot that nobody had written yet: entries of another one.

@@ -348,9 +348,10 @@ impl Vcpu for SimThread {
         self.end()
     }
 
-    fn garble_next(&self, pick: u64) {
+    fn garble_next(&self, pick: u64) -> bool {
         let (slot, page) = GARBAGE[(pick % 2) as usize];
         self.vcpu.garble_next(slot, page);
+        true
     }
 }
 

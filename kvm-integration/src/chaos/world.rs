@@ -72,8 +72,9 @@ pub(super) trait Vcpu {
     /// Stops it for good, and closes it.
     fn stop(self: Box<Self>) -> Result<(), MachineError>;
 
-    /// Makes its next entry name a page that is none, if that can be had.
-    fn garble_next(&self, pick: u64) {
+    /// Makes its next entry name a page that is none; false if that can't be had.
+    fn garble_next(&self, pick: u64) -> bool {
         let _ = pick;
+        false
     }
 }

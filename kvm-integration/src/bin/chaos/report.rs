@@ -22,6 +22,7 @@ pub struct Report {
     /// Entries harvested.
     pub entries: u64,
     comparisons: u64,
+    exact_comparisons: u64,
     faults: BTreeMap<&'static str, u64>,
     not_applicable: Vec<&'static str>,
     /// Pages that were written and not reported.
@@ -44,6 +45,7 @@ impl Report {
             slowest_seconds: 0.0,
             entries: 0,
             comparisons: 0,
+            exact_comparisons: 0,
             faults: BTreeMap::new(),
             not_applicable: Vec::new(),
             missed_pages: 0,
@@ -62,6 +64,7 @@ impl Report {
         }
         self.entries += episode.entries;
         self.comparisons += episode.comparisons;
+        self.exact_comparisons += episode.exact_comparisons;
         self.missed_pages += episode.missed_pages;
         self.stray_pages += episode.stray_pages;
         self.strange_entries += episode.strange_entries;
@@ -128,6 +131,7 @@ impl Report {
         for (name, value) in [
             ("episodes", self.episodes),
             ("comparisons", self.comparisons),
+            ("exact comparisons", self.exact_comparisons),
             ("entries", self.entries),
             ("strange entries", self.strange_entries),
             ("stray pages", self.stray_pages),

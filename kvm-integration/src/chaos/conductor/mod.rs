@@ -275,8 +275,8 @@ impl<'a> Conductor<'a> {
             Act::ShortenReset { after } => self.world.inject(ResetFault::Short { after })?,
             Act::Garble { pick } => {
                 let which = pick as usize % self.vcpus.len();
-                self.vcpus[which].vcpu.garble_next(pick >> 32);
-                self.garbled += 1;
+                let is_garbled = self.vcpus[which].vcpu.garble_next(pick >> 32);
+                self.garbled += u64::from(is_garbled);
             }
         }
         Ok(())
@@ -296,6 +296,9 @@ impl<'a> Conductor<'a> {
             self.copier.round()?;
             ledger.settle()
         };
+        if self.log.stats().suspect_pages == 0 {
+            self.episode.exact_comparisons += 1;
+        }
         let slots: Vec<_> = self.there().cloned().collect();
         for slot in slots {
             let missed = slot.differing();
