@@ -52,6 +52,35 @@ fn ring_spsc_where_the_index_wraps() {
     pages_arrive_in_order(u32::MAX - 1);
 }
 
+/// A kernel that needs no help, as it only seems to find nothing, fills an entry that is marked to help it. Under
+/// shuttle alone: loom has a compare-exchange miss a store that came before it.
+#[cfg(not(feature = "loom"))]
+#[test]
+fn reach_back_beside_a_producer() {
+    model(3, || {
+        let ring = Arc::new(Producer::new(4, 0));
+        let mut view = RingView::new(ring.memory());
+        (0..2).for_each(|page| ring.push(0, page));
+        assert_eq!(view.harvest(|_, _| ()), 2);
+        let vcpu = thread::spawn({
+            let ring = Arc::clone(&ring);
+            move || (2..4).for_each(|page| ring.push(0, page))
+        });
+        let mut lies = 2;
+        view.reach_back(|| {
+            lies -= 1;
+            lies > 0 || ring.recycle(4, |_, page| assert!(page < 2)) == 0
+        });
+        vcpu.join().unwrap();
+        let mut seen = Vec::new();
+        view.harvest(|_, page| seen.push(page));
+        assert_eq!(seen, [2, 3], "an entry was lost");
+        // None was left marked, or the next reset would recycle more.
+        ring.recycle(4, |_, _| ());
+        assert_eq!(ring.used(), 0);
+    });
+}
+
 /// A consumer that scans for a gap beside a running producer finds none, for there is none.
 #[test]
 fn rejoin_beside_a_producer() {

@@ -218,15 +218,15 @@ impl Rings for Harvester {
 
     fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool) {
         let layout = self.layout();
-        let skip = |slot, page| layout.suspect_if_beyond(slot, page);
         for vcpu in &layout.vcpus {
             let mut ring = lock(&vcpu.ring);
             let mut is_helped = false;
-            while ring.reach_back(skip, &mut *finds_nothing) {
+            while ring.reach_back(&mut *finds_nothing) {
                 is_helped = true;
             }
             if is_helped {
-                // What it overran, nobody knows.
+                // What it overran, nobody knows. Nor what was recycled beside old entries, of whose slots some
+                // may be smaller by now.
                 self.counts.overruns.add(1);
                 layout.suspect_all();
             }

@@ -74,13 +74,23 @@ impl Entry {
         self.flags.store(RESET, Ordering::Release);
     }
 
-    /// Makes an entry free again that was marked and that the kernel has not looked at.
+    /// Marks an entry that is free, so that the kernel recycles what it held before once more. False if it is
+    /// not free, or the kernel fills it just now.
+    pub(crate) fn mark_free(&self) -> bool {
+        // Relaxed, all: nothing was read of it that the kernel is to wait for.
+        let flags = self.flags.load(Ordering::Relaxed);
+        let exchange = |to| {
+            let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+            self.flags.compare_exchange(flags, to, success, failure)
+        };
+        flags & (DIRTY | RESET) == 0 && exchange(RESET).is_ok()
+    }
+
+    /// Makes an entry free again that was marked, unless the kernel has filled it meanwhile.
     pub(crate) fn unmark(&self) {
-        // Relaxed, both: nothing was read of it that the kernel is to wait for. If the kernel has recycled it,
-        // or filled it anew, it stays as it is.
-        let _ = self
-            .flags
-            .compare_exchange(RESET, 0, Ordering::Relaxed, Ordering::Relaxed);
+        // Relaxed, both: as above.
+        let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+        let _ = self.flags.compare_exchange(RESET, 0, success, failure);
     }
 
     /// Whether the kernel may fill the entry.

@@ -203,14 +203,10 @@ impl RingView {
     /// So it does for good if it overran entries that were harvested and not recycled: these were marked
     /// twice and recycled once, and what awaits a reset now lies beyond it. Where it is nobody tells. So the
     /// free entries before are marked, one more each time that the kernel `finds_nothing`, until it gets on;
-    /// since all of them were pushed once, it does not get past its own write index. Their payloads, which
-    /// `skip` is told, are old. If it finds something for another reason, or is disturbed, those marked in
-    /// vain are free again; no reset is in flight but by `finds_nothing`.
-    pub(crate) fn reach_back(
-        &mut self,
-        mut skip: impl FnMut(u32, u64),
-        mut finds_nothing: impl FnMut() -> bool,
-    ) -> bool {
+    /// since all of them were pushed once, it does not get past its own write index. What they held is
+    /// recycled once more. If it finds something for another reason, or is disturbed, those marked in vain are
+    /// free again; no reset is in flight but by `finds_nothing`.
+    pub(crate) fn reach_back(&mut self, mut finds_nothing: impl FnMut() -> bool) -> bool {
         let behind = |back: u32| self.memory.at(self.head.wrapping_sub(back));
         let mut before_head = 1..=self.entries();
         before_head.find(|&back| behind(back).awaits_reset());
@@ -219,12 +215,9 @@ impl RingView {
             // Should it have been at the first that waits all the time, it would go on from the head if that was
             // marked.
             let is_sure = back < self.entries() || marked.len() >= NO_ACCIDENT;
-            if !is_sure || !behind(back).is_free() {
+            if !is_sure || !behind(back).mark_free() {
                 break;
             }
-            let (old_slot, old_page) = behind(back).payload();
-            skip(old_slot, old_page);
-            behind(back).mark_reset();
             marked.push(back);
             if !finds_nothing() {
                 break;
