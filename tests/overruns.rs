@@ -84,7 +84,7 @@ fn a_vcpu_a_ring_and_a_soft_limit_ahead_stays_out() {
 /// A machine whose kernel overran entries that were harvested and not recycled: its reset index stays
 /// behind, at an entry that is free, and everything from here on lies beyond.
 fn with_a_reset_index_that_stays_behind() -> Machine {
-    let mut machine = Machine::new();
+    let machine = Machine::new();
     machine.write(0..10);
     machine.vm.inject([ResetFault::Error(libc::EINTR)]);
     machine.log.reap().unwrap_err();
