@@ -1,5 +1,5 @@
-//! Models of the crate's own code: every interleaving of a few threads, and every value that a
-//! weakly ordered load may return.
+//! Models of the crate's own code: every interleaving of a few threads with so many preemptions as the
+//! model says, and every value that a weakly ordered load may return.
 //!
 //! `cargo test --features loom` explores them; under shuttle the same closures run in random
 //! interleavings, without either on plain threads, many times over. What is modelled besides the

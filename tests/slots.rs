@@ -3,10 +3,10 @@
 use std::env;
 use std::process::Command;
 
-use kvm_dirty_ring::error::{ReaperError, SlotError, SyncError};
+use kvm_dirty_ring::error::{LimiterError, ReaperError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
-use kvm_dirty_ring::{DirtyPages, Reaper, SlotId};
+use kvm_dirty_ring::{DirtyPages, Limiter, Reaper, SlotId};
 use proptest::prelude::*;
 
 const RAM: SlotId = SlotId::new(0, 5);
@@ -381,7 +381,13 @@ fn short_of_memory() {
     let limit = limit_memory(1 << 20);
     let refused = Reaper::spawn(&log, Fixed::default());
     assert!(matches!(refused, Err(ReaperError::Spawn(_))), "{refused:?}");
+    let refused = Limiter::spawn(&log, |_| ());
+    assert!(
+        matches!(refused, Err(LimiterError::Spawn(_))),
+        "{refused:?}"
+    );
     set_limit(limit);
+    Limiter::spawn(&log, |_| ()).unwrap().stop().unwrap();
     let reaper = Reaper::spawn(&log, Fixed::default()).unwrap();
     reaper.stop().unwrap();
 }
