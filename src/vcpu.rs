@@ -15,7 +15,8 @@ pub(crate) const MOST_RESERVED_ENTRIES: u32 = 64 + 512;
 pub(crate) struct Vcpu {
     /// What tells its ring from the others.
     pub(crate) name: String,
-    /// The lock is the consumer's token. Nobody waits for anything while holding it.
+    /// The lock is the consumer's token. Nobody waits for anything while holding it, but a reset that helps
+    /// the kernel on.
     pub(crate) ring: Mutex<RingView>,
     /// The same ring, for onlookers.
     memory: RingMemory,
