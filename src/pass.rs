@@ -219,12 +219,7 @@ impl Rings for Harvester {
     fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool) {
         let layout = self.layout();
         for vcpu in &layout.vcpus {
-            let mut ring = lock(&vcpu.ring);
-            let mut is_helped = false;
-            while ring.reach_back(&mut *finds_nothing) {
-                is_helped = true;
-            }
-            if is_helped {
+            if lock(&vcpu.ring).reach_back(&mut *finds_nothing) {
                 // What it overran, nobody knows. Nor what was recycled beside old entries, of whose slots some
                 // may be smaller by now.
                 self.counts.overruns.add(1);

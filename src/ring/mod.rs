@@ -210,24 +210,34 @@ impl RingView {
         let behind = |back: u32| self.memory.at(self.head.wrapping_sub(back));
         let mut before_head = 1..=self.entries();
         before_head.find(|&back| behind(back).awaits_reset());
-        let mut marked = Vec::new();
+        let mut marked = Marked(Vec::new());
+        let mut is_helped = false;
         for back in before_head.filter(|&back| !behind(back).awaits_reset()) {
             // Should it have been at the first that waits all the time, it would go on from the head if that was
             // marked.
-            let is_sure = back < self.entries() || marked.len() >= NO_ACCIDENT;
-            if !is_sure || !behind(back).mark_free() {
+            let is_sure = back < self.entries() || marked.0.len() >= NO_ACCIDENT;
+            let entry = behind(back);
+            if !is_sure || !entry.mark_free() {
                 break;
             }
-            marked.push(back);
+            marked.0.push(entry);
             if !finds_nothing() {
+                is_helped = !entry.awaits_reset();
                 break;
             }
         }
-        let got_on = |&back: &u32| !behind(back).awaits_reset();
-        let is_helped = marked.last().is_some_and(got_on);
-        marked.iter().for_each(|&back| behind(back).unmark());
+        drop(marked);
         self.was_overrun |= is_helped;
         is_helped
+    }
+}
+
+/// Entries marked to help the kernel on: free again once this is dropped, by unwinding, too.
+struct Marked<'a>(Vec<&'a Entry>);
+
+impl Drop for Marked<'_> {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|entry| entry.unmark());
     }
 }
 
