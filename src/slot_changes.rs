@@ -204,3 +204,35 @@ impl fmt::Debug for RetiredSlot {
         f.debug_tuple("RetiredSlot").field(&self.id()).finish()
     }
 }
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+    use crate::DirtyPages;
+    use crate::sim::{SimConfig, SimVm};
+
+    /// What the log keeps between two syncs does not hold on to the bits of slots that go.
+    #[test]
+    fn a_slot_that_is_gone_is_kept_by_nobody() {
+        let log = SimVm::new(SimConfig::default()).dirty_log();
+        let [stays, goes] = [0, 1].map(|id| SlotId::new(0, id));
+        log.add_slot(stays, 10).unwrap();
+        log.add_slot(goes, 10).unwrap();
+        let bits = {
+            let layout = log.inner().harvester.layout();
+            Arc::downgrade(layout.slots.get(goes.raw()).unwrap())
+        };
+        let mut dirty = DirtyPages::new();
+        log.sync(&mut dirty).unwrap();
+        // A list of all slots is made for the pages of one, and given in exchange for the caller's.
+        log.rearmed(stays).unwrap();
+        log.mark_dirty(goes, 3, 1).unwrap();
+        log.stop_tracking(stays, || Ok(())).unwrap();
+        log.sync(&mut dirty).unwrap();
+        let retired = log.retire_slot(goes).unwrap();
+        log.finish_slot(&retired).unwrap();
+        drop(retired);
+        log.sync(&mut dirty).unwrap();
+        assert!(bits.upgrade().is_none(), "its bits are kept");
+    }
+}
