@@ -67,7 +67,7 @@ fn reach_back_beside_a_producer() {
             move || (2..4).for_each(|page| ring.push(0, page))
         });
         let mut lies = 2;
-        view.reach_back(|| {
+        view.reach_back(true, || {
             lies -= 1;
             lies > 0 || ring.recycle(4, |_, page| assert!(page < 2)) == 0
         });

@@ -219,7 +219,8 @@ impl Rings for Harvester {
     fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool) {
         let layout = self.layout();
         for vcpu in &layout.vcpus {
-            if lock(&vcpu.ring).reach_back(&mut *finds_nothing) {
+            let is_full = vcpu.is_full_of_nothing();
+            if lock(&vcpu.ring).reach_back(is_full, &mut *finds_nothing) {
                 // What it overran, nobody knows. Nor what was recycled beside old entries, of whose slots some
                 // may be smaller by now.
                 self.counts.overruns.add(1);

@@ -37,6 +37,9 @@ pub(crate) struct Counts {
     pub(crate) full_exits: Counter,
     /// Nanoseconds spent on them.
     pub(crate) stall_ns: Counter,
+    /// One more than the entries taken when two full exits in a row found nothing, see
+    /// [`Vcpu::is_full_of_nothing`].
+    full_of_nothing: Counter,
     /// Entries at which the vCPU stops: a prior, until a full exit has shown it.
     pub(crate) soft_limit: Counter,
 }
@@ -93,6 +96,16 @@ impl Vcpu {
             // Release: pairs with the acquire load in `taken`.
             self.counts.taken.store(taken, Ordering::Release);
         }
+    }
+
+    /// A full exit found nothing, and nobody had taken an entry since the one before.
+    pub(crate) fn note_full_of_nothing(&self) {
+        self.counts.full_of_nothing.set(self.taken() + 1);
+    }
+
+    /// Whether the kernel takes the ring for full, though all that it has logged was taken.
+    pub(crate) fn is_full_of_nothing(&self) -> bool {
+        self.counts.full_of_nothing.get() == self.taken() + 1
     }
 
     /// Whether at least `count` entries wait in the ring; any thread may ask at any time, and

@@ -139,6 +139,9 @@ impl VcpuRing {
             let entries = self.inner.ring_entries;
             self.vcpu.learn_soft_limit(taken.entries, entries);
         }
+        if alone && taken.entries == 0 {
+            self.vcpu.note_full_of_nothing();
+        }
         self.vcpu.counts.full_exits.add(1);
         // By now this ring is empty; the others are the reaper's business. It is to see all of the
         // above when it looks, which may be before our reset is done.

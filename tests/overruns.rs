@@ -123,7 +123,7 @@ fn resets_are_whole_after_an_overrun_of_harvested_entries() {
 /// resets fall short, is taken for certain only where many find nothing.
 #[test]
 fn a_vcpu_that_is_a_whole_ring_ahead_runs_again() {
-    for harvested in 17..60 {
+    for harvested in 1..60 {
         let mut machine = Machine::new();
         machine.write(0..harvested);
         machine.vm.inject([ResetFault::Error(libc::EINTR)]);

@@ -22,7 +22,7 @@ pub use memory::RingMemory;
 const LINE: usize = 4;
 
 /// So many resets in a row find nothing, undisturbed, only where there is nothing to be found.
-const NO_ACCIDENT: usize = 16;
+const NO_ACCIDENT: u32 = 16;
 
 /// The consumer of one ring.
 ///
@@ -206,16 +206,23 @@ impl RingView {
     /// since all of them were pushed once, it does not get past its own write index. What they held is
     /// recycled once more. If it finds something for another reason, or is disturbed, those marked in vain are
     /// free again; no reset is in flight but by `finds_nothing`.
-    pub(crate) fn reach_back(&mut self, mut finds_nothing: impl FnMut() -> bool) -> bool {
+    ///
+    /// The entry at the head may be where it stays, too, but is marked only if the vCPU `is_full`, of nothing:
+    /// else it may be where the kernel is to write next, and beyond it what was marked by somebody else.
+    pub(crate) fn reach_back(
+        &mut self,
+        is_full: bool,
+        mut finds_nothing: impl FnMut() -> bool,
+    ) -> bool {
         let behind = |back: u32| self.memory.at(self.head.wrapping_sub(back));
         let mut before_head = 1..=self.entries();
         before_head.find(|&back| behind(back).awaits_reset());
         let mut marked = Marked(Vec::new());
         let mut is_helped = false;
+        let mut found_nothing = 0;
         for back in before_head.filter(|&back| !behind(back).awaits_reset()) {
-            // Should it have been at the first that waits all the time, it would go on from the head if that was
-            // marked.
-            let is_sure = back < self.entries() || marked.0.len() >= NO_ACCIDENT;
+            let is_sure = back < self.entries()
+                || is_full && (found_nothing..NO_ACCIDENT).all(|_| finds_nothing());
             let entry = behind(back);
             if !is_sure || !entry.mark_free() {
                 break;
@@ -225,6 +232,7 @@ impl RingView {
                 is_helped = !entry.awaits_reset();
                 break;
             }
+            found_nothing += 1;
         }
         drop(marked);
         self.was_overrun |= is_helped;
