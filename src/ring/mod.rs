@@ -22,7 +22,7 @@ pub use memory::RingMemory;
 const LINE: usize = 4;
 
 /// So many resets in a row find nothing, undisturbed, only where there is nothing to be found.
-const NO_ACCIDENT: u32 = 16;
+const NO_ACCIDENT: usize = 16;
 
 /// The consumer of one ring.
 ///
@@ -219,10 +219,9 @@ impl RingView {
         before_head.find(|&back| behind(back).awaits_reset());
         let mut marked = Marked(Vec::new());
         let mut is_helped = false;
-        let mut found_nothing = 0;
         for back in before_head.filter(|&back| !behind(back).awaits_reset()) {
             let is_sure = back < self.entries()
-                || is_full && (found_nothing..NO_ACCIDENT).all(|_| finds_nothing());
+                || is_full && (marked.0.len()..NO_ACCIDENT).all(|_| finds_nothing());
             let entry = behind(back);
             if !is_sure || !entry.mark_free() {
                 break;
@@ -232,7 +231,6 @@ impl RingView {
                 is_helped = !entry.awaits_reset();
                 break;
             }
-            found_nothing += 1;
         }
         drop(marked);
         self.was_overrun |= is_helped;
