@@ -30,8 +30,8 @@ pub struct Stats {
     pub doubtful_resets: u64,
     /// Reset ioctls that failed.
     pub failed_resets: u64,
-    /// Entries that named a slot which is not tracked. Each makes every page suspect, and has slots that
-    /// are added later are suspect.
+    /// Entries that named a slot which is not tracked. Each makes every page suspect, of slots that are
+    /// added later, too.
     pub unknown_slot_entries: u64,
     /// Entries that named a page past the end of their slot. Each makes every page suspect.
     pub out_of_range_entries: u64,

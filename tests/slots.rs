@@ -5,12 +5,23 @@ use std::process::Command;
 
 use kvm_dirty_ring::error::{LimiterError, ReaperError, SlotError, SyncError};
 use kvm_dirty_ring::pacing::Fixed;
-use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
-use kvm_dirty_ring::{DirtyPages, Limiter, Reaper, SlotId};
+use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Reaper, SlotId, VcpuRing};
 use proptest::prelude::*;
 
 const RAM: SlotId = SlotId::new(0, 5);
 const MOST_PAGES: u64 = (1 << 31) - 1;
+
+/// A machine with one slot of `pages` pages, and a vCPU whose ring is attached.
+fn with_ram(pages: u64) -> (SimVm, DirtyLog, SimVcpu, VcpuRing) {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    log.add_slot(RAM, pages).unwrap();
+    vm.create_slot(RAM, pages);
+    let vcpu = vm.add_vcpu();
+    let ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    (vm, log, vcpu, ring)
+}
 
 #[test]
 fn a_slots_size_is_checked() {
@@ -70,12 +81,7 @@ fn none_recycled() -> impl Iterator<Item = ResetFault> {
 #[test]
 fn entries_of_a_slot_are_recycled_before_its_id_is_used_again() {
     for refused in [false, true] {
-        let vm = SimVm::new(SimConfig::default());
-        let log = vm.dirty_log();
-        log.add_slot(RAM, 128).unwrap();
-        vm.create_slot(RAM, 128);
-        let vcpu = vm.add_vcpu();
-        let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        let (vm, log, vcpu, _ring) = with_ram(128);
         vcpu.write(RAM, 100).unwrap();
         if refused {
             // Not on the shard that the next pass takes, and so finds what was left there.
@@ -125,12 +131,7 @@ proptest! {
         ],
         written in prop::collection::vec(any::<u64>(), 1..20),
     ) {
-        let vm = SimVm::new(SimConfig::default());
-        let log = vm.dirty_log();
-        log.add_slot(RAM, sizes.0).unwrap();
-        vm.create_slot(RAM, sizes.0);
-        let vcpu = vm.add_vcpu();
-        let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        let (vm, log, vcpu, _ring) = with_ram(sizes.0);
         left.iter().for_each(|page| vcpu.write(RAM, page % sizes.0).unwrap());
         // The repetition of a short one gets no further.
         vm.inject([fault, ResetFault::Error(libc::EINTR)]);
@@ -180,12 +181,7 @@ fn entries_of_other_slots_hold_no_removal_up() {
 #[test]
 fn a_slot_that_is_added_late_is_suspect() {
     let late = SlotId::new(0, 6);
-    let vm = SimVm::new(SimConfig::default());
-    let log = vm.dirty_log();
-    log.add_slot(RAM, 10).unwrap();
-    vm.create_slot(RAM, 10);
-    let vcpu = vm.add_vcpu();
-    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let (vm, log, vcpu, _ring) = with_ram(10);
     vm.create_slot(late, 20);
     vcpu.write(late, 5).unwrap();
     log.reap().unwrap();
@@ -240,12 +236,7 @@ fn entries_of_an_unknown_slot_are_recycled_before_its_id_is_added() {
 
 #[test]
 fn a_removal_can_be_called_off() {
-    let vm = SimVm::new(SimConfig::default());
-    let log = vm.dirty_log();
-    log.add_slot(RAM, 10).unwrap();
-    vm.create_slot(RAM, 10);
-    let vcpu = vm.add_vcpu();
-    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let (vm, log, vcpu, _ring) = with_ram(10);
     let retired = log.retire_slot(RAM).unwrap();
     vcpu.write(RAM, 3).unwrap();
     vm.inject([ResetFault::Short { after: 0 }; 2]);

@@ -1,7 +1,7 @@
 //! The Rust of README.md and docs/guide.md, so that it compiles: each paragraph of theirs is to be found
 //! in a function here, line by line. That it does what they say is for the other tests.
 
-#![allow(dead_code)]
+#![allow(dead_code, reason = "it is compiled, and not run")]
 
 use std::error::Error;
 use std::fs::File;

@@ -464,7 +464,12 @@ impl Machine {
             }
             self.step_slot(0, 1);
         }
-        let slot = *self.memory.sizes.lock().unwrap().keys().next().unwrap();
+        let Some(slot) = self.memory.sizes.lock().unwrap().keys().next().copied() else {
+            assert!(self.overran, "a removal does not end");
+            // See `end_removals`.
+            self.stuck = true;
+            return;
+        };
         for _ in 0..mem::take(&mut self.garbled) {
             for index in 0..self.rings.len() {
                 // So that the write is logged.

@@ -25,7 +25,8 @@ impl Conductor<'_> {
     ) -> Result<Arc<Instance>, ChaosError> {
         let instance = Arc::new(Instance::new(id, pages)?);
         self.ledger.born(&instance);
-        self.log.add_slot(id, pages)?;
+        // It resets where there were entries of slots that the log is not told of.
+        retry(|| self.log.add_slot(id, pages))?;
         if is_reused && pages % 2 == 0 {
             self.world.write_in_resets(false);
             self.world.add_slot(&instance)?;
