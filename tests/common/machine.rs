@@ -1,78 +1,23 @@
 //! A machine under a script, and what the oracles know of it.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::sync::{Arc, Mutex};
 
-use kvm_dirty_ring::error::SlotError;
-use kvm_dirty_ring::sim::{
-    BitmapFault, ResetFault, ResetPhase, SimConfig, SimVcpu, SimVm, WriteError,
-};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, RetiredSlot, SlotId, Stats, VcpuRing};
+use kvm_dirty_ring::sim::{BitmapFault, ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, SlotId, Stats, VcpuRing};
 
-use super::ops::{Moment, Op, Setup, Write};
+use super::ops::{Op, Setup, Write};
 use super::shape::{PageSet, pages_of};
+
+mod lives;
+mod memory;
+
+use lives::Life;
+use memory::Memory;
 
 const SLOTS: [SlotId; 3] = [SlotId::new(0, 0), SlotId::new(0, 3), SlotId::new(1, 0)];
 const MOST_VCPUS: usize = 4;
-
-/// What writes can reach; shared with the hook that writes inside resets.
-struct Memory {
-    vm: SimVm,
-    log: DirtyLog,
-    vcpus: Mutex<Vec<SimVcpu>>,
-    sizes: Mutex<BTreeMap<SlotId, u64>>,
-    in_reset: Mutex<VecDeque<(ResetPhase, Vec<Write>)>>,
-}
-
-impl Memory {
-    /// The pages that `write` names, if its slot exists.
-    fn pages(&self, write: &Write) -> Option<(SlotId, Vec<u64>)> {
-        let slot = SLOTS[write.slot];
-        let size = *self.sizes.lock().unwrap().get(&slot)?;
-        let first = (u64::from(write.at) * size) >> 16;
-        let pages = (first..first + write.pages).map(|page| page % size);
-        Some((slot, pages.collect()))
-    }
-
-    fn device_write(&self, slot: SlotId, page: u64) {
-        assert!(self.vm.device_write(slot, page));
-        self.log.mark_dirty(slot, page, 1).unwrap();
-    }
-
-    /// Writes inside a reset: a vCPU whose ring is full stays out of the guest.
-    fn write_in_reset(&self, write: &Write) {
-        let Some((slot, pages)) = self.pages(write) else {
-            return;
-        };
-        for page in pages {
-            match write.vcpu {
-                None => self.device_write(slot, page),
-                Some(vcpu) => {
-                    let vcpus = self.vcpus.lock().unwrap();
-                    let _ = vcpus[vcpu % vcpus.len()].write(slot, page);
-                }
-            }
-        }
-    }
-
-    fn reset_reaches(&self, phase: ResetPhase) {
-        let mut writes = self.in_reset.lock().unwrap();
-        while writes.front().is_some_and(|(when, _)| *when == phase) {
-            let (_, now) = writes.pop_front().unwrap();
-            now.iter().for_each(|write| self.write_in_reset(write));
-        }
-    }
-}
-
-enum Life {
-    Absent,
-    Live,
-    Retired(RetiredSlot),
-    /// Deleted in the kernel, its removal from the log not finished.
-    Deleted(RetiredSlot),
-}
 
 /// A machine with its log.
 pub struct Machine {
@@ -198,32 +143,6 @@ impl Machine {
         }
     }
 
-    fn switch(&self, index: usize, on: bool, fails: Option<Moment>) {
-        let Memory { vm, log, .. } = &*self.memory;
-        let slot = SLOTS[index];
-        let fail_at = |moment| match fails {
-            Some(fails) if fails == moment => Err(io::ErrorKind::Other.into()),
-            _ => Ok(()),
-        };
-        let set = || {
-            fail_at(Moment::Before)?;
-            vm.set_logged(slot, on);
-            fail_at(Moment::After)
-        };
-        let switched = match on {
-            true => log.start_tracking(slot, set),
-            false => log.stop_tracking(slot, set),
-        };
-        let as_expected = match (&self.lives[index], &switched) {
-            (Life::Absent, Err(SlotError::Unknown { .. })) => true,
-            (Life::Retired(_) | Life::Deleted(_), Err(SlotError::Retired { .. })) => true,
-            (Life::Live, Ok(())) => fails.is_none(),
-            (Life::Live, Err(SlotError::Switch { .. })) => fails.is_some(),
-            _ => false,
-        };
-        assert!(as_expected, "{switched:?}");
-    }
-
     /// Whether every harvested entry was recycled by the reset that followed, and the log has no
     /// rings but ours.
     pub fn is_unharmed(&self) -> bool {
@@ -334,74 +253,6 @@ impl Machine {
         false
     }
 
-    fn step_slot(&mut self, index: usize, pages: u64) {
-        let Memory { vm, log, sizes, .. } = &*self.memory;
-        let slot = SLOTS[index];
-        let injected = self.injected > 0;
-        let failed = |error| match error {
-            SlotError::Reset(_) | SlotError::Bitmap(_) if injected => {}
-            error => panic!("{error}"),
-        };
-        let life = mem::replace(&mut self.lives[index], Life::Absent);
-        self.lives[index] = match life {
-            Life::Absent => match log.add_slot(slot, pages) {
-                Ok(()) => {
-                    vm.create_slot(slot, pages);
-                    sizes.lock().unwrap().insert(slot, pages);
-                    self.tracked.insert(slot, pages);
-                    if log.stats().unknown_slot_entries > 0 {
-                        // They may have been its: it is suspect.
-                        vm.rearm_slot(slot);
-                        log.rearmed(slot).unwrap();
-                        self.written.insert(slot, (0..pages).collect());
-                    }
-                    self.copy.insert(slot, vec![0; pages as usize]);
-                    Life::Live
-                }
-                Err(error) => {
-                    failed(error);
-                    Life::Absent
-                }
-            },
-            Life::Live => match log.retire_slot(slot) {
-                Ok(retired) => {
-                    let written = self.written.get(&slot).cloned();
-                    self.kept.insert(slot, written.unwrap_or_default());
-                    Life::Retired(retired)
-                }
-                Err(error) => {
-                    failed(error);
-                    Life::Live
-                }
-            },
-            Life::Retired(retired) => {
-                let again = log.add_slot(slot, pages);
-                assert!(matches!(again, Err(SlotError::Retired { .. })));
-                sizes.lock().unwrap().remove(&slot);
-                vm.delete_slot(slot);
-                // Deleting a slot makes every vCPU leave the guest.
-                let vcpus = self.memory.vcpus.lock().unwrap();
-                vcpus.iter().for_each(SimVcpu::exit);
-                self.copy.remove(&slot);
-                self.written.remove(&slot);
-                let kept = self.kept.remove(&slot).filter(|kept| !kept.is_empty());
-                self.written.extend(kept.map(|kept| (slot, kept)));
-                Life::Deleted(retired)
-            }
-            Life::Deleted(retired) => match log.finish_slot(&retired) {
-                Ok(()) => {
-                    self.tracked.remove(&slot);
-                    self.written.remove(&slot);
-                    Life::Absent
-                }
-                Err(error) => {
-                    failed(error);
-                    Life::Deleted(retired)
-                }
-            },
-        };
-    }
-
     /// Protects every slot anew, as an operator's tool would after faults.
     pub fn rearm(&self) {
         for &slot in self.tracked.keys() {
@@ -489,16 +340,6 @@ impl Machine {
             let _ = ring.on_full();
         }
         self.injected = 0;
-    }
-
-    /// Whatever resets have left of a slot that is deleted, its removal ends; but in rings as small as
-    /// these, that were overrun by as much as they hold.
-    pub fn end_removals(&mut self) {
-        for index in 0..self.lives.len() {
-            if !self.overran && matches!(self.lives[index], Life::Deleted(_)) {
-                self.step_slot(index, 1);
-            }
-        }
     }
 }
 
