@@ -14,6 +14,8 @@ enum Deed {
     Harvest,
     Recycle(u32),
     Rejoin,
+    /// After a reset that finds nothing. Whether the vCPU may say that the ring is full of nothing.
+    ReachBack(bool),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,9 +49,13 @@ impl Oracle {
         }
     }
 
+    fn entry(&self, index: u64) -> (State, (u32, u64)) {
+        self.entries[index as usize % self.entries.len()]
+    }
+
     fn at(&mut self, index: u64) -> &mut (State, (u32, u64)) {
-        let size = self.entries.len() as u64;
-        &mut self.entries[(index % size) as usize]
+        let size = self.entries.len();
+        &mut self.entries[index as usize % size]
     }
 
     fn push(&mut self) -> (u32, u64) {
@@ -106,6 +112,31 @@ impl Oracle {
         gap as u32
     }
 
+    /// What a reset recycles once the kernel is helped on: where its index stays behind entries that await
+    /// their reset, with none between that is dirty, it is as if all between had been marked.
+    fn reach_back(&mut self, is_full: bool) -> Option<Vec<(u32, u64)>> {
+        let size = self.entries.len() as u64;
+        let behind = |back| self.head + size - back;
+        let nearest = (1..=size).find(|&back| self.entry(behind(back)).0 == State::Marked)?;
+        let stays = (nearest..=size).find(|&back| (behind(back) - self.recycled) % size == 0)?;
+        let mut between: Vec<u64> = (nearest..=stays).map(behind).collect();
+        let is_dirty = |&index: &u64| self.entry(index).0 == State::Dirty;
+        if stays == size && !is_full || between.iter().any(is_dirty) {
+            return None;
+        }
+        between.retain(|&index| self.entry(index).0 == State::Free);
+        for &index in &between {
+            self.at(index).0 = State::Marked;
+        }
+        let recycled = self.recycle(u32::MAX);
+        assert!(self.recycled <= self.pushed, "beyond the write index");
+        for &index in &between {
+            self.at(index).0 = State::Free;
+        }
+        self.was_overrun = true;
+        Some(recycled)
+    }
+
     fn none(&self, state: State) -> bool {
         self.entries.iter().all(|entry| entry.0 != state)
     }
@@ -141,6 +172,24 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
                 assert_eq!(count as usize, recycled.len());
             }
             Deed::Rejoin => assert_eq!(view.rejoin(|_, _| ()), oracle.rejoin()),
+            Deed::ReachBack(may_be_full) => {
+                producer.recycle(u32::MAX, |_, _| ());
+                oracle.recycle(u32::MAX);
+                let is_dirty = oracle.entry(oracle.head).0 == State::Dirty;
+                let is_full = may_be_full && producer.used() >= entries - 1 && !is_dirty;
+                let mut recycled = Vec::new();
+                let is_helped = view.reach_back(is_full, || {
+                    producer.recycle(u32::MAX, |slot, page| recycled.push((slot, page))) == 0
+                });
+                let expected = oracle.reach_back(is_full);
+                assert_eq!(is_helped.then_some(recycled), expected);
+            }
+        }
+        for (index, (state, _)) in oracle.entries.iter().enumerate() {
+            let entry = memory.at(index as u32);
+            let seen = [entry.is_free(), entry.is_dirty(), entry.awaits_reset()];
+            let expected = [State::Free, State::Dirty, State::Marked].map(|one| one == *state);
+            assert_eq!(seen, expected, "entry {index}");
         }
         assert_eq!(view.is_overrun(), oracle.is_overrun());
         assert_eq!(view.was_overrun(), oracle.was_overrun);
@@ -172,16 +221,34 @@ fn ring() -> impl Strategy<Value = (u32, u32)> {
     })
 }
 
-fn deeds() -> impl Strategy<Value = Vec<Deed>> {
-    let count = || prop_oneof![0u32..8, 56u32..72, 0u32..600];
-    let deed = prop_oneof![
+fn count() -> impl Strategy<Value = u32> {
+    prop_oneof![0u32..8, 56u32..72, 0u32..600]
+}
+
+fn deed() -> impl Strategy<Value = Deed> {
+    prop_oneof![
         4 => count().prop_map(Deed::Push),
         3 => Just(Deed::Harvest),
         2 => count().prop_map(Deed::Recycle),
         1 => Just(Deed::Recycle(u32::MAX)),
         1 => Just(Deed::Rejoin),
-    ];
-    vec(deed, 1..60)
+        1 => any::<bool>().prop_map(Deed::ReachBack),
+    ]
+}
+
+fn deeds() -> impl Strategy<Value = Vec<Deed>> {
+    vec(deed(), 1..60)
+}
+
+/// Entries that are harvested and not recycled are overrun: they are marked twice and recycled once.
+fn laps() -> impl Strategy<Value = Vec<Deed>> {
+    let lap = (count(), count(), any::<bool>()).prop_map(|(before, over, may_be_full)| {
+        let (before, over) = (Deed::Push(before), Deed::Push(over));
+        let (harvest, help) = (Deed::Harvest, Deed::ReachBack(may_be_full));
+        vec![before, harvest, over, harvest, Deed::Rejoin, harvest, help]
+    });
+    let deeds = prop_oneof![1 => lap, 2 => deed().prop_map(|deed| vec![deed])];
+    vec(deeds, 1..20).prop_map(|deeds| deeds.concat())
 }
 
 proptest! {
@@ -198,6 +265,11 @@ proptest! {
 
     #[test]
     fn a_ring_that_is_overrun((entries, first_index) in ring(), deeds in deeds()) {
+        run(entries, first_index, &deeds, true);
+    }
+
+    #[test]
+    fn a_kernel_that_stays_behind((entries, first_index) in ring(), deeds in laps()) {
         run(entries, first_index, &deeds, true);
     }
 }
