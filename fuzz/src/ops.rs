@@ -4,7 +4,7 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use kvm_dirty_ring::Mode;
-use kvm_dirty_ring::sim::{ResetFault, ResetPhase};
+use kvm_dirty_ring::sim::{BitmapFault, ResetFault, ResetPhase};
 
 use crate::common::judge::{assert_faultless, run_exactly, run_migration, run_repaired};
 use crate::common::machine::Machine;
@@ -32,6 +32,10 @@ enum Judge {
     BadResetsRepaired(usize),
     /// The same with overruns and nonsense.
     OverrunsRepaired(usize),
+    /// The kernel's bitmaps, alone or beside rings: as `Exact`.
+    ExactBitmaps,
+    /// As `Calm`, and readings of bitmaps that fail half-way.
+    BadBitmaps,
 }
 
 /// What may be in a script.
@@ -44,12 +48,19 @@ struct Allowed {
     rearm: bool,
     /// Slots whose log is switched on and off.
     switches: bool,
+    /// Writes by the kernel, of which only bitmaps tell.
+    kernel_writes: bool,
+    bad_bitmaps: bool,
     /// Passes that end before their reset: what they leave, an overrun must not cross, if all is to
     /// be repaired.
     stops: bool,
 }
 
 impl Judge {
+    fn wants_bitmaps(self) -> bool {
+        matches!(self, Self::ExactBitmaps | Self::BadBitmaps)
+    }
+
     fn allows(self, done: usize) -> Allowed {
         let nothing = Allowed {
             stops: true,
@@ -70,6 +81,18 @@ impl Judge {
                 rearm: true,
                 switches: true,
                 stops: true,
+                ..nothing
+            },
+            Self::ExactBitmaps => Allowed {
+                kernel_writes: true,
+                ..nothing
+            },
+            Self::BadBitmaps => Allowed {
+                in_reset: true,
+                switches: true,
+                kernel_writes: true,
+                bad_bitmaps: true,
+                ..nothing
             },
             Self::BadResetsRepaired(faulty) if done < faulty => Allowed {
                 in_reset: true,
@@ -91,15 +114,16 @@ impl Judge {
 impl<'a> Arbitrary<'a> for Script {
     fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
         let faulty = 1 + usize::from(u.arbitrary::<u8>()? % 60);
-        let judge = match u.arbitrary::<u8>()? % 8 {
+        let judge = match u.arbitrary::<u8>()? % 10 {
             0 => Judge::Exact,
             1 | 2 => Judge::Calm,
             3..=5 => Judge::Faulty,
             6 => Judge::BadResetsRepaired(faulty),
-            _ => Judge::OverrunsRepaired(faulty),
+            7 => Judge::OverrunsRepaired(faulty),
+            8 => Judge::ExactBitmaps,
+            _ => Judge::BadBitmaps,
         };
-        let pml = matches!(judge, Judge::Calm | Judge::Faulty);
-        let setup = setup(u, pml)?;
+        let setup = setup(u, judge)?;
         let mut ops = Vec::new();
         while !u.is_empty() && ops.len() < MOST_OPS {
             ops.push(op(u, judge.allows(ops.len()))?);
@@ -108,7 +132,13 @@ impl<'a> Arbitrary<'a> for Script {
     }
 }
 
-fn setup(u: &mut Unstructured<'_>, pml: bool) -> Result<Setup> {
+fn setup(u: &mut Unstructured<'_>, judge: Judge) -> Result<Setup> {
+    let pml = matches!(judge, Judge::Calm | Judge::Faulty | Judge::BadBitmaps);
+    let (mode, with_bitmap) = match judge.wants_bitmaps() {
+        false => (Mode::Rings, false),
+        true if u.arbitrary()? => (Mode::Rings, true),
+        true => (Mode::Bitmap, false),
+    };
     let ring_entries = 1 << u.int_in_range(3..=7)?;
     let reserved = u.int_in_range(2..=ring_entries / 2)?;
     let before_the_wrap = u.arbitrary::<u8>()?;
@@ -120,8 +150,8 @@ fn setup(u: &mut Unstructured<'_>, pml: bool) -> Result<Setup> {
         pml: if pml { buffer } else { 0 },
         first_index: 0u32.wrapping_sub(before_the_wrap.into()),
         vcpus: u.int_in_range(1..=3)?,
-        mode: Mode::Rings,
-        with_bitmap: false,
+        mode,
+        with_bitmap,
     })
 }
 
@@ -148,11 +178,19 @@ fn in_reset(u: &mut Unstructured<'_>) -> Result<Op> {
     Ok(Op::InReset(phase, writes))
 }
 
+const ERRORS: [i32; 3] = [libc::EINTR, libc::ENOMEM, libc::EBADF];
+
+fn bitmap_fault(u: &mut Unstructured<'_>) -> Result<BitmapFault> {
+    let kind = u.arbitrary::<u8>()?;
+    Ok(BitmapFault {
+        after: u64::from(kind) / 3 % 21,
+        error: ERRORS[usize::from(kind) % 3],
+    })
+}
+
 fn fault(u: &mut Unstructured<'_>) -> Result<ResetFault> {
     Ok(match u.arbitrary::<u8>()? {
-        kind @ 0..=9 => {
-            ResetFault::Error([libc::EINTR, libc::ENOMEM, libc::EBADF][usize::from(kind) % 3])
-        }
+        kind @ 0..=9 => ResetFault::Error(ERRORS[usize::from(kind) % 3]),
         10..=39 => ResetFault::AtEnd,
         after => ResetFault::Short {
             after: u32::from(after) - 40,
@@ -164,7 +202,9 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
     let index = |u: &mut Unstructured<'_>| Ok::<_, arbitrary::Error>(u.arbitrary::<u8>()?.into());
     Ok(match u.arbitrary::<u8>()? % 32 {
         0..=7 => Op::Write(write(u, false)?),
-        8 | 9 => Op::Write(write(u, true)?),
+        8 => Op::Write(write(u, true)?),
+        9 if allowed.kernel_writes => Op::KernelWrite(write(u, false)?),
+        9 => Op::Write(write(u, true)?),
         10 => Op::Reap,
         11 => Op::ReapRings(u.arbitrary()?),
         12 => Op::ReapOnShard(index(u)?),
@@ -182,6 +222,10 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
         25 | 26 if allowed.bad_resets => {
             let faults = u.int_in_range(1..=3)?;
             Op::Inject((0..faults).map(|_| fault(u)).collect::<Result<_>>()?)
+        }
+        25 | 26 if allowed.bad_bitmaps => {
+            let faults = u.int_in_range(1..=3)?;
+            Op::InjectBitmap((0..faults).map(|_| bitmap_fault(u)).collect::<Result<_>>()?)
         }
         27 if allowed.garbage => Op::Garble {
             vcpu: index(u)?,
@@ -218,12 +262,12 @@ pub fn run(script: &Script) {
     let mut machine = Machine::new(&script.setup);
     let ops = &script.ops[..];
     match script.judge {
-        Judge::Exact => {
+        Judge::Exact | Judge::ExactBitmaps => {
             run_exactly(&mut machine, ops);
             run_exactly(&mut machine, &[Op::Sync]);
             assert_faultless(&machine);
         }
-        Judge::Calm => {
+        Judge::Calm | Judge::BadBitmaps => {
             run_migration(&mut machine, ops);
             assert_faultless(&machine);
         }
