@@ -225,7 +225,14 @@ pub enum SlotError {
         /// Its pages.
         pages: u64,
     },
-    /// The pass that a removal needs did not complete; try again.
+    /// The removal was called off: the slot stays.
+    #[error("the removal of slot {slot} was called off")]
+    Kept {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// The pass that a removal needs, or an addition after entries of slots that are not tracked, did not
+    /// complete; try again.
     #[error(transparent)]
     Reset(#[from] ResetError),
     /// The kernel's own bits of the slot could not all be taken; try again.

@@ -48,8 +48,9 @@ impl Taking<'_> {
     /// Moves the kernel's bits of `slot`, for which there is room, to its device bits: only now that
     /// their pages are protected again, and whether or not the kernel got to its end.
     ///
-    /// Where it can't tell, or has the slot in another size, every page is dirty; but of a slot whose
-    /// removal has begun it need not have any bits.
+    /// Where it can't tell, or has the slot in another size, every page is dirty, and once more when it can
+    /// tell again: what was written before it did, nobody counts. But of a slot whose removal has begun it
+    /// need not have any bits.
     pub(crate) fn take(
         &mut self,
         kernel: &dyn Kernel,
@@ -61,22 +62,23 @@ impl Taking<'_> {
         let taken = kernel.take_bitmap(slot.id(), slot.pages(), found.words);
         let is_larger = found.names_more();
         drop(found);
-        if let Err(source) = taken {
-            match source.raw_os_error() {
+        let is_missing = match taken {
+            Ok(()) => is_larger,
+            Err(source) => match source.raw_os_error() {
                 Some(libc::ENOENT) if retired => return Ok(()),
-                Some(libc::ENOENT | libc::EFAULT | libc::EINVAL) => {}
+                Some(libc::ENOENT | libc::EFAULT | libc::EINVAL) => true,
                 _ => {
                     return Err(BitmapError {
                         slot: slot.id(),
                         source: Arc::new(source),
                     });
                 }
-            }
-        } else if !is_larger {
-            return Ok(());
+            },
+        };
+        self.missing.add(is_missing.into());
+        if slot.note_missing(is_missing) || is_missing {
+            slot.device().set(0, slot.pages());
         }
-        self.missing.add(1);
-        slot.device().set(0, slot.pages());
         Ok(())
     }
 }

@@ -19,6 +19,8 @@ pub(crate) struct Slot {
     all_suspect: AtomicBool,
     /// Whether the kernel need not log it just now, see [`Slot::untrack`].
     untracked: AtomicBool,
+    /// Whether the kernel's bits of it could not be taken when somebody last tried.
+    bits_missing: AtomicBool,
 }
 
 impl Slot {
@@ -44,6 +46,7 @@ impl Slot {
             suspect,
             all_suspect: AtomicBool::new(false),
             untracked: AtomicBool::new(false),
+            bits_missing: AtomicBool::new(false),
         })
     }
 
@@ -85,6 +88,13 @@ impl Slot {
         self.device.set(0, self.pages);
         // Relaxed: as in `is_tracked`.
         self.untracked.store(false, Ordering::Relaxed);
+    }
+
+    /// Notes whether the kernel's bits are missing, and returns whether they were. One at a time, who takes
+    /// them.
+    pub(crate) fn note_missing(&self, missing: bool) -> bool {
+        // Relaxed: under the lock on the kernel's bits.
+        self.bits_missing.swap(missing, Ordering::Relaxed)
     }
 
     /// The bits that devices and the VMM set.

@@ -2,11 +2,12 @@
 
 use std::io;
 
+use crate::bitmap::pages::PageBits;
 use crate::bitmap::pool::{MAX_SHARDS, ShardGuard, ShardPool, Unreset};
 use crate::dirty_pages::DirtyPages;
 use crate::error::ResetError;
 use crate::kernel::{Kernel, Mode};
-use crate::memslots::Table;
+use crate::memslots::{Slot, Table};
 use crate::reset::{Harvest, ResetGate, Rings};
 use crate::ring::RingView;
 use crate::slot_id::SlotId;
@@ -196,9 +197,7 @@ impl Harvester {
             pass.harvest_all();
             pass.reset_all()?.publish();
             let is_whole = self.gate.faults() == faults;
-            let layout = self.layout();
-            let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
-            if is_whole || !rings.any(|ring| ring.awaits_reset_of(slot.raw())) {
+            if is_whole || !self.awaits_reset_of(slot, 0) {
                 return Ok(());
             }
         }
@@ -206,6 +205,27 @@ impl Harvester {
             "resets fall short, and leave entries of the slot",
         ));
         Err(ResetError { source })
+    }
+
+    /// Whether an entry waits for a reset that names page `first` of the slot or one after it.
+    fn awaits_reset_of(&self, slot: SlotId, first: u64) -> bool {
+        let layout = self.layout();
+        let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
+        rings.any(|ring| ring.awaits_reset_of(slot.raw(), first))
+    }
+
+    /// Every page of the slot is protected again, or will be before it is logged: moves those under
+    /// suspicion into `bits`.
+    ///
+    /// But as long as an entry waits for its reset that names a page past the slot's end, all of them stay
+    /// under it: the kernel will forget the batch, and what is written and harvested by then may be in it.
+    /// Who marks such entries makes the slot suspect before he gives the ring away, or the right to harvest:
+    /// so either that comes after this, or the entries are seen here.
+    pub(crate) fn end_suspicion(&self, slot: &Slot, bits: &mut PageBits) {
+        slot.take_suspects_into(bits);
+        if self.awaits_reset_of(slot.id(), slot.pages()) {
+            slot.suspect_all();
+        }
     }
 }
 

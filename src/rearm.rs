@@ -13,7 +13,7 @@ impl DirtyLog {
     /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
     /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
     /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
-    /// next sync once more and are then clean. The vCPUs stay stopped until this returns: it would forgive
+    /// next sync once more and are then clean; but where [`rearm`](Self::rearm) would leave them. The vCPUs stay stopped until this returns: it would forgive
     /// what a reset has done since. Where the kernel [has
     /// bitmaps](crate::Mode::Bitmap), which it throws away thereby, all pages of the slot come, and no
     /// sync may be made between the two.
@@ -44,7 +44,7 @@ impl DirtyLog {
         }
         for (slot, bits) in pending.slots_mut() {
             if core::ptr::eq(slot, tracked) {
-                slot.take_suspects_into(bits);
+                self.inner().harvester.end_suspicion(slot, bits);
             }
         }
         Ok(())
@@ -57,6 +57,10 @@ impl DirtyLog {
     /// once more and are then clean. Returns how many slots there were; `protect` is not called for
     /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
     /// tracked](Self::stop_tracking).
+    ///
+    /// All of a slot stays suspect where an entry that names a page past its end is harvested and not yet
+    /// reset: the kernel will protect none of what it recycles together with that one. Once a sync has
+    /// succeeded, rearm again.
     ///
     /// It waits for other changes of slots; `protect` must not make any in this log, nor wait for a thread
     /// that does: stop the vCPUs before.

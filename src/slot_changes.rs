@@ -13,7 +13,7 @@ impl DirtyLog {
     /// Tracks a memslot of `pages` pages, all clean. Call it *before* the slot is created in KVM
     /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
     /// every slot suspect, of each that is added later, too. It waits for the passes under way, which do
-    /// not know the slot.
+    /// not know the slot; if there was such an entry, it also makes passes of its own, and their resets.
     ///
     /// Clean: if a migration is under way and the other side does not have what the memory holds already,
     /// [mark](Self::mark_dirty) all of it. A slot that is created without the flag is clean, too, and
@@ -155,7 +155,7 @@ impl DirtyLog {
     /// reset beside its entries. From then on the id may be added again.
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if it is finished already; a reset that failed, or that fell short again and
+    /// [`SlotError::Unknown`] if it is finished already, [`SlotError::Kept`] if it was called off; a reset that failed, or that fell short again and
     /// again, after which the slot is as it was and the call can be repeated.
     pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let finished = self.finish(retired);
@@ -167,9 +167,14 @@ impl DirtyLog {
         let harvester = &self.inner().harvester;
         let _one_at_a_time = lock(&self.inner().slot_change);
         let slot = &retired.slot;
-        if !harvester.layout().slots.holds(slot) {
+        let layout = harvester.layout();
+        if !layout.slots.holds(slot) {
             return Err(SlotError::Unknown { slot: slot.id() });
         }
+        if !layout.slots.is_retired(slot) {
+            return Err(SlotError::Kept { slot: slot.id() });
+        }
+        drop(layout);
         harvester.recycle_all_of(slot.id())?;
         self.forget(slot)
     }

@@ -72,7 +72,8 @@ impl DirtyLog {
     /// Until it is [started](Self::start_tracking) again, every sync reports every page of the
     /// slot, for each may be written. Entries that are left in the rings, and pages that devices
     /// mark, are kept; what a kernel's bitmap holds goes with it, and is among these pages. Pages
-    /// under suspicion no longer are: starting protects every page.
+    /// under suspicion no longer are: starting protects every page; but for those that a
+    /// [rearming](Self::rearm) would leave under it, too.
     ///
     /// It waits for a sync under way, and for other changes of slots; `log_off` must not make any
     /// in this log, nor wait for a thread that does.
@@ -96,7 +97,7 @@ impl DirtyLog {
         if pending.fit(&self.inner().harvester.layout().slots) {
             for (slot, bits) in pending.slots_mut() {
                 if core::ptr::eq(slot, &*tracked) {
-                    slot.take_suspects_into(bits);
+                    self.inner().harvester.end_suspicion(slot, bits);
                 }
             }
         }

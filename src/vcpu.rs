@@ -5,7 +5,7 @@ use crossbeam_utils::CachePadded;
 use crate::limit::Limit;
 use crate::pacing::RingObservation;
 use crate::ring::{Gauge, RingMemory, RingView};
-use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering, lock};
 
 /// Entries that a kernel with Intel's page-modification logging keeps in reserve: 64, and 512 for
 /// the hardware's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
@@ -101,6 +101,7 @@ impl Vcpu {
     /// A full exit found nothing, and nobody had taken an entry since the one before.
     pub(crate) fn note_full_of_nothing(&self) {
         self.counts.full_of_nothing.set(self.taken() + 1);
+        lock(&self.ring).retry_help();
     }
 
     /// Whether the kernel takes the ring for full, though all that it has logged was taken.
@@ -182,7 +183,6 @@ impl Vcpu {
 mod tests {
     use super::*;
     use crate::ring::producer::Producer;
-    use crate::sync::lock;
 
     /// Entries taken are counted on for ever, the ring's indices wrap at 2^32, whatever the first.
     #[test]

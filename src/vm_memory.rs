@@ -109,7 +109,8 @@ impl Bitmap for RegionBitmap {
         }
     }
 
-    /// Whether the page was marked since the last sync. What vCPUs write does not show here.
+    /// Whether the page was marked since a sync last took the marks, be it one that failed. What vCPUs write
+    /// shows here only where the kernel has bitmaps, and then not at once: it is moved here when they are taken.
     fn dirty_at(&self, offset: usize) -> bool {
         let page = (offset / page_size()) as u64;
         let contains = |bits: &Arc<SharedBits>| page < self.pages && bits.contains(page);

@@ -88,10 +88,23 @@ fn a_slot_without_a_bitmap_is_dirty() {
     assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
     assert_eq!(log.stats().missing_bitmaps, 1);
     vm.create_slot(RAM, PAGES);
+    // What was written before the kernel logged it, it does not know.
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
     assert!(sync(&log).is_empty());
     vcpu.write(RAM, 64).unwrap();
     assert_eq!(sync(&log), [64]);
     assert_eq!(log.stats().missing_bitmaps, 1);
+}
+
+/// The log is not told that the VMM sets the flag, nor what was written before.
+#[test]
+fn a_slot_whose_flag_comes_late_is_dirty_once_more() {
+    let (vm, log, vcpu) = machine();
+    vm.set_logged(RAM, false);
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
+    vcpu.write(RAM, 5).unwrap();
+    vm.set_logged(RAM, true);
+    assert!(sync(&log).contains(&5), "page 5 was lost");
 }
 
 #[test]
@@ -111,6 +124,7 @@ fn a_slot_with_bits_past_its_end_is_dirty() {
     vcpu.write(RAM, PAGES + 61).unwrap();
     assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
     assert_eq!(log.stats().missing_bitmaps, 1);
+    assert_eq!(sync(&log), Vec::from_iter(0..PAGES));
     // There are none but those of pages that it has.
     vcpu.write(RAM, PAGES - 1).unwrap();
     assert_eq!(sync(&log), [PAGES - 1]);

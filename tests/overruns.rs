@@ -4,7 +4,10 @@
 mod scenario;
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvm_dirty_ring::DirtyPages;
 use kvm_dirty_ring::ring::RingView;
 use kvm_dirty_ring::sim::{ResetFault, WriteError};
 use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, run};
@@ -119,25 +122,78 @@ fn resets_are_whole_after_an_overrun_of_harvested_entries() {
     assert_eq!(stats.overruns, 1);
 }
 
-/// As far ahead as it can be: its reset index is where the next entry will be. That this is so, and not that
-/// resets fall short, is taken for certain only where many find nothing.
+/// As far ahead as it can be: its reset index is where the next entry will be.
+fn a_whole_ring_ahead(harvested: u64) -> Machine {
+    let mut machine = Machine::new();
+    machine.write(0..harvested);
+    machine.vm.inject([ResetFault::Error(libc::EINTR)]);
+    machine.log.reap().unwrap_err();
+    machine.vcpu.ignore_soft_limit(true);
+    // Recycled are as many as there are; left are as many as were harvested before.
+    machine.write(harvested..harvested + 64);
+    machine.sync();
+    assert_eq!(u64::from(machine.vcpu.used()), harvested);
+    machine.write(100..164 - harvested);
+    machine.vcpu.ignore_soft_limit(false);
+    machine.sync();
+    machine
+}
+
+/// That this is so, and not that resets fall short, is taken for certain only where many find nothing.
 #[test]
 fn a_vcpu_that_is_a_whole_ring_ahead_runs_again() {
     for harvested in 1..60 {
-        let mut machine = Machine::new();
-        machine.write(0..harvested);
-        machine.vm.inject([ResetFault::Error(libc::EINTR)]);
-        machine.log.reap().unwrap_err();
-        machine.vcpu.ignore_soft_limit(true);
-        // Recycled are as many as there are; left are as many as were harvested before.
-        machine.write(harvested..harvested + 64);
-        machine.sync();
-        assert_eq!(u64::from(machine.vcpu.used()), harvested);
-        machine.write(100..164 - harvested);
-        machine.vcpu.ignore_soft_limit(false);
-        machine.sync();
+        let mut machine = a_whole_ring_ahead(harvested);
         assert!(runs_again(&mut machine), "{harvested} harvested before");
     }
+}
+
+/// The marks that help it on are no pages that it has logged: a dirty limit would charge for them.
+#[test]
+fn onlookers_do_not_count_what_is_marked_to_help() {
+    for harvested in 1..60 {
+        let mut machine = a_whole_ring_ahead(harvested);
+        let log = machine.log.clone();
+        let logged = move || {
+            let mut seen = Vec::new();
+            log.observe(&mut seen);
+            seen[0].taken + seen[0].waiting
+        };
+        let before = logged();
+        let most = Arc::new(AtomicU64::new(0));
+        let noted = Arc::clone(&most);
+        machine.vm.on_reset(move |_| {
+            noted.fetch_max(logged(), Ordering::Relaxed);
+        });
+        for _ in 0..4 {
+            machine.ring.on_full().unwrap();
+        }
+        assert_eq!(machine.vcpu.used(), 0, "it was helped on");
+        assert_eq!(most.load(Ordering::Relaxed), before);
+        // The hook keeps the log alive.
+        machine.vm.on_reset(|_| ());
+    }
+}
+
+/// Until its vCPU is full again, help that was in vain is not given at every reset of the VM.
+#[test]
+fn help_in_vain_is_not_given_twice() {
+    let mut machine = a_whole_ring_ahead(20);
+    let spare = machine.vm.add_vcpu();
+    let mut other = machine.log.attach_ring(spare.ring_memory()).unwrap();
+    let mut resets = || {
+        let before = machine.log.stats().resets;
+        spare.write(RAM, 7).unwrap();
+        other.on_full().unwrap();
+        machine.rearm();
+        machine.log.stats().resets - before
+    };
+    resets();
+    for _ in 0..10 {
+        let resets = resets();
+        assert!(resets < 5, "{resets} resets");
+    }
+    assert!(runs_again(&mut machine));
 }
 
 #[test]
@@ -204,16 +260,91 @@ fn what_lies_beyond_an_overruns_gap_comes_with_the_next_sync() {
     assert_eq!(machine.vcpu.used(), 0);
 }
 
-/// The gap's old entries are recycled with what lies beyond. If they name pages that the id's next slot
-/// does not have, the kernel forgets the batch, and the new entry's page stays unprotected.
-#[test]
-fn a_gaps_old_entries_make_a_smaller_slot_suspect() {
-    let mut machine = with_a_gap();
+fn with_a_gap_and_a_smaller_slot() -> Machine {
+    let machine = with_a_gap();
     let retired = machine.log.retire_slot(RAM).unwrap();
     machine.vm.delete_slot(RAM);
     machine.log.finish_slot(&retired).unwrap();
     machine.log.add_slot(RAM, 64).unwrap();
     machine.vm.create_slot(RAM, 64);
+    machine
+}
+
+/// Protects RAM anew in whatever way.
+type Protect = fn(&Machine);
+
+const PROTECTIONS: [Protect; 3] = [
+    |machine| {
+        let protect = |slot| {
+            machine.vm.rearm_slot(slot);
+            Ok(())
+        };
+        assert!(machine.log.rearm(protect).unwrap() > 0);
+    },
+    |machine| {
+        machine.vm.rearm_slot(RAM);
+        machine.log.rearmed(RAM).unwrap();
+    },
+    |machine| {
+        let switch = |on| {
+            machine.vm.set_logged(RAM, on);
+            Ok(())
+        };
+        let log = &machine.log;
+        log.stop_tracking(RAM, || switch(false)).unwrap();
+        log.start_tracking(RAM, || switch(true)).unwrap();
+        log.sync(&mut DirtyPages::new()).unwrap();
+    },
+];
+
+/// Written again and again, though the kernel may have forgotten to protect it, the page is reported each
+/// time; until the slot is protected once more, and all is exact again.
+fn assert_nothing_was_forgiven(machine: &mut Machine, page: u64, protect: Protect) {
+    for _ in 0..4 {
+        machine.write([page]);
+        machine.sync();
+        assert!(machine.dirty.contains(RAM, page), "page {page} was lost");
+    }
+    protect(machine);
+    machine.sync();
+    machine.rearm();
+    machine.sync();
+    assert_eq!(machine.sync(), []);
+    machine.write([page]);
+    assert_eq!(machine.sync(), [run(RAM, page, 1)]);
+}
+
+/// A gap's entries are marked and not reset, and the slot is protected anew: what is written then is recycled
+/// beside them, and forgotten.
+#[test]
+fn protecting_anew_forgives_nothing_beside_a_gaps_old_entries() {
+    for protect in PROTECTIONS {
+        let mut machine = with_a_gap_and_a_smaller_slot();
+        machine.write([60]);
+        machine.ring.harvest_and_stop();
+        protect(&machine);
+        assert_nothing_was_forgiven(&mut machine, 60, protect);
+    }
+}
+
+/// The same with an entry that the kernel has made so.
+#[test]
+fn protecting_anew_forgives_nothing_beside_an_entry_past_the_end() {
+    for protect in PROTECTIONS {
+        let mut machine = Machine::new();
+        machine.vcpu.garble_next(RAM.raw(), ALL_RAM.pages);
+        machine.write([10]);
+        machine.ring.harvest_and_stop();
+        protect(&machine);
+        assert_nothing_was_forgiven(&mut machine, ALL_RAM.pages - 1, protect);
+    }
+}
+
+/// The gap's old entries are recycled with what lies beyond. If they name pages that the id's next slot
+/// does not have, the kernel forgets the batch, and the new entry's page stays unprotected.
+#[test]
+fn a_gaps_old_entries_make_a_smaller_slot_suspect() {
+    let mut machine = with_a_gap_and_a_smaller_slot();
     for _ in 0..3 {
         machine.write([60]);
         let reported = machine.sync();

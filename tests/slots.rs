@@ -252,6 +252,8 @@ fn a_removal_can_be_called_off() {
     assert!(matches!(refused, Err(SlotError::Retired { slot: RAM })));
 
     log.keep_slot(&retired).unwrap();
+    let kept = log.finish_slot(&retired);
+    assert!(matches!(kept, Err(SlotError::Kept { slot: RAM })));
     assert_eq!(rearm().unwrap(), 1);
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty).unwrap();

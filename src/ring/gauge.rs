@@ -1,5 +1,7 @@
 //! How full a ring is, for onlookers.
 
+use core::iter;
+
 use super::{Entry, RingMemory};
 
 /// Looks at a ring beside its consumer: reads flags, and nothing else.
@@ -32,12 +34,30 @@ impl<'a> Gauge<'a> {
             return 0;
         }
         // Entries are pushed in order, so those that wait are the first so many.
-        let waiting = self.first_not(|ahead| self.is_dirty(ahead));
+        let waiting = self.first_not(self.memory.entries(), |ahead| self.is_dirty(ahead));
         if first.is_dirty() {
             return waiting;
         }
-        // They are harvested in order, too: a harvest has begun. No entry is recycled during one.
-        self.first_not(|ahead| !self.at(ahead).is_free())
+        // They are harvested in order, too: a harvest has begun. No entry is recycled during one, but some
+        // may wait for a reset from before: they lie behind the head, beyond all that are free.
+        let Some(free) = self.some_free() else {
+            // What an overrun made, or the help after one: nobody knows, and an onlooker does not guess high.
+            return 0;
+        };
+        self.first_not(free, |ahead| !self.at(ahead).is_free())
+    }
+
+    /// A free entry, if there are as many side by side as kernels keep in reserve: in a large ring not all
+    /// are looked at.
+    fn some_free(&self) -> Option<u32> {
+        let entries = self.memory.entries();
+        let closest = (entries / 64).clamp(1, 64);
+        let apart = iter::successors(Some(entries / 2), |apart| Some(apart / 2));
+        let mut apart = apart.take_while(|apart| *apart >= closest);
+        apart.find_map(|apart| {
+            let mut looked_at = (apart..entries).step_by(2 * apart as usize);
+            looked_at.find(|&ahead| self.at(ahead).is_free())
+        })
     }
 
     fn at(&self, ahead: u32) -> &Entry {
@@ -48,9 +68,9 @@ impl<'a> Gauge<'a> {
         self.at(ahead).is_dirty()
     }
 
-    /// The first entry of which `waits` is false, given that it is true of entry 0.
-    fn first_not(&self, waits: impl Fn(u32) -> bool) -> u32 {
-        let (mut waiting, mut free) = (1, self.memory.entries());
+    /// The first entry of which `waits` is false, at most the one at `free`, given that it is true of entry 0.
+    fn first_not(&self, mut free: u32, waits: impl Fn(u32) -> bool) -> u32 {
+        let mut waiting = 1;
         while waiting < free {
             let middle = waiting + (free - waiting) / 2;
             match waits(middle) {
@@ -86,6 +106,25 @@ mod tests {
                         producer.push(0, 0);
                     }
                 }
+            }
+        }
+    }
+
+    /// Nor does what waits for a reset from before: during a harvest it is told from what is harvested.
+    #[test]
+    fn what_waits_for_a_reset_does_not_count_during_a_harvest() {
+        for entries in [8, 64, 256, 4096] {
+            let reserve = (entries / 64).clamp(1, 64);
+            for before in [1, entries / 3, entries / 2, entries - reserve - 1] {
+                let waiting = entries - reserve - before;
+                let producer = Producer::new(entries, 5);
+                let memory = producer.memory();
+                let mut view = RingView::new(producer.memory());
+                (0..before).for_each(|page| producer.push(0, page.into()));
+                view.harvest(|_, _| ());
+                (0..waiting).for_each(|page| producer.push(0, page.into()));
+                let gauge = Gauge::new(&memory, 5 + before);
+                view.harvest(|_, _| assert_eq!(gauge.occupancy(), waiting));
             }
         }
     }

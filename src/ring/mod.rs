@@ -35,6 +35,8 @@ pub struct RingView {
     head: u32,
     /// Whether the ring was ever seen overrun: then there may be a gap at the head.
     was_overrun: bool,
+    /// Where the head was when all free entries were marked, in vain.
+    in_vain: Option<u32>,
 }
 
 impl RingView {
@@ -44,6 +46,7 @@ impl RingView {
             head: memory.first_index(),
             memory,
             was_overrun: false,
+            in_vain: None,
         }
     }
 
@@ -157,11 +160,14 @@ impl RingView {
         (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
     }
 
-    /// Whether an entry of a memslot waits for a reset, wherever an overrun may have left the indices.
-    /// Looks at every entry.
-    pub(crate) fn awaits_reset_of(&self, slot: u32) -> bool {
-        let mut entries = (0..self.entries()).map(|index| self.memory.at(index));
-        entries.any(|entry| entry.awaits_reset() && entry.payload().0 == slot)
+    /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
+    /// an overrun may have left the indices. Looks at every entry.
+    pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
+        (0..self.entries()).any(|index| {
+            let entry = self.memory.at(index);
+            let (named, page) = entry.payload();
+            entry.awaits_reset() && named == slot && page >= first
+        })
     }
 
     /// What the last harvested entry says, as long as the vCPU has not come round to it: slot and page.
@@ -208,12 +214,22 @@ impl RingView {
     /// free again; no reset is in flight but by `finds_nothing`.
     ///
     /// The entry at the head may be where it stays, too, but is marked only if the vCPU `is_full`, of nothing:
-    /// else it may be where the kernel is to write next, and beyond it what was marked by somebody else.
+    /// else it may be where the kernel is to write next, and beyond it what was marked by somebody else. What
+    /// was in vain is not tried twice, but after [`retry_help`](Self::retry_help).
     pub(crate) fn reach_back(
         &mut self,
         is_full: bool,
         mut finds_nothing: impl FnMut() -> bool,
     ) -> bool {
+        if self.in_vain == Some(self.head) {
+            return false;
+        }
+        let mut never_found = true;
+        let mut finds_nothing = || {
+            let nothing = finds_nothing();
+            never_found &= nothing;
+            nothing
+        };
         let behind = |back: u32| self.memory.at(self.head.wrapping_sub(back));
         let mut before_head = 1..=self.entries();
         before_head.find(|&back| behind(back).awaits_reset());
@@ -233,8 +249,14 @@ impl RingView {
             }
         }
         drop(marked);
+        self.in_vain = never_found.then_some(self.head);
         self.was_overrun |= is_helped;
         is_helped
+    }
+
+    /// Has [`reach_back`](Self::reach_back) try again: the vCPU says that it is full.
+    pub(crate) fn retry_help(&mut self) {
+        self.in_vain = None;
     }
 }
 
@@ -243,7 +265,8 @@ struct Marked<'a>(Vec<&'a Entry>);
 
 impl Drop for Marked<'_> {
     fn drop(&mut self) {
-        self.0.iter().for_each(|entry| entry.unmark());
+        // The head's first: an onlooker takes it for a harvest's, and all that are not free for waiting.
+        self.0.iter().rev().for_each(|entry| entry.unmark());
     }
 }
 

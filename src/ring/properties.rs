@@ -178,6 +178,7 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
                 let is_dirty = oracle.entry(oracle.head).0 == State::Dirty;
                 let is_full = may_be_full && producer.used() >= entries - 1 && !is_dirty;
                 let mut recycled = Vec::new();
+                view.retry_help();
                 let is_helped = view.reach_back(is_full, || {
                     producer.recycle(u32::MAX, |slot, page| recycled.push((slot, page))) == 0
                 });
