@@ -225,7 +225,11 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
         }
         25 | 26 if allowed.bad_bitmaps => {
             let faults = u.int_in_range(1..=3)?;
-            Op::InjectBitmap((0..faults).map(|_| bitmap_fault(u)).collect::<Result<_>>()?)
+            Op::InjectBitmap(
+                (0..faults)
+                    .map(|_| bitmap_fault(u))
+                    .collect::<Result<_>>()?,
+            )
         }
         27 if allowed.garbage => Op::Garble {
             vcpu: index(u)?,
