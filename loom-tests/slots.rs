@@ -82,8 +82,8 @@ fn bits_pass_to_another_slot_beside_a_sync() {
     });
 }
 
-/// An entry that names a page past its slot's end is marked beside a rearming. As long as it waits for its
-/// reset, which will forget what else is in its batch, the slot is suspect.
+/// An entry that names a page past its slot's end is marked beside a rearming, and the guest writes on. As long
+/// as it waits for its reset, which will forget what else is in its batch, the slot is suspect.
 #[test]
 fn rearmed_beside_an_entry_past_the_end() {
     model(3, || {
@@ -91,9 +91,12 @@ fn rearmed_beside_an_entry_past_the_end() {
         let log = machine.log(2);
         let mut ring = log.attach_ring(machine.ring(0).memory()).unwrap();
         machine.ring(0).push(SLOT.raw(), 1);
-        let harvest = thread::spawn(move || ring.harvest_and_stop());
+        let guest = thread::spawn(move || {
+            ring.harvest_and_stop();
+            machine.write(0, 0, 1)
+        });
         log.rearmed(SLOT).unwrap();
-        harvest.join().unwrap();
+        guest.join().unwrap();
         assert_eq!(log.stats().suspect_pages, 1, "it was forgiven");
     });
 }

@@ -65,7 +65,11 @@ impl Taking<'_> {
         let is_missing = match taken {
             Ok(()) => is_larger,
             Err(source) => match source.raw_os_error() {
-                Some(libc::ENOENT) if retired => return Ok(()),
+                Some(libc::ENOENT) if retired => {
+                    // Should it stay after all.
+                    slot.note_missing(true);
+                    return Ok(());
+                }
                 Some(libc::ENOENT | libc::EFAULT | libc::EINVAL) => true,
                 _ => {
                     return Err(BitmapError {

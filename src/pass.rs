@@ -191,6 +191,9 @@ impl Harvester {
         if self.kernel.mode() == Mode::Bitmap {
             return Ok(());
         }
+        for vcpu in &self.layout().vcpus {
+            lock(&vcpu.ring).retry_help();
+        }
         for _ in 0..RECYCLE_TRIES {
             let faults = self.gate.faults();
             let mut pass = self.begin();

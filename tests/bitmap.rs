@@ -96,6 +96,21 @@ fn a_slot_without_a_bitmap_is_dirty() {
     assert_eq!(log.stats().missing_bitmaps, 1);
 }
 
+/// A removal is called off, and by then KVM has let go of the slot once.
+#[test]
+fn a_slot_that_is_kept_after_all_is_dirty_once_more() {
+    let (vm, log, vcpu) = machine();
+    let retired = log.retire_slot(RAM).unwrap();
+    vm.set_logged(RAM, false);
+    assert!(sync(&log).is_empty());
+    vcpu.write(RAM, 5).unwrap();
+    vm.set_logged(RAM, true);
+    log.keep_slot(&retired).unwrap();
+    assert!(sync(&log).contains(&5), "page 5 was lost");
+    assert!(sync(&log).is_empty());
+    assert_eq!(log.stats().missing_bitmaps, 0);
+}
+
 /// The log is not told that the VMM sets the flag, nor what was written before.
 #[test]
 fn a_slot_whose_flag_comes_late_is_dirty_once_more() {

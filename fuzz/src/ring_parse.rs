@@ -194,7 +194,7 @@ impl Machine {
             |machine| {
                 let result = machine.log.add_slot(slot, pages);
                 added = result.is_ok();
-                let is_left = || machine.wild.world().awaits_reset_of(slot);
+                let is_left = || machine.wild.world().awaits_reset_of(slot, 0);
                 match result {
                     Err(SlotError::Reset(_)) => {
                         expected && is_left() || machine.wild.world().failures > 0
@@ -240,7 +240,7 @@ impl Machine {
             |machine| {
                 let finished = result.insert(machine.log.finish_slot(&retired));
                 // A kernel that never recycles the slot's entries keeps its id from being used again.
-                finished.is_ok() || machine.wild.world().awaits_reset_of(retired.id())
+                finished.is_ok() || machine.wild.world().awaits_reset_of(retired.id(), 0)
             },
         );
         if result.unwrap().is_err() {

@@ -47,17 +47,16 @@ impl<'a> Gauge<'a> {
         self.first_not(free, |ahead| !self.at(ahead).is_free())
     }
 
-    /// A free entry, if there are as many side by side as kernels keep in reserve: in a large ring not all
-    /// are looked at.
+    /// A free entry. The one behind the head, unless some wait for a reset from before; then one that has
+    /// others beside it, for in a large ring not all are looked at: half as many as kernels keep in reserve.
     fn some_free(&self) -> Option<u32> {
         let entries = self.memory.entries();
-        let closest = (entries / 64).clamp(1, 64);
+        let closest = (entries / 64).clamp(1, 32);
         let apart = iter::successors(Some(entries / 2), |apart| Some(apart / 2));
-        let mut apart = apart.take_while(|apart| *apart >= closest);
-        apart.find_map(|apart| {
-            let mut looked_at = (apart..entries).step_by(2 * apart as usize);
-            looked_at.find(|&ahead| self.at(ahead).is_free())
-        })
+        let apart = apart.take_while(|apart| *apart >= closest);
+        let looked_at = apart.flat_map(|apart| (apart..entries).step_by(2 * apart as usize));
+        let mut looked_at = iter::once(entries - 1).chain(looked_at);
+        looked_at.find(|&ahead| self.at(ahead).is_free())
     }
 
     fn at(&self, ahead: u32) -> &Entry {
@@ -114,9 +113,20 @@ mod tests {
     #[test]
     fn what_waits_for_a_reset_does_not_count_during_a_harvest() {
         for entries in [8, 64, 256, 4096] {
-            let reserve = (entries / 64).clamp(1, 64);
-            for before in [1, entries / 3, entries / 2, entries - reserve - 1] {
-                let waiting = entries - reserve - before;
+            for before in [
+                0,
+                1,
+                entries / 3,
+                entries / 2,
+                entries - 40.min(entries / 2),
+            ] {
+                // With nothing from before, the ring may be filled to the last but one.
+                let room = if before > 0 {
+                    (entries / 64).clamp(1, 32)
+                } else {
+                    1
+                };
+                let waiting = entries - room - before;
                 let producer = Producer::new(entries, 5);
                 let memory = producer.memory();
                 let mut view = RingView::new(producer.memory());

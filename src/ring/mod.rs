@@ -161,13 +161,16 @@ impl RingView {
     }
 
     /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
-    /// an overrun may have left the indices. Looks at every entry.
+    /// an overrun may have left the indices. Looks at every entry, unless all are recycled and none was overrun.
     pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
-        (0..self.entries()).any(|index| {
-            let entry = self.memory.at(index);
-            let (named, page) = entry.payload();
-            entry.awaits_reset() && named == slot && page >= first
-        })
+        if !self.was_overrun && self.all_recycled() {
+            return false;
+        }
+        let entries = (0..self.entries()).map(|index| self.memory.at(index));
+        // The payload of any other may be the vCPU's to fill just now.
+        let waiting = entries.filter(|entry| entry.awaits_reset());
+        let mut named = waiting.map(Entry::payload);
+        named.any(|(named, page)| named == slot && page >= first)
     }
 
     /// What the last harvested entry says, as long as the vCPU has not come round to it: slot and page.
@@ -254,7 +257,7 @@ impl RingView {
         is_helped
     }
 
-    /// Has [`reach_back`](Self::reach_back) try again: the vCPU says that it is full.
+    /// Has [`reach_back`](Self::reach_back) try again: the vCPU says that it is full, or a slot is to go.
     pub(crate) fn retry_help(&mut self) {
         self.in_vain = None;
     }

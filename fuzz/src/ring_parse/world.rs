@@ -315,9 +315,10 @@ impl World {
         }
     }
 
-    /// Whether an entry of the slot waits for a reset.
-    pub fn awaits_reset_of(&self, slot: SlotId) -> bool {
-        let waits = |cell: Cell| cell.flags & RESET != 0 && cell.slot == slot.raw();
+    /// Whether an entry of the slot waits for a reset that names page `first` or one after it.
+    pub fn awaits_reset_of(&self, slot: SlotId, first: u64) -> bool {
+        let names = |cell: Cell| cell.slot == slot.raw() && cell.offset >= first;
+        let waits = |cell: Cell| cell.flags & RESET != 0 && names(cell);
         let mut rings = self.rings.iter();
         rings.any(|ring| (0..ring.entries()).any(|index| waits(ring.memory.get(index))))
     }
@@ -334,12 +335,18 @@ impl World {
         end.is_some()
     }
 
-    /// The slot's pages are protected, and come once more.
+    /// The slot's pages are protected, and come once more; all stay suspect if an entry past its end waits.
     pub fn rearmed(&mut self, slot: SlotId) -> bool {
+        let Some(&pages) = self.slots.get(&slot) else {
+            return false;
+        };
         if let Some(suspect) = self.suspect.remove(&slot) {
             self.owed.entry(slot).or_default().extend(suspect);
         }
-        self.slots.contains_key(&slot)
+        if self.awaits_reset_of(slot, pages) {
+            self.suspect.entry(slot).or_default().extend(0..pages);
+        }
+        true
     }
 
     /// The log tracks a slot; if it has met entries of slots that it does not know, all pages are suspect.
