@@ -161,11 +161,8 @@ impl RingView {
     }
 
     /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
-    /// an overrun may have left the indices. Looks at every entry, unless all are recycled and none was overrun.
+    /// an overrun, or somebody else, may have left the indices. Looks at every entry.
     pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
-        if !self.was_overrun && self.all_recycled() {
-            return false;
-        }
         let entries = (0..self.entries()).map(|index| self.memory.at(index));
         // The payload of any other may be the vCPU's to fill just now.
         let waiting = entries.filter(|entry| entry.awaits_reset());
