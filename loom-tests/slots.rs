@@ -1,6 +1,6 @@
 //! Slots that come and go while passes run.
 
-use super::kernel::{Machine, SLOT};
+use super::kernel::{ENTRIES, Machine, SLOT};
 use super::model;
 use crate::bitmap::shared::SharedBits;
 use crate::sync::{Arc, thread};
@@ -90,10 +90,15 @@ fn rearmed_beside_an_entry_past_the_end() {
         let machine = Machine::new(1, 1);
         let log = machine.log(2);
         let mut ring = log.attach_ring(machine.ring(0).memory()).unwrap();
+        // So that the guest fills the entry that is looked at first.
+        for round in 1..u64::from(ENTRIES) {
+            machine.write(0, 0, round);
+            log.reap().unwrap();
+        }
         machine.ring(0).push(SLOT.raw(), 1);
         let guest = thread::spawn(move || {
             ring.harvest_and_stop();
-            machine.write(0, 0, 1)
+            machine.write(0, 0, 9)
         });
         log.rearmed(SLOT).unwrap();
         guest.join().unwrap();
