@@ -81,6 +81,26 @@ fn reach_back_beside_a_producer() {
     });
 }
 
+/// Entries are marked to help a kernel that only seems to stay behind, the head's among them, and freed again.
+/// An onlooker takes none for logged. Under shuttle alone, as above.
+#[cfg(not(feature = "loom"))]
+#[test]
+fn reach_back_beside_an_onlooker() {
+    model(3, || {
+        let ring = Arc::new(Producer::new(4, 0));
+        let mut view = RingView::new(ring.memory());
+        ring.push(0, 0);
+        assert_eq!(view.harvest(|_, _| ()), 1);
+        let memory = ring.memory();
+        let helper = thread::spawn(move || view.reach_back(true, || true));
+        for _ in 0..10 {
+            let waiting = crate::ring::Gauge::new(&memory, 1).occupancy();
+            assert_eq!(waiting, 0, "entries were seen that nobody logged");
+        }
+        assert!(!helper.join().unwrap());
+    });
+}
+
 /// A consumer that scans for a gap beside a running producer finds none, for there is none.
 #[test]
 fn rejoin_beside_a_producer() {

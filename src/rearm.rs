@@ -13,8 +13,8 @@ impl DirtyLog {
     /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
     /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
     /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
-    /// next sync once more and are then clean; but where [`rearm`](Self::rearm) would leave them. The vCPUs stay stopped until this returns: it would forgive
-    /// what a reset has done since. Where the kernel [has
+    /// next sync once more and are then clean; but where [`rearm`](Self::rearm) would leave them. The vCPUs
+    /// stay stopped until this returns: it would forgive what a reset has done since. Where the kernel [has
     /// bitmaps](crate::Mode::Bitmap), which it throws away thereby, all pages of the slot come, and no
     /// sync may be made between the two.
     ///

@@ -155,8 +155,8 @@ impl DirtyLog {
     /// reset beside its entries. From then on the id may be added again.
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if it is finished already, [`SlotError::Kept`] if it was called off; a reset that failed, or that fell short again and
-    /// again, after which the slot is as it was and the call can be repeated.
+    /// [`SlotError::Unknown`] if it is finished already, [`SlotError::Kept`] if it was called off; a reset
+    /// that failed, or that fell short again and again, after which the slot is as it was and the call can be repeated.
     pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let finished = self.finish(retired);
         self.inner().tell();

@@ -195,6 +195,24 @@ fn help_in_vain_is_not_given_twice() {
     assert!(runs_again(&mut machine));
 }
 
+/// Resets that find nothing without saying why make help vain. A removal has it tried once more.
+#[test]
+fn a_removal_ends_after_help_in_vain() {
+    for lies in 1..100 {
+        let mut machine = with_a_reset_index_that_stays_behind();
+        machine.sync();
+        machine.write(100..105);
+        let lie = ResetFault::Short { after: 0 };
+        machine.vm.inject(vec![lie; lies]);
+        machine.sync();
+        let retired = machine.log.retire_slot(RAM).unwrap();
+        machine.vm.delete_slot(RAM);
+        // Each try makes a reset, and so is the end of one lie at least.
+        let ends = (0..=lies).any(|_| machine.log.finish_slot(&retired).is_ok());
+        assert!(ends, "the removal does not end after {lies} lies");
+    }
+}
+
 #[test]
 fn a_slot_can_be_removed_after_an_overrun_of_harvested_entries() {
     let mut machine = with_a_reset_index_that_stays_behind();

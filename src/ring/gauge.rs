@@ -44,7 +44,9 @@ impl<'a> Gauge<'a> {
             // What an overrun made, or the help after one: nobody knows, and an onlooker does not guess high.
             return 0;
         };
-        self.first_not(free, |ahead| !self.at(ahead).is_free())
+        let waiting = self.first_not(free, |ahead| !self.at(ahead).is_free());
+        // Recycled, or no longer marked to help: then so may be what looked like the end of the harvest's.
+        if first.is_free() { 0 } else { waiting }
     }
 
     /// A free entry. The one behind the head, unless some wait for a reset from before; then one that has
