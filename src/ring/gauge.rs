@@ -54,7 +54,7 @@ impl<'a> Gauge<'a> {
     fn some_free(&self) -> Option<u32> {
         let entries = self.memory.entries();
         let closest = (entries / 64).clamp(1, 32);
-        let apart = iter::successors(Some(entries / 2), |apart| Some(apart / 2));
+        let apart = iter::successors(Some(entries), |apart| Some(apart / 2));
         let apart = apart.take_while(|apart| *apart >= closest);
         let looked_at = apart.flat_map(|apart| (apart..entries).step_by(2 * apart as usize));
         let mut looked_at = iter::once(entries - 1).chain(looked_at);

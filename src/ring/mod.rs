@@ -455,6 +455,56 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_is_known_by_its_slot_and_page() {
+        let (producer, mut view) = ring(3);
+        push(&producer, 2..4);
+        assert!(!view.awaits_reset_of(5, 0), "it is not harvested yet");
+        harvest(&mut view);
+        assert!(view.awaits_reset_of(5, 0) && view.awaits_reset_of(5, 3));
+        assert!(!view.awaits_reset_of(5, 4), "no page is as far as that");
+        assert!(!view.awaits_reset_of(6, 0), "it is another slot's");
+        recycle(&producer);
+        assert!(!view.awaits_reset_of(5, 0));
+    }
+
+    /// A reset that found something for another reason says nothing about the help.
+    #[test]
+    fn help_is_given_again_unless_it_was_in_vain() {
+        for first_index in [0, 3, u32::MAX - 9] {
+            let (producer, mut view) = ring(first_index);
+            // The second two are pushed over entries that are harvested: the kernel stays where they were.
+            for pages in [0..8, 8..10] {
+                push(&producer, pages);
+                harvest(&mut view);
+            }
+            assert_eq!(recycle(&producer).len(), 8);
+            push(&producer, 10..11);
+            harvest(&mut view);
+            assert_eq!(recycle(&producer), [0u64; 0], "it is behind");
+            assert!(!view.reach_back(false, || false), "disturbed");
+            assert!(view.reach_back(false, || recycle(&producer).is_empty()));
+            assert_eq!(producer.used(), 0);
+
+            // In vain, once and for all: what waits is not where the kernel looks.
+            let mut looks = 0;
+            let mut in_vain = || {
+                looks += 1;
+                true
+            };
+            push(&producer, 11..12);
+            harvest(&mut view);
+            assert!(!view.reach_back(false, &mut in_vain) && !view.reach_back(false, &mut in_vain));
+            assert_eq!(looks, 6);
+            view.retry_help();
+            assert!(!view.reach_back(false, || {
+                looks += 1;
+                true
+            }));
+            assert_eq!(looks, 12);
+        }
+    }
+
+    #[test]
     fn a_ring_without_a_gap_is_left_alone() {
         let (producer, mut view) = ring(0);
         assert_eq!(view.rejoin(|_, _| ()), 0);
