@@ -159,14 +159,20 @@ impl Slot {
 pub(crate) struct Table {
     /// By address space, then by id.
     spaces: Vec<Vec<Option<Tracked>>>,
+    /// Removals begun so far.
+    removals: u64,
 }
 
 #[derive(Clone)]
 struct Tracked {
     slot: Arc<Slot>,
-    /// Its removal has begun: it still takes entries, its id is not free yet.
-    retired: bool,
+    /// Its removal, if one has begun: it still takes entries, its id is not free yet.
+    removal: Option<Removal>,
 }
+
+/// Tells one removal from the next, of the same slot, too.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Removal(u64);
 
 impl Table {
     /// The slot that KVM calls `raw`.
@@ -189,13 +195,14 @@ impl Table {
     /// Those whose removal has not begun, ascending by id.
     pub(crate) fn staying(&self) -> impl Iterator<Item = &Arc<Slot>> {
         let tracked = self.spaces.iter().flatten().flatten();
-        let staying = tracked.filter(|tracked| !tracked.retired);
+        let staying = tracked.filter(|tracked| tracked.removal.is_none());
         staying.map(|tracked| &tracked.slot)
     }
 
     /// Whether the removal of `slot`, which is tracked, has begun.
     pub(crate) fn is_retired(&self, slot: &Slot) -> bool {
-        self.tracked(slot.id).is_some_and(|tracked| tracked.retired)
+        let tracked = self.tracked(slot.id);
+        tracked.is_some_and(|tracked| tracked.removal.is_some())
     }
 
     /// Whether `slot` itself, not only its id, is tracked.
@@ -217,7 +224,9 @@ impl Table {
             return Err(SlotError::AddressSpace { slot: id });
         }
         match self.tracked(id) {
-            Some(Tracked { retired: true, .. }) => return Err(SlotError::Retired { slot: id }),
+            Some(tracked) if tracked.removal.is_some() => {
+                return Err(SlotError::Retired { slot: id });
+            }
             Some(_) => return Err(SlotError::Exists { slot: id }),
             None => {}
         }
@@ -240,25 +249,39 @@ impl Table {
         }
         ids[usize::from(id.id())] = Some(Tracked {
             slot,
-            retired: false,
+            removal: None,
         });
         Ok(())
     }
 
-    /// Marks a slot as being removed, or finds it so, and returns it.
-    pub(crate) fn retire(&mut self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
+    /// Begins the removal of a slot, or finds it begun.
+    pub(crate) fn retire(&mut self, id: SlotId) -> Result<(Arc<Slot>, Removal), SlotError> {
+        let next = Removal(self.removals);
         let tracked = self.tracked_mut(id);
         let tracked = tracked.ok_or(SlotError::Unknown { slot: id })?;
-        tracked.retired = true;
-        Ok(Arc::clone(&tracked.slot))
+        let removal = *tracked.removal.get_or_insert(next);
+        let slot = Arc::clone(&tracked.slot);
+        self.removals += 1;
+        Ok((slot, removal))
     }
 
-    /// Marks a retired slot as staying.
-    pub(crate) fn keep(&mut self, slot: &Arc<Slot>) -> Result<(), SlotError> {
-        let tracked = self.tracked_mut(slot.id);
+    /// That the slot goes, by this removal.
+    pub(crate) fn check(&self, slot: &Arc<Slot>, removal: Removal) -> Result<(), SlotError> {
+        let tracked = self.tracked(slot.id);
         let tracked = tracked.filter(|tracked| Arc::ptr_eq(&tracked.slot, slot));
         let tracked = tracked.ok_or(SlotError::Unknown { slot: slot.id })?;
-        tracked.retired = false;
+        match tracked.removal == Some(removal) {
+            true => Ok(()),
+            false => Err(SlotError::Kept { slot: slot.id }),
+        }
+    }
+
+    /// Calls a removal off: the slot stays.
+    pub(crate) fn keep(&mut self, slot: &Arc<Slot>, removal: Removal) -> Result<(), SlotError> {
+        self.check(slot, removal)?;
+        if let Some(tracked) = self.tracked_mut(slot.id) {
+            tracked.removal = None;
+        }
         Ok(())
     }
 

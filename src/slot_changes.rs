@@ -5,7 +5,7 @@ use core::fmt;
 use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
 use crate::log::DirtyLog;
-use crate::memslots::Slot;
+use crate::memslots::{Removal, Slot};
 use crate::slot_id::SlotId;
 use crate::sync::{Arc, MutexGuard, lock};
 
@@ -145,9 +145,9 @@ impl DirtyLog {
             let retired = layout.slots.is_retired(tracked);
             taking.take(harvester.kernel(), tracked, retired)?;
         }
-        let slot = harvester.change_layout(|layout| layout.slots.retire(slot))?;
+        let (slot, removal) = harvester.change_layout(|layout| layout.slots.retire(slot))?;
         drop(taking);
-        Ok(RetiredSlot { slot })
+        Ok(RetiredSlot { slot, removal })
     }
 
     /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
@@ -167,14 +167,7 @@ impl DirtyLog {
         let harvester = &self.inner().harvester;
         let _one_at_a_time = lock(&self.inner().slot_change);
         let slot = &retired.slot;
-        let layout = harvester.layout();
-        if !layout.slots.holds(slot) {
-            return Err(SlotError::Unknown { slot: slot.id() });
-        }
-        if !layout.slots.is_retired(slot) {
-            return Err(SlotError::Kept { slot: slot.id() });
-        }
-        drop(layout);
+        harvester.layout().slots.check(slot, retired.removal)?;
         harvester.recycle_all_of(slot.id())?;
         self.forget(slot)
     }
@@ -183,11 +176,12 @@ impl DirtyLog {
     /// [`retire_slot`](Self::retire_slot) had not been called. Nothing that was written meanwhile is lost.
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if the removal is finished already.
+    /// [`SlotError::Unknown`] if the removal is finished already, [`SlotError::Kept`] if it was called off
+    /// already.
     pub fn keep_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let harvester = &self.inner().harvester;
-        harvester.change_layout(|layout| layout.slots.keep(&retired.slot))
+        harvester.change_layout(|layout| layout.slots.keep(&retired.slot, retired.removal))
     }
 }
 
@@ -195,6 +189,7 @@ impl DirtyLog {
 #[must_use = "the slot's id stays taken until the removal is finished, or called off"]
 pub struct RetiredSlot {
     slot: Arc<Slot>,
+    removal: Removal,
 }
 
 impl RetiredSlot {

@@ -264,6 +264,18 @@ fn a_removal_can_be_called_off() {
     let exists = log.add_slot(RAM, 10);
     assert!(matches!(exists, Err(SlotError::Exists { slot: RAM })));
 
+    // What was called off neither ends another removal nor calls it off; who begins that twice has it twice.
+    let called_off = retired;
+    let again = log.retire_slot(RAM).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    let kept = [log.finish_slot(&called_off), log.keep_slot(&called_off)];
+    for kept in kept {
+        assert!(matches!(kept, Err(SlotError::Kept { slot: RAM })));
+    }
+    log.keep_slot(&again).unwrap();
+    let kept = log.finish_slot(&retired);
+    assert!(matches!(kept, Err(SlotError::Kept { slot: RAM })));
+
     let retired = log.retire_slot(RAM).unwrap();
     vm.delete_slot(RAM);
     log.finish_slot(&retired).unwrap();
