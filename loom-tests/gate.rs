@@ -61,6 +61,8 @@ impl Rings for NoRings {
         false
     }
 
+    fn look_for_overruns(&self) {}
+
     fn reach_back(&self, _: &mut dyn FnMut() -> bool) {}
 
     fn suspect_last_batches(&self) {}

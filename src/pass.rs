@@ -239,6 +239,19 @@ impl Rings for Harvester {
         rings.all(|ring| ring.nothing_awaits_reset())
     }
 
+    fn look_for_overruns(&self) {
+        let layout = self.layout();
+        for vcpu in &layout.vcpus {
+            let mut ring = lock(&vcpu.ring);
+            if ring.is_crammed() {
+                ring.note_overrun();
+                // Else the harvest has.
+                self.counts.overruns.add((!ring.all_wait()).into());
+                layout.suspect_all();
+            }
+        }
+    }
+
     fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool) {
         let layout = self.layout();
         for vcpu in &layout.vcpus {
@@ -327,14 +340,15 @@ impl<'a> Pass<'a, Harvested> {
         let alone = ring.all_recycled();
         // That overrun is counted already; the gap it left shows once the vCPU has run on. What lies
         // beyond must not wait for a full exit.
-        let gap = match ring.was_overrun() {
+        let was_overrun = ring.was_overrun();
+        let gap = match ring.may_have_a_gap() {
             true => self.rejoin_ring(&mut ring),
             false => 0,
         };
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut setter = Setter::new(lookup);
         let (entries, overrun_now) = ring.harvest_blocks(|entries| setter.take(entries));
-        let overrun = overrun_before || overrun_now || gap + entries >= ring.entries();
+        let overrun = overrun_before || overrun_now || gap > 0 && !was_overrun;
         vcpu.note_taken(gap + entries);
         drop(ring);
         setter.set();

@@ -30,6 +30,10 @@ pub(crate) trait Rings {
     /// Whether no entry of any ring waits for a reset. No entry is marked meanwhile.
     fn nothing_awaits_reset(&self) -> bool;
 
+    /// Looks for rings that the kernel is about to overrun, or has: a reset that meets a vCPU there may leave
+    /// a page unprotected, and its count is whole. No entry is marked meanwhile.
+    fn look_for_overruns(&self);
+
     /// Helps the kernel on in rings where its reset index stays behind, see
     /// [`RingView::reach_back`](crate::ring::RingView::reach_back). No entry is marked meanwhile by anybody
     /// else.
@@ -154,8 +158,15 @@ impl ResetGate {
 
     /// The ioctl; again while it falls short of `outstanding` and gets on. Entries recycled.
     fn recycle(&self, kernel: &dyn Kernel, rings: &dyn Rings, outstanding: u64) -> io::Result<u64> {
-        self.resets.add(1);
-        let first = kernel.reset()?;
+        let call = || {
+            self.resets.add(1);
+            kernel.reset()
+        };
+        let reset = || {
+            rings.look_for_overruns();
+            call()
+        };
+        let first = reset()?;
         let mut recycled = u64::from(first.entries);
         if recycled >= outstanding {
             // `kvm_dirty_ring_reset` looks for signals once more after the last entry, and before it
@@ -167,24 +178,20 @@ impl ResetGate {
             return Ok(recycled);
         }
         self.faults.add(1);
-        let again = || {
-            self.resets.add(1);
-            kernel.reset()
-        };
         // An error here adds nothing: the entries are suspect already.
-        let mut last = again();
+        let mut last = reset();
         while let Ok(more) = &last {
             recycled += u64::from(more.entries);
             if more.entries == 0 || recycled >= outstanding {
                 break;
             }
-            last = again();
+            last = reset();
         }
         let finds_nothing = |last: io::Result<Recycled>| {
             last.is_ok_and(|more| more.entries == 0 && !more.interrupted)
         };
         if finds_nothing(last) {
-            rings.reach_back(&mut || finds_nothing(again()));
+            rings.reach_back(&mut || finds_nothing(call()));
         }
         // An overrun, or somebody else's reset, has left nothing to recycle of what we count: it
         // would make every later reset look short. No entry is marked meanwhile.

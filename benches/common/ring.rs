@@ -62,9 +62,15 @@ impl Ring {
         unsafe { std::slice::from_raw_parts(start, self.entries as usize) }
     }
 
-    /// Pushes `pages` from entry `index` on, and returns the index behind them.
+    /// Recycles what was harvested, pushes `pages` from entry `index` on, and returns the index behind them.
     pub fn push(&self, mut index: usize, pages: &[(u32, u64)]) -> usize {
         let entries = self.entries();
+        for entry in entries {
+            // Relaxed: nobody else is at the ring meanwhile. Release: as the kernel's reset.
+            if entry.flags.load(Ordering::Relaxed) & RESET != 0 {
+                entry.flags.store(0, Ordering::Release);
+            }
+        }
         for &(slot, page) in pages {
             let entry = &entries[index % entries.len()];
             entry.slot.store(slot, Ordering::Relaxed);

@@ -40,8 +40,10 @@ impl<'a> Gauge<'a> {
         }
         // They are harvested in order, too: a harvest has begun. No entry is recycled during one, but some
         // may wait for a reset from before: they lie behind the head, beyond all that are free.
-        let Some(free) = self.some_free() else {
-            // What an overrun made, or the help after one: nobody knows, and an onlooker does not guess high.
+        // In a ring that was overrun both may lie anywhere, and nobody knows how many wait.
+        let free = self.some_free().filter(|_| !self.memory.was_overrun());
+        let Some(free) = free else {
+            // Nor beside the help after an overrun. An onlooker does not guess high.
             return 0;
         };
         let waiting = self.first_not(free, |ahead| !self.at(ahead).is_free());
@@ -53,7 +55,7 @@ impl<'a> Gauge<'a> {
     /// others beside it, for in a large ring not all are looked at: half as many as kernels keep in reserve.
     fn some_free(&self) -> Option<u32> {
         let entries = self.memory.entries();
-        let closest = (entries / 64).clamp(1, 32);
+        let closest = self.memory.half_reserve();
         let apart = iter::successors(Some(entries), |apart| Some(apart / 2));
         let apart = apart.take_while(|apart| *apart >= closest);
         let looked_at = apart.flat_map(|apart| (apart..entries).step_by(2 * apart as usize));

@@ -5,7 +5,7 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use super::Entry;
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicBool, Ordering};
 
 /// Entries that are harvested in one go: a block of 1 KiB, or the whole ring if it is smaller.
 pub(crate) const BLOCK: u32 = 64;
@@ -18,6 +18,8 @@ pub struct RingMemory {
     first_index: u32,
     /// What tells the ring from the VM's others.
     name: String,
+    /// Whether anybody ever saw it overrun.
+    overrun: Arc<AtomicBool>,
     /// Dropped last, with the memory.
     owner: Arc<dyn Any + Send + Sync>,
 }
@@ -51,6 +53,7 @@ impl RingMemory {
             entries,
             first_index: 0,
             name: format!("{start:p}"),
+            overrun: Arc::new(AtomicBool::new(false)),
             owner: owner.into(),
         }
     }
@@ -72,6 +75,7 @@ impl RingMemory {
     pub(crate) fn share(&self) -> Self {
         Self {
             name: self.name.clone(),
+            overrun: Arc::clone(&self.overrun),
             owner: Arc::clone(&self.owner),
             ..*self
         }
@@ -92,9 +96,27 @@ impl RingMemory {
         self.entries
     }
 
+    /// Half as many entries as kernels keep free before a vCPU stops, for what it logs on its way out: of the
+    /// 64 that are not for the hardware's buffer, or of a small ring's share.
+    pub(crate) fn half_reserve(&self) -> u32 {
+        (self.entries / 64).clamp(1, 32)
+    }
+
     /// Index at which both sides start: zero for every real ring.
     pub(crate) fn first_index(&self) -> u32 {
         self.first_index
+    }
+
+    /// Notes that the kernel has overrun the ring, or may have.
+    pub(crate) fn note_overrun(&self) {
+        // Relaxed: for onlookers it comes before the reset that recycles what was overrun, by the lock of the
+        // reset gate, and so before the entries are seen free, which they look at first.
+        self.overrun.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn was_overrun(&self) -> bool {
+        // Relaxed: as above.
+        self.overrun.load(Ordering::Relaxed)
     }
 
     /// The entries from `index` to the end of its block: at least one, side by side.

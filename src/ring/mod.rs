@@ -33,8 +33,9 @@ pub struct RingView {
     memory: RingMemory,
     /// Index of the next entry to harvest. Wraps at 2^32, as the kernel's do.
     head: u32,
-    /// Whether the ring was ever seen overrun: then there may be a gap at the head.
-    was_overrun: bool,
+    /// Before the first entry that waits for its reset, as far as anybody knows: the kernel's reset index, as it was
+    /// when somebody looked last.
+    oldest: u32,
     /// Where the head was when all free entries were marked, in vain.
     in_vain: Option<u32>,
 }
@@ -44,8 +45,8 @@ impl RingView {
     pub fn new(memory: RingMemory) -> Self {
         Self {
             head: memory.first_index(),
+            oldest: memory.first_index(),
             memory,
-            was_overrun: false,
             in_vain: None,
         }
     }
@@ -90,6 +91,7 @@ impl RingView {
     #[inline(always)]
     pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
         let mut overrun = self.is_overrun();
+        self.note_oldest();
         let mut taken = 0;
         while taken < self.entries() {
             let block = self.memory.block_from(self.head);
@@ -113,10 +115,12 @@ impl RingView {
                 break;
             }
         }
-        // A kernel that keeps its reserve never lets us take a whole ring: it has overrun the ring
-        // while we were at it.
-        overrun |= taken >= self.entries();
-        self.was_overrun |= overrun;
+        // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
+        // the ring, maybe while we were at it.
+        overrun |= self.all_wait();
+        if overrun {
+            self.note_overrun();
+        }
         (taken, overrun)
     }
 
@@ -135,16 +139,57 @@ impl RingView {
     ///
     /// The entry behind the head was harvested a whole ring ago. If it is dirty again, the kernel's
     /// write index is at least a ring ahead of ours, and so of its own reset index.
-    pub(crate) fn is_overrun(&mut self) -> bool {
+    pub(crate) fn is_overrun(&self) -> bool {
         let overrun = self.memory.at(self.head.wrapping_sub(1)).is_dirty();
-        self.was_overrun |= overrun;
+        if overrun {
+            self.note_overrun();
+        }
         overrun
     }
 
-    /// Whether the ring was ever seen overrun: only then is [`rejoin`](Self::rejoin) worth its look
-    /// at every entry.
+    /// Whether the kernel is about to overrun what waits for its reset, or has: it has used up most of the
+    /// reserve that it keeps before the first of these.
+    ///
+    /// From then on a reset may meet a vCPU at an entry, which it recycles while the vCPU fills it. Then the
+    /// page that was harvested is not protected again, or what is logged is forgotten, and no count tells.
+    /// Nothing may be marked, nor reset, meanwhile.
+    pub(crate) fn is_crammed(&mut self) -> bool {
+        self.note_oldest();
+        let reserved = self.oldest.wrapping_sub(self.memory.half_reserve());
+        !self.memory.at(reserved).is_free()
+    }
+
+    /// Notes that the kernel has overrun the ring, or may have.
+    pub(crate) fn note_overrun(&self) {
+        self.memory.note_overrun();
+    }
+
+    /// Whether [`rejoin`](Self::rejoin) is worth its look at every entry: the ring was seen overrun at some
+    /// time, or the entry after the head is dirty and the head is not.
+    pub(crate) fn may_have_a_gap(&self) -> bool {
+        let is_dirty = |ahead| self.memory.at(self.head.wrapping_add(ahead)).is_dirty();
+        self.was_overrun() || !is_dirty(0) && is_dirty(1)
+    }
+
+    /// Whether the ring was ever seen overrun.
     pub(crate) fn was_overrun(&self) -> bool {
-        self.was_overrun
+        self.memory.was_overrun()
+    }
+
+    /// Before the head moves, and after a reset that fell short: what the kernel fills again looks as if it had
+    /// never been recycled.
+    fn note_oldest(&mut self) {
+        if self.all_recycled() {
+            self.oldest = self.head;
+        }
+        while self.oldest != self.head && self.memory.at(self.oldest).is_free() {
+            self.oldest = self.oldest.wrapping_add(1);
+        }
+    }
+
+    /// Whether a whole ring was taken, or more, since all before it was recycled.
+    pub(crate) fn all_wait(&self) -> bool {
+        self.head.wrapping_sub(self.oldest) >= self.entries()
     }
 
     /// Whether the kernel has recycled everything that was harvested.
@@ -192,6 +237,7 @@ impl RingView {
         if is_dirty(0) {
             return 0;
         }
+        self.note_oldest();
         // The write index is beyond the dirty entry found: nothing past it is marked.
         for _ in 0..gap {
             let entry = self.memory.at(self.head);
@@ -200,7 +246,7 @@ impl RingView {
             entry.mark_reset();
             self.head = self.head.wrapping_add(1);
         }
-        self.was_overrun = true;
+        self.note_overrun();
         gap
     }
 
@@ -250,7 +296,9 @@ impl RingView {
         }
         drop(marked);
         self.in_vain = never_found.then_some(self.head);
-        self.was_overrun |= is_helped;
+        if is_helped {
+            self.note_overrun();
+        }
         is_helped
     }
 

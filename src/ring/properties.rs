@@ -30,8 +30,13 @@ struct Oracle {
     entries: Vec<(State, (u32, u64))>,
     pushed: u64,
     head: u64,
+    /// Where the head was, at a harvest or a rejoin, when all before it was recycled.
+    oldest: u64,
     recycled: u64,
     was_overrun: bool,
+    /// Whether a reset ever left something, so that the kernel's index may be further than the oldest that
+    /// waits seems to be.
+    was_short: bool,
     /// Whether the vCPU ever filled the ring to its last entry, which the kernel's reserve forbids.
     was_full: bool,
 }
@@ -43,8 +48,10 @@ impl Oracle {
             entries: vec![(State::Free, (0, 0)); entries as usize],
             pushed: first,
             head: first,
+            oldest: first,
             recycled: first,
             was_overrun: false,
+            was_short: false,
             was_full: false,
         }
     }
@@ -74,10 +81,20 @@ impl Oracle {
         overrun
     }
 
+    fn note_oldest(&mut self) {
+        if self.recycled == self.head {
+            self.oldest = self.head;
+        }
+        while self.oldest < self.head && self.entry(self.oldest).0 == State::Free {
+            self.oldest += 1;
+        }
+    }
+
     /// The entries that a harvest took, which must be all that are dirty one after the other. Of a
     /// ring that was overrun it may take more: blocks are looked at where they begin and end.
     fn harvest(&mut self, taken: u32) -> Vec<(u32, u64)> {
         self.is_overrun();
+        self.note_oldest();
         let mut payloads = Vec::new();
         for _ in 0..taken {
             let (state, payload) = self.at(self.head);
@@ -86,6 +103,7 @@ impl Oracle {
             assert!(self.was_overrun || before == State::Dirty, "not dirty");
             self.head += 1;
         }
+        self.was_overrun |= self.head - self.oldest >= self.entries.len() as u64;
         assert_ne!(self.at(self.head).0, State::Dirty, "left behind");
         payloads
     }
@@ -97,6 +115,7 @@ impl Oracle {
             recycled.push(self.at(self.recycled).1);
             self.recycled += 1;
         }
+        self.was_short |= self.at(self.recycled).0 == State::Marked;
         recycled
     }
 
@@ -104,6 +123,9 @@ impl Oracle {
         let ahead = (0..self.entries.len() as u64)
             .find(|ahead| self.at(self.head + ahead).0 == State::Dirty);
         let gap = ahead.unwrap_or(0);
+        if gap > 0 {
+            self.note_oldest();
+        }
         for _ in 0..gap {
             self.at(self.head).0 = State::Marked;
             self.head += 1;
@@ -196,6 +218,12 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
         assert_eq!(view.was_overrun(), oracle.was_overrun);
         assert_eq!(view.nothing_awaits_reset(), oracle.none(State::Marked));
         assert_eq!(u64::from(producer.used()), oracle.pushed - oracle.recycled);
+        let is_known = oracle.oldest == oracle.recycled && !oracle.was_overrun;
+        if is_known {
+            let used = oracle.pushed - oracle.recycled;
+            let most = entries - memory.half_reserve();
+            assert_eq!(view.is_crammed(), used > most.into(), "{used} used");
+        }
         if oracle.was_full {
             continue;
         }
@@ -208,7 +236,7 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
         assert_eq!(view.all_recycled(), oracle.recycled == oracle.head);
         assert_eq!(producer.awaits_reset(), oracle.recycled != oracle.head);
     }
-    assert!(may_overrun || !view.was_overrun());
+    assert!(may_overrun || oracle.was_short || !view.was_overrun());
 }
 
 fn ring() -> impl Strategy<Value = (u32, u32)> {
