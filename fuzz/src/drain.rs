@@ -140,7 +140,8 @@ impl Guest {
     /// Logs the page, if there is room.
     fn push(&self, slot: SlotId, page: u64) -> bool {
         let mut state = self.state.lock().unwrap();
-        let room = state.pushed - state.recycled + 1 < RING;
+        // A kernel keeps some in reserve.
+        let room = state.pushed - state.recycled + RING / 64 + 1 < RING;
         if room {
             let cell = Cell {
                 flags: DIRTY,
