@@ -65,7 +65,8 @@ pub trait Kernel: Send + Sync {
     fn reset(&self) -> io::Result<Recycled>;
 
     /// How many entries of each ring the kernel is likely to keep in reserve: a vCPU stops with
-    /// *ring full* that many before the end. Only a prior; the log learns the true number.
+    /// *ring full* that many before the end. Only a prior; the log learns the true number. But a kernel that
+    /// leaves fewer than 32 entries free (a 64th of the ring, where that is less) counts as one that overruns it.
     fn reserved_entries(&self) -> u32 {
         RESERVED_ENTRIES
     }

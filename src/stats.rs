@@ -35,7 +35,8 @@ pub struct Stats {
     pub unknown_slot_entries: u64,
     /// Entries that named a page past the end of their slot. Each makes every page suspect.
     pub out_of_range_entries: u64,
-    /// Times that a ring was found overrun. Each makes every page suspect.
+    /// Times that a ring was found overrun, or so full before a reset that it may have been. Each makes every page
+    /// suspect.
     pub overruns: u64,
     /// Times that a slot's own bitmap could not be had from a kernel that should have it: the slot is
     /// not in KVM, is not logged there, or is larger than the log was told. Each reports all pages of
