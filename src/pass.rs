@@ -65,7 +65,8 @@ impl Layout {
     }
 
     /// An old entry is about to be recycled. If its slot has no such page any more, the kernel forgets the
-    /// batch: other pages of the slot may be in it.
+    /// batch: other pages of the slot may be in it. None of a slot that is added later: what ends the gap was
+    /// pushed before, and ends the batch.
     fn suspect_if_beyond(&self, slot: u32, page: u64) {
         let slot = self.slots.get(slot);
         if let Some(slot) = slot.filter(|slot| page >= slot.pages()) {
