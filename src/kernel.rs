@@ -66,7 +66,7 @@ pub trait Kernel: Send + Sync {
 
     /// How many entries of each ring the kernel is likely to keep in reserve: a vCPU stops with
     /// *ring full* that many before the end. Only a prior; the log learns the true number. But a kernel that
-    /// leaves fewer than 32 entries free (a 64th of the ring, where that is less) counts as one that overruns it.
+    /// leaves less than half of them free, or of 64, or of a 32nd of the ring, counts as one that overruns it.
     fn reserved_entries(&self) -> u32 {
         RESERVED_ENTRIES
     }

@@ -339,9 +339,9 @@ impl<'a> Pass<'a, Harvested> {
         // Before anything moves the head.
         let overrun_before = ring.is_overrun();
         let alone = ring.all_recycled();
-        // That overrun is counted already; the gap it left shows once the vCPU has run on. What lies
-        // beyond must not wait for a full exit.
-        let was_overrun = ring.was_overrun();
+        // The gap that an overrun left shows once the vCPU has run on. What lies beyond must not wait for a full
+        // exit. In step there should be none: an overrun that nobody saw.
+        let in_step = !ring.is_out_of_step();
         let gap = match ring.may_have_a_gap() {
             true => self.rejoin_ring(&mut ring),
             false => 0,
@@ -349,7 +349,7 @@ impl<'a> Pass<'a, Harvested> {
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut setter = Setter::new(lookup);
         let (entries, overrun_now) = ring.harvest_blocks(|entries| setter.take(entries));
-        let overrun = overrun_before || overrun_now || gap > 0 && !was_overrun;
+        let overrun = overrun_before || overrun_now || gap > 0 && in_step;
         vcpu.note_taken(gap + entries);
         drop(ring);
         setter.set();

@@ -123,7 +123,9 @@ impl RateMeter {
                 self.rates.vcpus.push(Rate::default());
             }
             let known = &mut self.known[place];
-            let more = logged.saturating_sub(core::mem::replace(&mut known.logged, logged)) as f64;
+            // Less than before is seen beside a harvest of a ring that was overrun: not to be counted twice.
+            let logged = logged.max(known.logged);
+            let more = (logged - core::mem::replace(&mut known.logged, logged)) as f64;
             // A vCPU that is seen for the first time has a past that nobody measured.
             if let Some(seconds) = seconds.filter(|_| place < old) {
                 sum += more;
@@ -198,6 +200,16 @@ mod tests {
         assert_eq!((rates.vm.last, rates.vcpus[1]), (100.0, Rate::default()));
         let rates = take(&mut meter, &[100, (1 << 40) + 50], 2 * SECOND);
         assert_eq!((rates.vm.last, rates.vcpus[1].last), (50.0, 50.0));
+    }
+
+    #[test]
+    fn what_was_seen_before_is_not_counted_twice() {
+        let mut meter = RateMeter::default();
+        take(&mut meter, &[100], Duration::ZERO);
+        for (logged, rate) in [(60, 0.0), (100, 0.0), (110, 10.0)] {
+            let now = meter.last.unwrap() + SECOND;
+            assert_eq!(take(&mut meter, &[logged], now).vm.last, rate);
+        }
     }
 
     #[test]

@@ -48,7 +48,7 @@ impl Vcpu {
     /// A ring that stops its vCPU `reserved` entries before its end, or so we suppose.
     pub(crate) fn new(memory: RingMemory, reserved: u32) -> Self {
         let name = memory.name().to_owned();
-        let ring = RingView::new(memory.share());
+        let ring = RingView::with_reserve(memory.share(), reserved);
         let counts = Counts::default();
         let prior = ring.entries().saturating_sub(reserved).max(1);
         counts.soft_limit.set(prior.into());
@@ -183,6 +183,25 @@ impl Vcpu {
 mod tests {
     use super::*;
     use crate::ring::producer::Producer;
+
+    /// Beside a harvest, too, in a ring that was overrun and is in step again.
+    #[test]
+    fn what_is_logged_does_not_shrink_for_an_overrun_long_ago() {
+        let producer = Producer::new(64, 0);
+        let vcpu = Vcpu::new(producer.memory(), 1);
+        let mut seen = Vec::new();
+        for pages in [64, 40, 40] {
+            (0..pages).for_each(|page| producer.push(0, page));
+            seen.clear();
+            seen.push(vcpu.logged());
+            let taken = lock(&vcpu.ring).harvest(|_, _| seen.push(vcpu.logged()));
+            vcpu.note_taken(taken);
+            seen.push(vcpu.logged());
+            producer.recycle(u32::MAX, |_, _| ());
+        }
+        seen.dedup();
+        assert_eq!(seen, [144]);
+    }
 
     /// Entries taken are counted on for ever, the ring's indices wrap at 2^32, whatever the first.
     #[test]

@@ -3,11 +3,12 @@
 //! The simulated vCPU pushes an entry whole, as a kernel does whose vCPU is not stopped half-way. This one
 //! can be stopped between the payload and the flags, and run inside a reset.
 
-use std::collections::BTreeSet;
-use std::io;
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{io, iter};
 
 use kvm_dirty_ring::ring::{Entry, RingMemory};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, Recycled, SlotId, VcpuRing};
@@ -186,19 +187,52 @@ fn a_ring_filled_up_to_its_reserve_is_none() {
     }
 }
 
-/// The reset would free the entry that the vCPU has pushed: a gap of one, that shows once it has run on.
-#[test]
-fn a_push_that_a_reset_forgets_leaves_a_gap() {
+/// The kernel writes over entries, the ring is in step again, and all is protected anew.
+fn after_an_overrun() -> Machine {
     let mut machine = Machine::new();
     let kernel = Arc::clone(&machine.kernel);
-    kernel.write(0..60);
-    *kernel.meanwhile.lock().unwrap() = Some(Box::new(|kernel| kernel.write(60..65)));
+    for pages in [200..265, 265..270, 270..275] {
+        kernel.write(pages);
+        machine.sync();
+    }
+    kernel.protected.lock().unwrap().extend(0..PAGES);
+    machine.log.rearmed(RAM).unwrap();
     machine.sync();
-    kernel.write(65..70);
     machine.sync();
-    machine.sync();
-    assert_eq!(machine.overruns(), 1);
-    for page in 60..70 {
-        assert!(machine.dirty.contains(RAM, page), "page {page} was lost");
+    assert!(machine.dirty.is_empty());
+    machine
+}
+
+/// The next resets each forget a page that the vCPU pushes meanwhile.
+fn forget(kernel: &Torn, mut pushed: VecDeque<Range<u64>>) {
+    let Some(pages) = pushed.pop_front() else {
+        return;
+    };
+    *kernel.meanwhile.lock().unwrap() = Some(Box::new(|kernel| {
+        kernel.write(pages);
+        forget(kernel, pushed);
+    }));
+}
+
+/// The reset would free the entry that the vCPU has pushed: a gap of one, or a few, that shows once it has run
+/// on. In a ring that was overrun once, too.
+#[test]
+fn a_push_that_a_reset_forgets_leaves_a_gap() {
+    for forgotten in 1..4 {
+        for mut machine in [Machine::new(), after_an_overrun()] {
+            let before = machine.overruns();
+            let kernel = Arc::clone(&machine.kernel);
+            kernel.write(0..60);
+            let one_by_one = (65..64 + forgotten).map(|page| page..page + 1);
+            forget(&kernel, iter::once(60..65).chain(one_by_one).collect());
+            machine.sync();
+            kernel.write(64 + forgotten..70);
+            machine.sync();
+            machine.sync();
+            assert_eq!(machine.overruns(), before + 1);
+            for page in 60..70 {
+                assert!(machine.dirty.contains(RAM, page), "page {page} was lost");
+            }
+        }
     }
 }

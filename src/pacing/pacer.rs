@@ -189,10 +189,11 @@ impl Pacer {
         // Allocates only where vCPUs were attached.
         self.known.resize(rings.len(), Known::default());
         for (index, (ring, known)) in rings.iter_mut().zip(&mut self.known).enumerate() {
-            let logged = ring.taken.saturating_add(ring.waiting);
+            // Less than before is seen beside a harvest of a ring that was overrun: not to be counted twice.
+            let logged = ring.taken.saturating_add(ring.waiting).max(known.logged);
             // A ring seen for the first time has a past that nobody measured.
             ring.logged = match index < old {
-                true => logged.saturating_sub(known.logged),
+                true => logged - known.logged,
                 false => 0,
             };
             known.logged = logged;
@@ -336,6 +337,18 @@ mod tests {
         };
         assert_eq!(seen(), woken);
         assert_eq!(pacer.reap(), [false, true, false]);
+    }
+
+    #[test]
+    fn a_policy_sees_nothing_twice() {
+        let (mut pacer, seen) = spy(10 * MS, &[]);
+        let looks = [(500, 40, 0), (500, 0, 0), (540, 0, 0), (540, 3, 3)];
+        for (now, (taken, waiting, logged)) in (1..).zip(looks) {
+            pacer
+                .look(now * MS, true, &mut [ring(taken, waiting)])
+                .unwrap();
+            assert_eq!(seen().logged, [logged]);
+        }
     }
 
     #[test]

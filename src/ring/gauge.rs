@@ -2,13 +2,14 @@
 
 use core::iter;
 
-use super::{Entry, RingMemory};
+use super::{Entry, RingMemory, half_reserve};
+use crate::kernel::RESERVED_ENTRIES;
 
 /// Looks at a ring beside its consumer: reads flags, and nothing else.
 ///
 /// What it sees is true of some moment during the look, or, where a harvest runs meanwhile, of the
-/// ring as if none of its entries were taken yet. A kernel that pushes on makes it an
-/// underestimate, by as many entries as it pushes.
+/// ring as if none of its entries were taken yet: as if all were, if it was overrun and is not in step since. A
+/// kernel that pushes on makes it an underestimate, by as many entries as it pushes.
 pub(crate) struct Gauge<'a> {
     memory: &'a RingMemory,
     /// Where the consumer is.
@@ -40,8 +41,8 @@ impl<'a> Gauge<'a> {
         }
         // They are harvested in order, too: a harvest has begun. No entry is recycled during one, but some
         // may wait for a reset from before: they lie behind the head, beyond all that are free.
-        // In a ring that was overrun both may lie anywhere, and nobody knows how many wait.
-        let free = self.some_free().filter(|_| !self.memory.was_overrun());
+        // After an overrun both may lie anywhere, and nobody knows how many wait.
+        let free = self.some_free().filter(|_| !self.memory.is_out_of_step());
         let Some(free) = free else {
             // Nor beside the help after an overrun. An onlooker does not guess high.
             return 0;
@@ -55,7 +56,7 @@ impl<'a> Gauge<'a> {
     /// others beside it, for in a large ring not all are looked at: half as many as kernels keep in reserve.
     fn some_free(&self) -> Option<u32> {
         let entries = self.memory.entries();
-        let closest = self.memory.half_reserve();
+        let closest = half_reserve(RESERVED_ENTRIES, entries);
         let apart = iter::successors(Some(entries), |apart| Some(apart / 2));
         let apart = apart.take_while(|apart| *apart >= closest);
         let looked_at = apart.flat_map(|apart| (apart..entries).step_by(2 * apart as usize));

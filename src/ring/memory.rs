@@ -18,8 +18,8 @@ pub struct RingMemory {
     first_index: u32,
     /// What tells the ring from the VM's others.
     name: String,
-    /// Whether anybody ever saw it overrun.
-    overrun: Arc<AtomicBool>,
+    /// Whether the kernel may have overrun it since the consumer was in step with it.
+    out_of_step: Arc<AtomicBool>,
     /// Dropped last, with the memory.
     owner: Arc<dyn Any + Send + Sync>,
 }
@@ -53,7 +53,7 @@ impl RingMemory {
             entries,
             first_index: 0,
             name: format!("{start:p}"),
-            overrun: Arc::new(AtomicBool::new(false)),
+            out_of_step: Arc::new(AtomicBool::new(false)),
             owner: owner.into(),
         }
     }
@@ -75,7 +75,7 @@ impl RingMemory {
     pub(crate) fn share(&self) -> Self {
         Self {
             name: self.name.clone(),
-            overrun: Arc::clone(&self.overrun),
+            out_of_step: Arc::clone(&self.out_of_step),
             owner: Arc::clone(&self.owner),
             ..*self
         }
@@ -96,27 +96,22 @@ impl RingMemory {
         self.entries
     }
 
-    /// Half as many entries as kernels keep free before a vCPU stops, for what it logs on its way out: of the
-    /// 64 that are not for the hardware's buffer, or of a small ring's share.
-    pub(crate) fn half_reserve(&self) -> u32 {
-        (self.entries / 64).clamp(1, 32)
-    }
-
     /// Index at which both sides start: zero for every real ring.
     pub(crate) fn first_index(&self) -> u32 {
         self.first_index
     }
 
-    /// Notes that the kernel has overrun the ring, or may have.
-    pub(crate) fn note_overrun(&self) {
+    /// The consumer, who alone knows, says whether it is out of step.
+    pub(crate) fn set_out_of_step(&self, is: bool) {
         // Relaxed: for onlookers it comes before the reset that recycles what was overrun, by the lock of the
-        // reset gate, and so before the entries are seen free, which they look at first.
-        self.overrun.store(true, Ordering::Relaxed);
+        // reset gate, and so before entries are seen free, which they look at first. That it is in step comes
+        // with a head that has moved, by which they look again.
+        self.out_of_step.store(is, Ordering::Relaxed);
     }
 
-    pub(crate) fn was_overrun(&self) -> bool {
+    pub(crate) fn is_out_of_step(&self) -> bool {
         // Relaxed: as above.
-        self.overrun.load(Ordering::Relaxed)
+        self.out_of_step.load(Ordering::Relaxed)
     }
 
     /// The entries from `index` to the end of its block: at least one, side by side.

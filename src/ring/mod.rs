@@ -3,6 +3,7 @@
 //! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of
 //! the protocol; [`RingView`] is the consumer with its cached index.
 
+use crate::kernel::RESERVED_ENTRIES;
 use crate::prefetch;
 
 mod entry;
@@ -36,6 +37,10 @@ pub struct RingView {
     /// Before the first entry that waits for its reset, as far as anybody knows: the kernel's reset index, as it was
     /// when somebody looked last.
     oldest: u32,
+    /// Half of what the kernel keeps in reserve.
+    half_reserve: u32,
+    /// Whether the ring was ever seen overrun.
+    was_overrun: bool,
     /// Where the head was when all free entries were marked, in vain.
     in_vain: Option<u32>,
 }
@@ -43,7 +48,14 @@ pub struct RingView {
 impl RingView {
     /// A consumer that starts at the ring's first entry.
     pub fn new(memory: RingMemory) -> Self {
+        Self::with_reserve(memory, RESERVED_ENTRIES)
+    }
+
+    /// The same, of a kernel that stops a vCPU `reserved` entries before its ring's end.
+    pub(crate) fn with_reserve(memory: RingMemory, reserved: u32) -> Self {
         Self {
+            half_reserve: half_reserve(reserved, memory.entries()),
+            was_overrun: false,
             head: memory.first_index(),
             oldest: memory.first_index(),
             memory,
@@ -92,6 +104,7 @@ impl RingView {
     pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
         let mut overrun = self.is_overrun();
         self.note_oldest();
+        let alone = self.oldest == self.head;
         let mut taken = 0;
         while taken < self.entries() {
             let block = self.memory.block_from(self.head);
@@ -120,6 +133,9 @@ impl RingView {
         overrun |= self.all_wait();
         if overrun {
             self.note_overrun();
+        } else if alone && taken > 0 && self.is_out_of_step() {
+            // What was at the head is what the kernel has pushed last, and nothing else waits.
+            self.memory.set_out_of_step(false);
         }
         (taken, overrun)
     }
@@ -139,7 +155,7 @@ impl RingView {
     ///
     /// The entry behind the head was harvested a whole ring ago. If it is dirty again, the kernel's
     /// write index is at least a ring ahead of ours, and so of its own reset index.
-    pub(crate) fn is_overrun(&self) -> bool {
+    pub(crate) fn is_overrun(&mut self) -> bool {
         let overrun = self.memory.at(self.head.wrapping_sub(1)).is_dirty();
         if overrun {
             self.note_overrun();
@@ -147,42 +163,44 @@ impl RingView {
         overrun
     }
 
-    /// Whether the kernel is about to overrun what waits for its reset, or has: it has used up most of the
-    /// reserve that it keeps before the first of these.
+    /// Whether the kernel is about to overrun what waits for its reset, or has: it has used up half or more of
+    /// the reserve that it keeps before the first of these.
     ///
     /// From then on a reset may meet a vCPU at an entry, which it recycles while the vCPU fills it. Then the
     /// page that was harvested is not protected again, or what is logged is forgotten, and no count tells.
     /// Nothing may be marked, nor reset, meanwhile.
     pub(crate) fn is_crammed(&mut self) -> bool {
         self.note_oldest();
-        let reserved = self.oldest.wrapping_sub(self.memory.half_reserve());
+        let reserved = self.oldest.wrapping_sub(self.half_reserve);
         !self.memory.at(reserved).is_free()
     }
 
     /// Notes that the kernel has overrun the ring, or may have.
-    pub(crate) fn note_overrun(&self) {
-        self.memory.note_overrun();
+    pub(crate) fn note_overrun(&mut self) {
+        self.was_overrun = true;
+        self.memory.set_out_of_step(true);
+    }
+
+    /// Whether the kernel may have overrun the ring since the consumer was in step with it: then a gap is
+    /// no news.
+    pub(crate) fn is_out_of_step(&self) -> bool {
+        self.memory.is_out_of_step()
     }
 
     /// Whether [`rejoin`](Self::rejoin) is worth its look at every entry: the ring was seen overrun at some
-    /// time, or the entry after the head is dirty and the head is not.
+    /// time, or the head is free and one of the next entries, a line of them with it, is dirty.
     pub(crate) fn may_have_a_gap(&self) -> bool {
-        let is_dirty = |ahead| self.memory.at(self.head.wrapping_add(ahead)).is_dirty();
-        self.was_overrun() || !is_dirty(0) && is_dirty(1)
+        let is_dirty = |ahead: u32| self.memory.at(self.head.wrapping_add(ahead)).is_dirty();
+        self.was_overrun || !is_dirty(0) && (1..LINE as u32).any(is_dirty)
     }
 
-    /// Whether the ring was ever seen overrun.
-    pub(crate) fn was_overrun(&self) -> bool {
-        self.memory.was_overrun()
-    }
-
-    /// Before the head moves, and after a reset that fell short: what the kernel fills again looks as if it had
-    /// never been recycled.
+    /// Follows the kernel's reset index. Behind it nothing waits; what does not, up to the head, was recycled, and
+    /// maybe filled again.
     fn note_oldest(&mut self) {
         if self.all_recycled() {
             self.oldest = self.head;
         }
-        while self.oldest != self.head && self.memory.at(self.oldest).is_free() {
+        while self.oldest != self.head && !self.memory.at(self.oldest).awaits_reset() {
             self.oldest = self.oldest.wrapping_add(1);
         }
     }
@@ -288,6 +306,8 @@ impl RingView {
             if !is_sure || !entry.mark_free() {
                 break;
             }
+            // Before any reset finds it.
+            self.memory.set_out_of_step(true);
             marked.0.push(entry);
             if !finds_nothing() {
                 is_helped = !entry.awaits_reset();
@@ -306,6 +326,13 @@ impl RingView {
     pub(crate) fn retry_help(&mut self) {
         self.in_vain = None;
     }
+}
+
+/// Half of the entries that a kernel keeps free before a vCPU stops, for what that logs on its way out: of those
+/// that are not for the hardware's buffer, and of a small ring's share.
+fn half_reserve(reserved: u32, entries: u32) -> u32 {
+    let kept = reserved.min(RESERVED_ENTRIES).min(entries / 32);
+    (kept / 2).max(1)
 }
 
 /// Entries marked to help the kernel on: free again once this is dropped, by unwinding, too.
@@ -417,7 +444,7 @@ mod tests {
                     assert!(recycle(&producer).into_iter().eq(next..next + count));
                     next += count;
                 }
-                assert!(!view.was_overrun());
+                assert!(!view.was_overrun);
             }
         }
     }
@@ -428,12 +455,12 @@ mod tests {
             let (producer, mut view) = ring(first_index);
             push(&producer, 0..7);
             assert!(!view.is_overrun());
-            assert!(!view.was_overrun());
+            assert!(!view.was_overrun);
             push(&producer, 7..8);
             assert!(view.is_overrun());
             assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5, 6, 7]);
             assert!(!view.is_overrun());
-            assert!(view.was_overrun());
+            assert!(view.was_overrun);
             assert_eq!(recycle(&producer).len(), 8);
             assert_eq!(view.rejoin(|_, _| ()), 0);
         }
@@ -453,7 +480,7 @@ mod tests {
             }
         });
         assert_eq!(taken, 2 * BLOCK);
-        assert!(overrun && view.was_overrun(), "not seen");
+        assert!(overrun && view.was_overrun, "not seen");
     }
 
     #[test]
@@ -560,7 +587,7 @@ mod tests {
         assert_eq!(view.rejoin(|_, _| ()), 0, "the head is dirty");
         assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5]);
         assert_eq!(view.rejoin(|_, _| ()), 0, "nothing is dirty");
-        assert!(!view.was_overrun());
+        assert!(!view.was_overrun);
         assert_eq!(recycle(&producer).len(), 6);
     }
 }
