@@ -256,8 +256,11 @@ fn paced(script: &Script, policy: impl Pacing + 'static) {
             assert_eq!(ring.logged, logged);
             assert!(ring.rate.is_finite() && ring.rate >= 0.0, "{ring:?}");
         }
-        let total = |ring: &RingObservation| ring.taken.saturating_add(ring.waiting);
-        known = rings.iter().map(total).collect();
+        // What it has seen before it does not count again, should there be less in between.
+        known.resize(rings.len(), 0);
+        for (known, ring) in known.iter_mut().zip(&rings) {
+            *known = ring.taken.saturating_add(ring.waiting).max(*known);
+        }
 
         assert!([0, rings.len()].contains(&pacer.reap().len()));
         let (shortest, longest) = match wild {

@@ -530,6 +530,63 @@ mod tests {
     }
 
     #[test]
+    fn a_gap_is_looked_for_where_there_may_be_one() {
+        for gap in 0..6 {
+            let (producer, mut view) = ring(0);
+            assert!(!view.may_have_a_gap(), "there is nothing");
+            push(&producer, 0..gap);
+            RingView::new(producer.memory()).harvest(|_, _| ());
+            recycle(&producer);
+            push(&producer, 100..101);
+            assert_eq!(view.may_have_a_gap(), (1..4).contains(&gap), "of {gap}");
+            push(&producer, 101..103);
+            assert_eq!(view.may_have_a_gap(), (1..4).contains(&gap), "of {gap}");
+            view.note_overrun();
+            assert!(view.may_have_a_gap(), "anywhere");
+        }
+    }
+
+    #[test]
+    fn in_step_is_who_takes_what_is_at_the_head_and_nothing_else_waits() {
+        let (producer, mut view) = ring(5);
+        assert!(!view.is_out_of_step());
+        push(&producer, 0..8);
+        harvest(&mut view);
+        assert!(view.is_out_of_step(), "it was overrun");
+        recycle(&producer);
+        harvest(&mut view);
+        assert!(view.is_out_of_step(), "nothing was there");
+        push(&producer, 0..2);
+        harvest(&mut view);
+        assert!(!view.is_out_of_step());
+        view.note_overrun();
+        push(&producer, 2..4);
+        harvest(&mut view);
+        assert!(view.is_out_of_step(), "others wait");
+    }
+
+    #[test]
+    fn half_of_a_reserve_leaves_the_hardwares_buffer_out() {
+        let halves = [
+            (64, 4096, 32),
+            (64, 65536, 32),
+            (64 + 512, 4096, 32),
+            (8, 4096, 4),
+            (64, 1024, 16),
+            (64, 128, 2),
+            (64, 8, 1),
+            (1, 4096, 1),
+        ];
+        for (reserved, entries, half) in halves {
+            assert_eq!(
+                half_reserve(reserved, entries),
+                half,
+                "{reserved} of {entries}"
+            );
+        }
+    }
+
+    #[test]
     fn what_waits_is_known_by_its_slot_and_page() {
         let (producer, mut view) = ring(3);
         push(&producer, 2..4);
