@@ -159,7 +159,7 @@ impl Slot {
 pub(crate) struct Table {
     /// By address space, then by id.
     spaces: Vec<Vec<Option<Tracked>>>,
-    /// Removals begun so far.
+    /// Names the next removal.
     removals: u64,
 }
 

@@ -244,7 +244,7 @@ impl Rings for Harvester {
         let layout = self.layout();
         for vcpu in &layout.vcpus {
             let mut ring = lock(&vcpu.ring);
-            if ring.is_crammed() {
+            if ring.is_reserve_used() {
                 ring.note_overrun();
                 // Else the harvest has.
                 self.counts.overruns.add((!ring.all_wait()).into());

@@ -2,7 +2,8 @@
 
 use core::iter;
 
-use super::{Entry, RingMemory, half_reserve};
+use super::overruns::half_reserve;
+use super::{Entry, RingMemory};
 use crate::kernel::RESERVED_ENTRIES;
 
 /// Looks at a ring beside its consumer: reads flags, and nothing else.

@@ -4,6 +4,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::overruns::half_reserve;
 use super::producer::Producer;
 use super::{Gauge, RingView};
 
@@ -30,8 +31,8 @@ struct Oracle {
     entries: Vec<(State, (u32, u64))>,
     pushed: u64,
     head: u64,
-    /// Where the head was, at a harvest or a rejoin, when all before it was recycled.
-    oldest: u64,
+    /// What the consumer takes for the kernel's: `recycled`, as it was at the last harvest or rejoin.
+    reset_index: u64,
     recycled: u64,
     was_overrun: bool,
     /// Whether the vCPU ever filled the ring to its last entry, which the kernel's reserve forbids.
@@ -45,7 +46,7 @@ impl Oracle {
             entries: vec![(State::Free, (0, 0)); entries as usize],
             pushed: first,
             head: first,
-            oldest: first,
+            reset_index: first,
             recycled: first,
             was_overrun: false,
             was_full: false,
@@ -77,12 +78,12 @@ impl Oracle {
         overrun
     }
 
-    fn note_oldest(&mut self) {
+    fn follow_reset_index(&mut self) {
         if self.recycled == self.head {
-            self.oldest = self.head;
+            self.reset_index = self.head;
         }
-        while self.oldest < self.head && self.entry(self.oldest).0 != State::Marked {
-            self.oldest += 1;
+        while self.reset_index < self.head && self.entry(self.reset_index).0 != State::Marked {
+            self.reset_index += 1;
         }
     }
 
@@ -90,7 +91,7 @@ impl Oracle {
     /// ring that was overrun it may take more: blocks are looked at where they begin and end.
     fn harvest(&mut self, taken: u32) -> Vec<(u32, u64)> {
         self.is_overrun();
-        self.note_oldest();
+        self.follow_reset_index();
         let mut payloads = Vec::new();
         for _ in 0..taken {
             let (state, payload) = self.at(self.head);
@@ -99,7 +100,7 @@ impl Oracle {
             assert!(self.was_overrun || before == State::Dirty, "not dirty");
             self.head += 1;
         }
-        self.was_overrun |= self.head - self.oldest >= self.entries.len() as u64;
+        self.was_overrun |= self.head - self.reset_index >= self.entries.len() as u64;
         assert_ne!(self.at(self.head).0, State::Dirty, "left behind");
         payloads
     }
@@ -119,7 +120,7 @@ impl Oracle {
             .find(|ahead| self.at(self.head + ahead).0 == State::Dirty);
         let gap = ahead.unwrap_or(0);
         if gap > 0 {
-            self.note_oldest();
+            self.follow_reset_index();
         }
         for _ in 0..gap {
             self.at(self.head).0 = State::Marked;
@@ -213,11 +214,11 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
         assert_eq!(view.was_overrun, oracle.was_overrun);
         assert_eq!(view.nothing_awaits_reset(), oracle.none(State::Marked));
         assert_eq!(u64::from(producer.used()), oracle.pushed - oracle.recycled);
-        let is_known = oracle.oldest == oracle.recycled && !oracle.was_overrun;
+        let is_known = oracle.reset_index == oracle.recycled && !oracle.was_overrun;
         if is_known {
             let used = oracle.pushed - oracle.recycled;
-            let most = entries - super::half_reserve(64, entries);
-            assert_eq!(view.is_crammed(), used > most.into(), "{used} used");
+            let most = entries - half_reserve(64, entries);
+            assert_eq!(view.is_reserve_used(), used > most.into(), "{used} used");
         }
         if oracle.was_full {
             continue;
