@@ -3,8 +3,8 @@
 use std::io;
 
 use super::model;
+use crate::harvest::reset_gate::{ResetGate, Rings};
 use crate::kernel::{Kernel, Recycled};
-use crate::reset::{ResetGate, Rings};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock, thread};
 
 /// A kernel that protects, at its end, what was marked when it began.

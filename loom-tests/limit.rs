@@ -7,8 +7,8 @@ use core::num::NonZeroU64;
 use super::kernel::Machine;
 use super::model;
 use crate::log::DirtyLog;
+use crate::log::vcpu_ring::VcpuRing;
 use crate::sync::{Arc, thread};
-use crate::vcpu_ring::VcpuRing;
 
 /// A vCPU that is some seconds ahead of its limit of a page a second.
 fn debtor(entries: usize) -> (Arc<Machine>, DirtyLog, VcpuRing) {

@@ -1,8 +1,8 @@
 //! One producer, one consumer.
 
 use super::model;
-use crate::ring::RingView;
 use crate::ring::producer::Producer;
+use crate::ring::view::RingView;
 use crate::sync::{Arc, thread};
 
 /// The kernel pushes four pages through a ring of two and recycles between; whatever the consumer
@@ -94,7 +94,7 @@ fn reach_back_beside_an_onlooker() {
         let memory = ring.memory();
         let helper = thread::spawn(move || view.reach_back(true, || true));
         for _ in 0..10 {
-            let waiting = crate::ring::Gauge::new(&memory, 1).occupancy();
+            let waiting = crate::ring::gauge::Gauge::new(&memory, 1).occupancy();
             assert_eq!(waiting, 0, "entries were seen that nobody logged");
         }
         assert!(!helper.join().unwrap());

@@ -1,10 +1,14 @@
 //! What can go wrong, one type for each family of calls.
 
+use core::time::Duration;
 use std::io;
 
-pub use crate::pacing::PolicyError;
 use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
+
+/// The bounds of what a pacing policy may ask for, see [`pacing`](crate::pacing).
+pub(crate) const SHORTEST_LOOK: Duration = Duration::from_micros(100);
+pub(crate) const LONGEST_LOOK: Duration = Duration::from_secs(10);
 
 /// Why a number of ring entries was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -325,6 +329,24 @@ pub enum SyncError {
     /// No memory for the list of dirty pages.
     #[error("no memory for the dirty pages")]
     NoMemory,
+}
+
+/// Why a pacing policy was replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// It panicked. A program that is built with `panic = "abort"` has ended instead.
+    #[error("the pacing policy panicked")]
+    Panicked,
+    /// It asked for times out of bounds, many times in a row.
+    #[error(
+        "the pacing policy keeps asking for looks out of bounds, {asked:?} apart in the end: {SHORTEST_LOOK:?} to {LONGEST_LOOK:?} \
+         are allowed"
+    )]
+    OutOfBounds {
+        /// What it asked for last.
+        asked: Duration,
+    },
 }
 
 /// What went wrong with a reaper. It goes on wherever it can; the log loses nothing either way.

@@ -9,6 +9,17 @@ use crate::slot_id::SlotId;
 /// include/linux/kvm_dirty_ring.h).
 pub(crate) const RESERVED_ENTRIES: u32 = 64;
 
+/// Entries that a kernel with Intel's page-modification logging keeps in reserve: 64, and 512 for
+/// the hardware's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
+pub(crate) const MOST_RESERVED_ENTRIES: u32 = 64 + 512;
+
+/// The host's page size, in bytes.
+#[cfg(not(all(test, feature = "modelled")))]
+pub(crate) fn page_size() -> usize {
+    // SAFETY: sysconf reads a number; this one always exists.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
 /// How the kernel logs what vCPUs write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]

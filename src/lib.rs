@@ -99,70 +99,53 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("kvm-dirty-ring is for 64-bit Linux");
 
-mod alarm;
 mod bitmap;
-mod dirty_pages;
 pub mod error;
-mod fading;
-#[cfg(not(all(test, feature = "modelled")))]
-mod guest_map;
+mod harvest;
 mod kernel;
-mod kernel_bits;
 #[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
 mod limit;
-#[cfg(not(all(test, feature = "modelled")))]
-mod limiter;
 mod log;
-mod memslots;
-#[cfg(feature = "metrics")]
-pub mod metrics;
+mod observe;
 pub mod pacing;
-mod pass;
 mod prefetch;
-#[cfg(not(all(test, feature = "modelled")))]
-mod rate;
-#[cfg(not(all(test, feature = "modelled")))]
-mod reaper;
-mod rearm;
-mod reset;
 pub mod ring;
 #[cfg(all(
     any(test, feature = "test-utils"),
     not(all(test, feature = "modelled"))
 ))]
 pub mod sim;
-mod slot_changes;
 mod slot_id;
-mod stats;
+mod slots;
 mod sync;
-mod targets;
-mod throttle;
-mod trace;
-mod tracking;
-mod vcpu;
-mod vcpu_ring;
-#[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
-pub mod vm_memory;
-
-pub use dirty_pages::{DirtyPages, DirtyPart, Run};
 #[cfg(not(all(test, feature = "modelled")))]
-pub use guest_map::{GuestMap, GuestRegion};
+mod threads;
+
 pub use kernel::{Kernel, Mode, Recycled};
 #[cfg(not(all(test, feature = "modelled")))]
-pub use kvm::{HostSupport, RingEntries};
-#[cfg(not(all(test, feature = "modelled")))]
-pub use limiter::Limiter;
+pub use kvm::enable::{HostSupport, RingEntries};
 pub use log::DirtyLog;
+pub use log::limits::Awake;
 #[cfg(not(all(test, feature = "modelled")))]
-pub use rate::{Rate, RateMeter, Rates};
-#[cfg(not(all(test, feature = "modelled")))]
-pub use reaper::{Priority, Reaper, ReaperBuilder};
-pub use slot_changes::RetiredSlot;
+pub use log::rate::{Rate, RateMeter, Rates};
+pub use log::slots::RetiredSlot;
+pub use log::vcpu_ring::VcpuRing;
+#[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
+pub use log::vm_memory;
+#[cfg(feature = "metrics")]
+pub use observe::metrics;
+pub use observe::stats::{ReaperStats, Stats, VcpuStats};
 pub use slot_id::SlotId;
-pub use stats::{ReaperStats, Stats, VcpuStats};
-pub use throttle::Awake;
-pub use vcpu_ring::VcpuRing;
+pub use slots::dirty_pages::{DirtyPages, DirtyPart, Run};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use slots::guest_map::{GuestMap, GuestRegion};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use threads::limiter::Limiter;
+#[cfg(not(all(test, feature = "modelled")))]
+pub use threads::reaper::{Reaper, ReaperBuilder};
+#[cfg(not(all(test, feature = "modelled")))]
+pub use threads::scheduling::Priority;
 
 #[cfg(test)]
 #[path = "../loom-tests/mod.rs"]

@@ -1,8 +1,10 @@
-//! Dirty pages as bits.
+//! Pages as bits.
 //!
 //! A harvesting pass sets them in a *shard* that it holds alone ([`shard`], [`pool`]); devices set
 //! them in *shared* words ([`shared`]); a sync merges both into the bits that its caller reads
 //! ([`pages`]).
+//!
+//! May import: ground.
 
 pub(crate) mod pages;
 pub(crate) mod pool;

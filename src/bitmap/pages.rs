@@ -2,7 +2,6 @@
 
 use core::ops::Range;
 
-use super::runs::BitRuns;
 use super::words::{BLOCK_WORDS, masks, ones, words_for};
 use crate::prefetch;
 use crate::sync::zeroed;
@@ -149,10 +148,5 @@ impl PageBits {
             from = word + 1;
         }
         count
-    }
-
-    /// Runs of set bits in `words`, ascending.
-    pub(crate) fn runs(&self, words: Range<usize>) -> BitRuns<'_> {
-        BitRuns::new(self, words)
     }
 }

@@ -4,6 +4,13 @@ use core::ops::Range;
 
 use super::pages::PageBits;
 
+impl PageBits {
+    /// Runs of set bits in `words`, ascending.
+    pub(crate) fn runs(&self, words: Range<usize>) -> BitRuns<'_> {
+        BitRuns::new(self, words)
+    }
+}
+
 /// Runs of set bits as half-open ranges, ascending, each as long as it can be.
 #[derive(Clone)]
 pub(crate) struct BitRuns<'a> {
@@ -17,7 +24,7 @@ pub(crate) struct BitRuns<'a> {
 
 impl<'a> BitRuns<'a> {
     /// The runs in `words`; one that goes on beyond is cut.
-    pub(crate) fn new(bits: &'a PageBits, words: Range<usize>) -> Self {
+    fn new(bits: &'a PageBits, words: Range<usize>) -> Self {
         let end = words.end.min(bits.words().len());
         let mut runs = Self {
             bits,

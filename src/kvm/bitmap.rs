@@ -7,7 +7,8 @@ use std::os::fd::AsRawFd;
 use kvm_bindings::{kvm_clear_dirty_log, kvm_dirty_log};
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::{ioctl, ioctl_struct, page_size};
+use super::ioctl;
+use crate::kernel::page_size;
 use crate::slot_id::SlotId;
 use crate::sync::{Mutex, lock};
 
@@ -47,7 +48,7 @@ impl Bitmaps {
         log.__bindgen_anon_1.dirty_bitmap = buffer.last(words.len()).cast();
         // SAFETY: KVM_GET_DIRTY_LOG takes such a request and writes as many bits as *its* slot has
         // pages, whatever we were told: into the buffer, and not beyond, where nobody may write.
-        unsafe { ioctl_struct(fd, ioctl::GET_DIRTY_LOG, &mut log)? };
+        unsafe { ioctl::pointer(fd, ioctl::GET_DIRTY_LOG, &mut log)? };
         buffer.read(words);
         match self.manual {
             true => clear(fd, slot, pages, words),
@@ -77,7 +78,7 @@ fn clear(fd: &impl AsRawFd, slot: SlotId, pages: u64, words: &mut [u64]) -> io::
         log.__bindgen_anon_1.dirty_bitmap = chunk[first..end].as_mut_ptr().cast();
         // SAFETY: KVM_CLEAR_DIRTY_LOG takes such a request, and reads `num_pages` bits, padded to 64,
         // at the address in it, where there are as many.
-        unsafe { ioctl_struct(fd, ioctl::CLEAR_DIRTY_LOG, &mut log)? };
+        unsafe { ioctl::pointer(fd, ioctl::CLEAR_DIRTY_LOG, &mut log)? };
     }
     Ok(())
 }

@@ -13,8 +13,9 @@ use kvm_bindings::{
 use memmap2::MmapMut;
 
 use super::bitmap::Bitmaps;
-use super::{ioctl, ioctl_struct, ioctl_value, page_size};
+use super::ioctl;
 use crate::error::{EnableError, HostError, RingSizeError};
+use crate::kernel::page_size;
 
 /// Entries of the largest ring of any kernel: `KVM_DIRTY_RING_MAX_ENTRIES` in the kernel's
 /// include/linux/kvm_dirty_ring.h.
@@ -97,7 +98,7 @@ impl HostSupport {
             },
         })?;
         let failed = |call| move |source| HostError::Kvm { call, source };
-        let version = ioctl_value(&kvm, ioctl::GET_API_VERSION, 0);
+        let version = ioctl::value(&kvm, ioctl::GET_API_VERSION, 0);
         let version = version.map_err(failed("KVM_GET_API_VERSION"))?;
         if version != KVM_API_VERSION {
             let found = version as i32;
@@ -112,11 +113,11 @@ impl HostSupport {
     /// What the KVM or VM behind `fd` offers, and as which capability.
     fn of(fd: &impl AsRawFd) -> io::Result<Option<(Self, u32)>> {
         let entries = |cap: u32| {
-            let bytes = ioctl_value(fd, ioctl::CHECK_EXTENSION, cap.into())?;
+            let bytes = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into())?;
             Ok::<_, io::Error>(bytes / size_of::<kvm_dirty_gfn>() as u32)
         };
         let with_bitmap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
-        let with_bitmap = ioctl_value(fd, ioctl::CHECK_EXTENSION, with_bitmap.into())? > 0;
+        let with_bitmap = ioctl::value(fd, ioctl::CHECK_EXTENSION, with_bitmap.into())? > 0;
         let found = |max_entries, acq_rel, cap| {
             let support = Self {
                 max_entries,
@@ -185,7 +186,7 @@ fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
         _ => failed("KVM_CHECK_EXTENSION")(error),
     })?;
     // /dev/kvm answers both, a VM only the former.
-    match ioctl_value(fd, ioctl::GET_API_VERSION, 0) {
+    match ioctl::value(fd, ioctl::GET_API_VERSION, 0) {
         Ok(_) => Err(EnableError::NotAVm),
         Err(_) => Ok(found),
     }
@@ -196,7 +197,7 @@ fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
 /// have the bits that say so, so nothing is lost to it.
 fn bitmaps(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
-    let offered = ioctl_value(fd, ioctl::CHECK_EXTENSION, cap.into());
+    let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
     let offered = offered.map_err(failed("KVM_CHECK_EXTENSION"))?;
     let manual = offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
     if manual {
@@ -221,7 +222,7 @@ fn enable_cap(
     };
     request.args[0] = argument;
     // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; none of our capabilities takes an address.
-    match unsafe { ioctl_struct(fd, ioctl::ENABLE_CAP, &mut request) } {
+    match unsafe { ioctl::pointer(fd, ioctl::ENABLE_CAP, &mut request) } {
         Ok(_) => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(invalid),
         Err(error) => Err(failed("KVM_ENABLE_CAP")(error)),
@@ -270,7 +271,7 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
         ..Default::default()
     };
     // SAFETY: KVM_GET_DIRTY_LOG takes such a request; there is no such slot, so nothing is written.
-    let asked = unsafe { ioctl_struct(fd, ioctl::GET_DIRTY_LOG, &mut log) };
+    let asked = unsafe { ioctl::pointer(fd, ioctl::GET_DIRTY_LOG, &mut log) };
     let call = "KVM_GET_DIRTY_LOG";
     match asked {
         Ok(_) => Ok(false),
@@ -292,7 +293,7 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
 /// KVM tells nobody what was enabled, but a slot shows it: one is made, its bitmap read, and it is
 /// deleted again (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
 fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    let offered = ioctl_value(
+    let offered = ioctl::value(
         fd,
         ioctl::CHECK_EXTENSION,
         KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into(),
@@ -300,7 +301,7 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     if offered.map_err(failed("KVM_CHECK_EXTENSION"))? & KVM_DIRTY_LOG_INITIALLY_SET == 0 {
         return Ok(false);
     }
-    let slots = ioctl_value(fd, ioctl::CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS.into());
+    let slots = ioctl::value(fd, ioctl::CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS.into());
     let slots = slots.map_err(failed("KVM_CHECK_EXTENSION"))?;
     let memory = MmapMut::map_anon(page_size()).map_err(failed("mmap"))?;
     let mut region = kvm_userspace_memory_region {
@@ -313,7 +314,7 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     let set_region = |region: &mut kvm_userspace_memory_region| {
         // SAFETY: KVM_SET_USER_MEMORY_REGION takes such a region; its memory outlives the slot,
         // which is deleted below, and no vCPU exists that could write there.
-        unsafe { ioctl_struct(fd, ioctl::SET_USER_MEMORY_REGION, region) }
+        unsafe { ioctl::pointer(fd, ioctl::SET_USER_MEMORY_REGION, region) }
     };
     let call = "KVM_SET_USER_MEMORY_REGION";
     // Which ids are free is not known, and where guest memory ends neither: the last id, and the
@@ -339,7 +340,7 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     log.__bindgen_anon_1.dirty_bitmap = core::ptr::from_mut(&mut bitmap).cast();
     // SAFETY: KVM_GET_DIRTY_LOG takes such a request, and writes the bits of one page, padded to
     // 64, to the address in it.
-    let read = unsafe { ioctl_struct(fd, ioctl::GET_DIRTY_LOG, &mut log) };
+    let read = unsafe { ioctl::pointer(fd, ioctl::GET_DIRTY_LOG, &mut log) };
     region.memory_size = 0;
     set_region(&mut region).map_err(failed(call))?;
     read.map_err(failed("KVM_GET_DIRTY_LOG"))?;

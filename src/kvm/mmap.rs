@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use memmap2::{Advice, MmapOptions};
 
-use super::page_size;
+use crate::kernel::page_size;
 use crate::ring::{Entry, RingMemory};
 
 /// Entries of a ring that stays empty: those harvested in one go.

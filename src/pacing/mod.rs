@@ -10,7 +10,11 @@
 //! | [`Fixed`] | empties all rings at a constant period: QEMU does so each second |
 //! | [`RunLevels`] | six delays; a level up or down by how much a pass found |
 //! | [`HalveAndCreep`] | halves its delay where a pass found much, lengthens it by 20 ms where little |
+//!
+//! May import: ground.
 
+pub(crate) mod alarm;
+pub(crate) mod fading;
 mod fixed;
 mod halve_and_creep;
 mod look_first;
@@ -19,16 +23,19 @@ mod run_levels;
 
 use core::time::Duration;
 
+use crate::error;
+
+pub use crate::error::PolicyError;
 pub use fixed::Fixed;
 pub use halve_and_creep::HalveAndCreep;
 pub use look_first::{LookFirst, Tuning};
-pub use pacer::{Pacer, PolicyError};
+pub use pacer::Pacer;
 pub use run_levels::RunLevels;
 
 /// The shortest time between two looks that a policy may ask for.
-pub const SHORTEST_LOOK: Duration = Duration::from_micros(100);
+pub const SHORTEST_LOOK: Duration = error::SHORTEST_LOOK;
 /// The longest.
-pub const LONGEST_LOOK: Duration = Duration::from_secs(10);
+pub const LONGEST_LOOK: Duration = error::LONGEST_LOOK;
 
 /// Decides when which rings are emptied.
 ///

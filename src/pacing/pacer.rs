@@ -4,9 +4,10 @@ use core::fmt;
 use core::time::Duration;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::fading::FadingMean;
-
-use super::{Fixed, LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
+use super::fading::FadingMean;
+use super::fixed::Fixed;
+use super::{LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
+use crate::error::PolicyError;
 
 /// A policy that asks for times out of bounds so many times in a row does not know what it does.
 const PATIENCE: u32 = 64;
@@ -21,24 +22,6 @@ struct Known {
     logged: u64,
     /// Entries that it logged lately.
     rate: FadingMean,
-}
-
-/// Why a pacing policy was replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PolicyError {
-    /// It panicked. A program that is built with `panic = "abort"` has ended instead.
-    #[error("the pacing policy panicked")]
-    Panicked,
-    /// It asked for times out of bounds, many times in a row.
-    #[error(
-        "the pacing policy keeps asking for looks out of bounds, {asked:?} apart in the end: {SHORTEST_LOOK:?} to {LONGEST_LOOK:?} \
-         are allowed"
-    )]
-    OutOfBounds {
-        /// What it asked for last.
-        asked: Duration,
-    },
 }
 
 /// Shows a policy what it needs to see, holds it to its bounds, and replaces it if it fails.

@@ -2,8 +2,9 @@
 
 use core::iter;
 
+use super::entry::Entry;
+use super::memory::RingMemory;
 use super::overruns::half_reserve;
-use super::{Entry, RingMemory};
 use crate::kernel::RESERVED_ENTRIES;
 
 /// Looks at a ring beside its consumer: reads flags, and nothing else.
@@ -89,8 +90,8 @@ impl<'a> Gauge<'a> {
 
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
-    use super::super::RingView;
     use super::super::producer::Producer;
+    use super::super::view::RingView;
     use super::*;
 
     /// Every fill, from every place in the ring.

@@ -4,7 +4,7 @@ use core::any::Any;
 use core::fmt;
 use core::ptr::NonNull;
 
-use super::Entry;
+use super::entry::Entry;
 use crate::sync::{Arc, AtomicBool, Ordering};
 
 /// Entries that are harvested in one go: a block of 1 KiB, or the whole ring if it is smaller.

@@ -1,7 +1,8 @@
 //! Rings that the kernel fills past their end, or up to what waits for its reset: how that is seen, and how
 //! both sides get in step again.
 
-use super::{Entry, LINE, RingView};
+use super::entry::Entry;
+use super::view::{LINE, RingView};
 use crate::kernel::RESERVED_ENTRIES;
 
 /// So many resets in a row find nothing, undisturbed, only where there is nothing to be found.
@@ -164,7 +165,7 @@ impl Drop for Marked<'_> {
 
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
-    use super::super::tests::{ENTRIES, harvest, push, recycle, ring};
+    use super::super::view::tests::{ENTRIES, harvest, push, recycle, ring};
     use super::*;
 
     #[test]

@@ -1,6 +1,6 @@
 //! The kernel's side of a ring, over ordinary memory, for the simulated kernel and the models.
 
-use super::Entry;
+use super::entry::Entry;
 use super::memory::RingMemory;
 use crate::sync::{Arc, AtomicU32, Ordering};
 

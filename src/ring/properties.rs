@@ -4,9 +4,10 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::RingView;
+use super::gauge::Gauge;
 use super::overruns::half_reserve;
 use super::producer::Producer;
-use super::{Gauge, RingView};
 
 #[derive(Debug, Clone, Copy)]
 enum Deed {

@@ -1,11 +1,11 @@
 //! A vCPU: who pushes into a ring.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use super::SimVm;
+use super::vcpu_state::{Running, VcpuState};
+use super::vm::SimVm;
 use crate::kernel::Mode;
-use crate::ring::RingMemory;
+use crate::ring::memory::RingMemory;
 use crate::ring::producer::Producer;
 use crate::slot_id::SlotId;
 
@@ -30,42 +30,22 @@ pub enum WriteError {
 #[derive(Clone)]
 pub struct SimVcpu {
     vm: SimVm,
-    inner: Arc<Inner>,
+    inner: Arc<VcpuState>,
 }
 
-/// The vCPU as its machine knows it. It does not know its machine, or neither would ever be freed.
-pub(super) struct Inner {
-    ring: Producer,
-    /// Held while the guest runs: what a remote TLB flush waits for.
-    running: Mutex<Running>,
-}
-
-#[derive(Default)]
-struct Running {
-    /// Pages logged by the hardware that have not reached the ring, or the bitmap.
-    buffer: Vec<(u32, u64)>,
-    /// Payloads to push in place of the true ones.
-    garbage: VecDeque<(u32, u64)>,
-    ignores_limit: bool,
+impl SimVm {
+    /// Creates a vCPU.
+    pub fn add_vcpu(&self) -> SimVcpu {
+        let config = self.config();
+        let ring = Producer::new(config.ring_entries, config.first_index);
+        let inner = Arc::new(VcpuState::new(ring));
+        self.attach(Arc::clone(&inner));
+        let vm = self.clone();
+        SimVcpu { vm, inner }
+    }
 }
 
 impl SimVcpu {
-    pub(super) fn new(vm: SimVm) -> Self {
-        let config = &vm.inner.config;
-        let inner = Inner {
-            ring: Producer::new(config.ring_entries, config.first_index),
-            running: Mutex::default(),
-        };
-        Self {
-            inner: Arc::new(inner),
-            vm,
-        }
-    }
-
-    pub(super) fn inner(&self) -> Arc<Inner> {
-        Arc::clone(&self.inner)
-    }
-
     /// The ring as userspace maps it: for [`DirtyLog::attach_ring`](crate::DirtyLog::attach_ring),
     /// once.
     pub fn ring_memory(&self) -> RingMemory {
@@ -99,7 +79,7 @@ impl SimVcpu {
         let missing = WriteError::NoSuchPage { slot, page };
         let memory = self.vm.slot(slot).ok_or(missing)?;
         if memory.disarm(page).ok_or(missing)? {
-            let pml = self.vm.inner.config.pml;
+            let pml = self.vm.config().pml;
             if pml == 0 {
                 self.push(&mut running, slot.raw(), page);
             } else {
@@ -126,7 +106,7 @@ impl SimVcpu {
         if memory.as_ref().is_some_and(|memory| !memory.is_logged()) {
             return;
         }
-        if self.vm.inner.config.mode == Mode::Bitmap {
+        if self.vm.config().mode == Mode::Bitmap {
             if let Some(memory) = memory {
                 memory.log(page);
             }
@@ -157,26 +137,6 @@ impl SimVcpu {
     /// disarmed, and nobody learns of it.
     pub fn garble_next(&self, raw_slot: u32, page: u64) {
         self.inner.running().garbage.push_back((raw_slot, page));
-    }
-}
-
-impl Inner {
-    fn running(&self) -> MutexGuard<'_, Running> {
-        let running = &self.running;
-        running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn flush(&self) {
-        drop(self.running());
-    }
-
-    pub(super) fn awaits_reset(&self) -> bool {
-        self.ring.awaits_reset()
-    }
-
-    pub(super) fn recycle(&self, limit: u32, pages: &mut Vec<(u32, u64)>) -> u32 {
-        let each = |slot, page| pages.push((slot, page));
-        self.ring.recycle(limit, each)
     }
 }
 

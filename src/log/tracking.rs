@@ -2,10 +2,10 @@
 
 use std::io;
 
+use super::DirtyLog;
 use crate::error::SlotError;
-use crate::log::DirtyLog;
-use crate::memslots::Slot;
 use crate::slot_id::SlotId;
+use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
 
 impl DirtyLog {

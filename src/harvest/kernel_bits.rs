@@ -3,7 +3,7 @@
 use crate::bitmap::words::{masks, words_for};
 use crate::error::BitmapError;
 use crate::kernel::Kernel;
-use crate::memslots::Slot;
+use crate::slots::table::Slot;
 use crate::sync::{Arc, Counter, Mutex, MutexGuard, lock, zeroed};
 
 /// Who takes the kernel's bits, one at a time, and the room for them.

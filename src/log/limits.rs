@@ -4,12 +4,12 @@ use core::fmt;
 use core::num::NonZeroU64;
 use core::time::Duration;
 
+use super::DirtyLog;
+use super::vcpu_ring::VcpuRing;
 use crate::error::LimitError;
 use crate::kernel::Mode;
-use crate::limit::Standing;
-use crate::log::DirtyLog;
+use crate::limit::account::Standing;
 use crate::sync::lock;
-use crate::vcpu_ring::VcpuRing;
 
 /// How long after a look at limited vCPUs the next one should be, while one of them runs.
 const LOOK: Duration = Duration::from_millis(1);

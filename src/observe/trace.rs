@@ -24,7 +24,7 @@ mod on {
 
     macro_rules! event {
         ($level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
-            $crate::trace::on::quietly(|| {
+            $crate::observe::trace::on::quietly(|| {
                 // Values are worked out only if somebody wants the event.
                 tracing::event!(
                     name: $name,
@@ -39,7 +39,7 @@ mod on {
 
     macro_rules! wanted {
         ($level:ident) => {
-            $crate::trace::on::quietly(
+            $crate::observe::trace::on::quietly(
                 || tracing::enabled!(target: "kvm_dirty_ring", tracing::Level::$level),
             )
         };

@@ -3,10 +3,10 @@
 use core::time::Duration;
 use std::time::Instant;
 
-use crate::fading::FadingMean;
+use super::DirtyLog;
 use crate::kernel::Mode;
-use crate::log::DirtyLog;
 use crate::pacing::RingObservation;
+use crate::pacing::fading::FadingMean;
 use crate::sync::thread;
 
 /// Seconds after which what a vCPU dirtied has half the weight in [`Rate::mean`].

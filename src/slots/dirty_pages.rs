@@ -3,8 +3,8 @@
 use core::fmt;
 
 use crate::bitmap::pages::PageBits;
-use crate::memslots::{Slot, Table};
 use crate::slot_id::SlotId;
+use crate::slots::table::{Slot, Table};
 use crate::sync::Arc;
 
 /// The pages that one [`sync`](crate::DirtyLog::sync) found dirty.

@@ -2,12 +2,12 @@
 
 use std::io;
 
+use super::DirtyLog;
 use crate::error::SlotError;
-use crate::log::DirtyLog;
-use crate::memslots::Slot;
+use crate::observe::trace;
 use crate::slot_id::SlotId;
+use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
-use crate::trace;
 
 impl DirtyLog {
     /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does

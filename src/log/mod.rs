@@ -1,20 +1,34 @@
-//! The front door: one `DirtyLog` a virtual machine.
+//! The front door: one `DirtyLog` a virtual machine, one file a subject.
+//!
+//! May import: ground, bitmap, ring, limit, pacing, slots, harvest, observe, kvm.
+
+#[cfg(not(all(test, feature = "modelled")))]
+mod kvm;
+pub(crate) mod limits;
+#[cfg(not(all(test, feature = "modelled")))]
+pub(crate) mod rate;
+mod rearm;
+pub(crate) mod slots;
+mod tracking;
+pub(crate) mod vcpu_ring;
+#[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
+pub mod vm_memory;
 
 use core::fmt;
 
-use crate::alarm::Alarm;
 use crate::bitmap::pool::MAX_SHARDS;
-use crate::dirty_pages::DirtyPages;
 use crate::error::{ResetError, SlotError, SyncError};
+use crate::harvest::kernel_bits::KernelBits;
+use crate::harvest::pass::Harvester;
 use crate::kernel::{Kernel, Mode};
-use crate::kernel_bits::KernelBits;
-use crate::limit::Limits;
+use crate::limit::account::Limits;
+use crate::observe::stats::{ReaperCounts, Stats};
+use crate::observe::trace::{self, Faults, PerRing, Started, Told};
 use crate::pacing::RingObservation;
-use crate::pass::Harvester;
+use crate::pacing::alarm::Alarm;
 use crate::slot_id::SlotId;
-use crate::stats::{ReaperCounts, Stats};
+use crate::slots::dirty_pages::DirtyPages;
 use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, lock};
-use crate::trace::{self, Faults, PerRing, Started, Told};
 
 /// The dirty log of one virtual machine.
 ///

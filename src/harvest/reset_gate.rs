@@ -35,7 +35,7 @@ pub(crate) trait Rings {
     fn look_for_overruns(&self);
 
     /// Helps the kernel on in rings where its reset index stays behind, see
-    /// [`RingView::reach_back`](crate::ring::RingView::reach_back). No entry is marked meanwhile by anybody
+    /// [`RingView::reach_back`](crate::ring::view::RingView::reach_back). No entry is marked meanwhile by anybody
     /// else.
     fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool);
 

@@ -5,9 +5,10 @@ use core::ptr::NonNull;
 
 use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::words::BLOCK_WORDS;
-use crate::memslots::Table;
 use crate::prefetch;
-use crate::ring::{BLOCK, Entry};
+use crate::ring::entry::Entry;
+use crate::ring::memory::BLOCK;
+use crate::slots::table::Table;
 use crate::sync::{Plain, PlainU8, PlainU64};
 
 /// Where one slot's bits of one shard are.

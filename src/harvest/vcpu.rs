@@ -2,14 +2,13 @@
 
 use crossbeam_utils::CachePadded;
 
-use crate::limit::Limit;
+use crate::kernel::MOST_RESERVED_ENTRIES;
+use crate::limit::account::Limit;
 use crate::pacing::RingObservation;
-use crate::ring::{Gauge, RingMemory, RingView};
+use crate::ring::gauge::Gauge;
+use crate::ring::memory::RingMemory;
+use crate::ring::view::RingView;
 use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering, lock};
-
-/// Entries that a kernel with Intel's page-modification logging keeps in reserve: 64, and 512 for
-/// the hardware's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
-pub(crate) const MOST_RESERVED_ENTRIES: u32 = 64 + 512;
 
 /// One attached vCPU.
 pub(crate) struct Vcpu {

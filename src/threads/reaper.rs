@@ -1,22 +1,19 @@
 //! The thread that empties the rings at the pace of a policy.
 
-pub(crate) mod thread;
-
 use core::time::Duration;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Instant;
 
-use crate::alarm::{DEAF, Heard};
+use super::scheduling::{Priority, prepare};
 use crate::error::ReaperError;
 use crate::log::DirtyLog;
+use crate::observe::stats::ReaperStats;
+use crate::observe::trace;
+use crate::pacing::alarm::{DEAF, Heard};
 use crate::pacing::{Pacer, Pacing};
-use crate::stats::ReaperStats;
 use crate::sync::{Arc, Condvar, Mutex, Ordering, lock, thread as threads, wait};
-use crate::trace;
-
-pub use thread::Priority;
 
 /// A running reaper. It stops when this is dropped.
 ///
@@ -135,7 +132,7 @@ impl ReaperBuilder {
             return Err(ReaperError::Spawn(Arc::new(error)));
         }
         let body = move || {
-            let prepared = thread::prepare(&self.cpus, self.priority);
+            let prepared = prepare(&self.cpus, self.priority);
             let runs = prepared.is_ok();
             // The owner waits for it.
             let _ = ready.send(prepared);

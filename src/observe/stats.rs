@@ -3,9 +3,9 @@
 use core::fmt;
 use core::num::NonZeroU64;
 
-use crate::pass::Harvester;
+use crate::harvest::pass::Harvester;
+use crate::harvest::vcpu::Vcpu;
 use crate::sync::Counter;
-use crate::vcpu::Vcpu;
 
 /// Counts since the log was enabled. They go up only, but for `suspect_pages`, soft limits, dirty limits,
 /// and what of the reaper is of now; and are read one by one: passes under way may show in one and not

@@ -57,13 +57,13 @@ use core::fmt;
 use ::vm_memory::bitmap::{Bitmap, BitmapSlice, MS, NewBitmap, WithBitmapSlice};
 use ::vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
 
+use super::DirtyLog;
 use crate::bitmap::shared::SharedBits;
-use crate::dirty_pages::Run;
 use crate::error::SlotError;
-use crate::guest_map::GuestMap;
-use crate::kvm::page_size;
-use crate::log::DirtyLog;
+use crate::kernel::page_size;
 use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
+use crate::slots::dirty_pages::Run;
+use crate::slots::guest_map::GuestMap;
 use crate::sync::Arc;
 
 /// The pages of one region that were written through vm-memory. Clones share them.

@@ -2,10 +2,10 @@
 
 use core::ops::Range;
 
-use crate::dirty_pages::Run;
 use crate::error::GuestMapError;
-use crate::kvm::page_size;
+use crate::kernel::page_size;
 use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
+use crate::slots::dirty_pages::Run;
 
 /// One slot's place in guest memory, as `KVM_SET_USER_MEMORY_REGION` is told it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -2,11 +2,11 @@
 
 use core::fmt;
 
+use super::DirtyLog;
 use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
-use crate::log::DirtyLog;
-use crate::memslots::{Removal, Slot};
 use crate::slot_id::SlotId;
+use crate::slots::table::{Removal, Slot};
 use crate::sync::{Arc, MutexGuard, lock};
 
 impl DirtyLog {

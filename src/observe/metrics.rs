@@ -46,7 +46,7 @@
 
 use metrics::{Label, SharedString, Unit};
 
-use crate::stats::{ReaperStats, Stats, VcpuStats};
+use crate::observe::stats::{ReaperStats, Stats, VcpuStats};
 use crate::sync::Arc;
 
 /// One metric, made of a `T`.

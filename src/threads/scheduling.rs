@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::error::{LimiterError, ReaperError};
-use crate::kvm::block_for_good;
+use crate::kvm::signals::block_for_good;
 use crate::sync::Arc;
 
 /// How the operating system schedules a thread of the crate's own.

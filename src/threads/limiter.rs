@@ -5,10 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Instant;
 
+use super::scheduling::{Priority, prepare};
 use crate::error::LimiterError;
 use crate::log::DirtyLog;
-use crate::reaper::Priority;
-use crate::reaper::thread::prepare;
 use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 
 /// Holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit) a few milliseconds at a time. It

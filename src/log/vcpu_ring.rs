@@ -3,12 +3,12 @@
 use core::fmt;
 use std::time::Instant;
 
+use super::{DirtyLog, Inner};
 use crate::error::{AttachError, ResetError};
-use crate::log::{DirtyLog, Inner};
-use crate::ring::RingMemory;
+use crate::harvest::vcpu::Vcpu;
+use crate::observe::trace;
+use crate::ring::memory::RingMemory;
 use crate::sync::{Arc, lock};
-use crate::trace;
-use crate::vcpu::Vcpu;
 
 impl DirtyLog {
     /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was

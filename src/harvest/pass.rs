@@ -4,16 +4,16 @@ use std::io;
 
 use crate::bitmap::pages::PageBits;
 use crate::bitmap::pool::{MAX_SHARDS, ShardGuard, ShardPool, Unreset};
-use crate::dirty_pages::DirtyPages;
 use crate::error::ResetError;
+use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
+use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
-use crate::memslots::{Slot, Table};
-use crate::reset::{Harvest, ResetGate, Rings};
-use crate::ring::RingView;
+use crate::ring::view::RingView;
 use crate::slot_id::SlotId;
+use crate::slots::dirty_pages::DirtyPages;
+use crate::slots::table::{Slot, Table};
+use crate::slots::targets::{Setter, Targets};
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
-use crate::targets::{Setter, Targets};
-use crate::vcpu::Vcpu;
 
 /// Entries after which a pass over many rings lets a reset go first: some tenths of a millisecond. In
 /// the models, each ring.
@@ -374,7 +374,7 @@ impl<'a> Pass<'a, Harvested> {
 
     /// Joins a ring again that the kernel overran, see [`RingView::rejoin`]. Whether it had been.
     ///
-    /// [`RingView::rejoin`]: crate::ring::RingView::rejoin
+    /// [`RingView::rejoin`]: crate::ring::view::RingView::rejoin
     pub(crate) fn rejoin(&mut self, vcpu: &Vcpu) -> bool {
         let mut marking = self.harvester.gate.harvest();
         let mut ring = lock(&vcpu.ring);

@@ -1,0 +1,8 @@
+//! From entries to published pages: passes over rings, and the resets that they share.
+//!
+//! May import: ground, bitmap, ring, limit, pacing, slots.
+
+pub(crate) mod kernel_bits;
+pub(crate) mod pass;
+pub(crate) mod reset_gate;
+pub(crate) mod vcpu;

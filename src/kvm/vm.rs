@@ -1,0 +1,95 @@
+//! A KVM virtual machine as a [`Kernel`]: the reset ioctl, with all that it needs around it.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use super::bitmap::Bitmaps;
+use super::enable::{self, RingEntries};
+use super::ioctl;
+use super::signals::SignalsBlocked;
+use super::stops::StopWatch;
+use crate::error::EnableError;
+use crate::kernel::{Kernel, MOST_RESERVED_ENTRIES, Mode, RESERVED_ENTRIES, Recycled};
+use crate::slot_id::SlotId;
+
+/// A KVM virtual machine with its dirty log enabled.
+pub(crate) struct Vm {
+    fd: OwnedFd,
+    mode: Mode,
+    /// All there is in bitmap mode; beside rings, where there are both.
+    bitmaps: Option<Bitmaps>,
+}
+
+impl Kernel for Vm {
+    fn reset(&self) -> io::Result<Recycled> {
+        if self.mode == Mode::Bitmap {
+            return Ok(Recycled::default());
+        }
+        // With a signal pending, `kvm_dirty_ring_reset` stops half-way, and pages that it has
+        // recycled but not protected are never logged again.
+        let _blocked = SignalsBlocked::new()?;
+        let watch = StopWatch::start();
+        let entries = ioctl::value(&self.fd, ioctl::RESET_DIRTY_RINGS, 0)?;
+        Ok(Recycled {
+            entries,
+            interrupted: watch.may_have_stopped(),
+        })
+    }
+
+    fn reserved_entries(&self) -> u32 {
+        match self.mode {
+            Mode::Bitmap => 0,
+            Mode::Rings if enable::has_pml() => MOST_RESERVED_ENTRIES,
+            Mode::Rings => RESERVED_ENTRIES,
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn has_bitmap(&self) -> bool {
+        self.bitmaps.is_some()
+    }
+
+    fn take_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+        match &self.bitmaps {
+            Some(bitmaps) => bitmaps.take(&self.fd, slot, pages, words),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+impl Vm {
+    /// With dirty rings of `entries` entries, see [`DirtyLog::enable`](crate::DirtyLog::enable).
+    pub(crate) fn with_rings(
+        vm_fd: &impl AsRawFd,
+        entries: RingEntries,
+    ) -> Result<Self, EnableError> {
+        let fd = duplicate(vm_fd)?;
+        Ok(Self {
+            bitmaps: enable::enable(&fd, entries)?,
+            mode: Mode::Rings,
+            fd,
+        })
+    }
+
+    /// With bitmaps alone, see [`DirtyLog::enable_bitmap`](crate::DirtyLog::enable_bitmap).
+    pub(crate) fn with_bitmaps(vm_fd: &impl AsRawFd) -> Result<Self, EnableError> {
+        let fd = duplicate(vm_fd)?;
+        Ok(Self {
+            bitmaps: Some(enable::enable_bitmap(&fd)?),
+            mode: Mode::Bitmap,
+            fd,
+        })
+    }
+}
+
+/// A descriptor of our own for the VM behind `vm_fd`.
+fn duplicate(vm_fd: &impl AsRawFd) -> Result<OwnedFd, EnableError> {
+    // SAFETY: the caller's object keeps the descriptor open while we borrow it.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(vm_fd.as_raw_fd()) };
+    let call = "duplicating the VM's file descriptor";
+    let fd = borrowed.try_clone_to_owned();
+    fd.map_err(|source| EnableError::Kvm { call, source })
+}

@@ -1,0 +1,347 @@
+//! The consumer of one ring: harvest, and the indices.
+
+use super::entry::Entry;
+use super::gauge::Gauge;
+use super::memory::RingMemory;
+use super::overruns;
+use crate::kernel::RESERVED_ENTRIES;
+use crate::prefetch;
+
+/// Entries in a cache line of 64 bytes.
+pub(super) const LINE: usize = 4;
+
+/// The consumer of one ring.
+///
+/// There is one for each ring: harvesting takes `&mut self`. The index of the next entry is cached
+/// here, for the kernel tells nobody its own; that an entry is dirty is read off the entry.
+#[derive(Debug)]
+pub struct RingView {
+    pub(super) memory: RingMemory,
+    /// Index of the next entry to harvest. Wraps at 2^32, as the kernel's do.
+    pub(super) head: u32,
+    /// The kernel's, at the first entry that waits for its reset: as it was when somebody looked last, and as far as
+    /// anybody knows.
+    pub(super) reset_index: u32,
+    /// Half of what the kernel keeps in reserve.
+    pub(super) half_reserve: u32,
+    /// Whether the ring was ever seen overrun.
+    pub(super) was_overrun: bool,
+    /// Where the head was when all free entries were marked, in vain.
+    pub(super) in_vain: Option<u32>,
+}
+
+impl RingView {
+    /// A consumer that starts at the ring's first entry.
+    pub fn new(memory: RingMemory) -> Self {
+        Self::with_reserve(memory, RESERVED_ENTRIES)
+    }
+
+    /// The same, of a kernel that stops a vCPU `reserved` entries before its ring's end.
+    pub(crate) fn with_reserve(memory: RingMemory, reserved: u32) -> Self {
+        Self {
+            half_reserve: overruns::half_reserve(reserved, memory.entries()),
+            was_overrun: false,
+            head: memory.first_index(),
+            reset_index: memory.first_index(),
+            memory,
+            in_vain: None,
+        }
+    }
+
+    /// Size of the ring, in entries.
+    pub fn entries(&self) -> u32 {
+        self.memory.entries()
+    }
+
+    /// Whether at least `count` entries wait to be harvested: one load.
+    pub fn at_least(&self, count: u32) -> bool {
+        Gauge::new(&self.memory, self.head).at_least(count)
+    }
+
+    /// How many entries wait to be harvested: a load for each bit of the ring's size, one if none
+    /// does. The vCPU may log more meanwhile.
+    pub fn occupancy(&self) -> u32 {
+        Gauge::new(&self.memory, self.head).occupancy()
+    }
+
+    /// Takes every dirty entry in ring order, hands its payload (memslot with the address space in
+    /// the upper 16 bits, page inside the memslot) to `take`, and marks it for the next reset.
+    /// Returns how many entries there were; a whole ring of them, or up to a block more, if the
+    /// kernel has overrun the ring.
+    ///
+    /// Nothing about a payload is checked: it is what the ring holds.
+    pub fn harvest(&mut self, mut take: impl FnMut(u32, u64)) -> u32 {
+        let (taken, _) = self.harvest_blocks(|entries| {
+            for entry in entries {
+                let (slot, page) = entry.payload();
+                take(slot, page);
+                // Only now: from here on the kernel may overwrite the payload.
+                entry.mark_reset();
+            }
+        });
+        taken
+    }
+
+    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side: `take`
+    /// has to read the payload of each entry and then mark it for reset. Also returns whether the
+    /// kernel has overrun the ring, before or meanwhile; nothing may be reset meanwhile.
+    #[inline(always)]
+    pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
+        let mut overrun = self.is_overrun();
+        self.follow_reset_index();
+        let alone = self.reset_index == self.head;
+        let mut taken = 0;
+        while taken < self.entries() {
+            let block = self.memory.block_from(self.head);
+            // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
+            // The acquire load of the last one's flags orders the payloads of all.
+            let whole = block[0].is_dirty() && block[block.len() - 1].is_dirty();
+            let dirty = if whole {
+                if taken == 0 {
+                    prefetch_lines(block);
+                }
+                self.prefetch_block(self.head.wrapping_add(block.len() as u32));
+                block
+            } else {
+                let count = block.iter().take_while(|entry| entry.is_dirty()).count();
+                &block[..count]
+            };
+            take(dirty);
+            self.head = self.head.wrapping_add(dirty.len() as u32);
+            taken += dirty.len() as u32;
+            if !whole {
+                break;
+            }
+        }
+        // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
+        // the ring, maybe while we were at it.
+        overrun |= self.all_wait();
+        if overrun {
+            self.note_overrun();
+        } else if alone && taken > 0 && self.is_out_of_step() {
+            // What was at the head is what the kernel has pushed last, and nothing else waits.
+            self.memory.set_out_of_step(false);
+        }
+        (taken, overrun)
+    }
+
+    /// Asks for the lines of the block at `index` early, if it is complete: the vCPU loses no line
+    /// that it has yet to fill, but for the one looked at.
+    #[inline(always)]
+    fn prefetch_block(&self, index: u32) {
+        let block = self.memory.block_from(index);
+        if block[block.len() - 1].is_dirty() {
+            prefetch_lines(block);
+        }
+    }
+
+    /// Follows the kernel's reset index. Behind it nothing waits; what does not, up to the head, was recycled, and
+    /// maybe filled again.
+    pub(super) fn follow_reset_index(&mut self) {
+        if self.all_recycled() {
+            self.reset_index = self.head;
+        }
+        while self.reset_index != self.head && !self.memory.at(self.reset_index).awaits_reset() {
+            self.reset_index = self.reset_index.wrapping_add(1);
+        }
+    }
+
+    /// Whether the kernel has recycled everything that was harvested.
+    ///
+    /// It recycles in ring order, so the last harvested entry tells for all of them.
+    pub(crate) fn all_recycled(&self) -> bool {
+        !self.memory.at(self.head.wrapping_sub(1)).awaits_reset()
+    }
+
+    /// Whether no entry at all waits for a reset, wherever an overrun may have left the indices: then
+    /// no reset will ever recycle what was harvested so far. Looks at every entry.
+    pub(crate) fn nothing_awaits_reset(&self) -> bool {
+        (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
+    }
+
+    /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
+    /// an overrun, or somebody else, may have left the indices. Looks at every entry.
+    pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
+        let entries = (0..self.entries()).map(|index| self.memory.at(index));
+        // The payload of any other may be the vCPU's to fill just now.
+        let waiting = entries.filter(|entry| entry.awaits_reset());
+        let mut named = waiting.map(Entry::payload);
+        named.any(|(named, page)| named == slot && page >= first)
+    }
+
+    /// What the last harvested entry says, as long as the vCPU has not come round to it: slot and page.
+    pub(crate) fn last(&self) -> (u32, u64) {
+        self.memory.at(self.head.wrapping_sub(1)).payload()
+    }
+}
+
+#[inline(always)]
+fn prefetch_lines(entries: &[Entry]) {
+    for entry in entries.iter().step_by(LINE) {
+        prefetch::for_write(entry);
+    }
+}
+
+#[cfg(all(test, not(feature = "modelled")))]
+pub(super) mod tests {
+    use super::super::memory::BLOCK;
+    use super::super::producer::Producer;
+    use super::*;
+
+    pub(in crate::ring) const ENTRIES: u32 = 8;
+
+    pub(in crate::ring) fn ring(first_index: u32) -> (Producer, RingView) {
+        let producer = Producer::new(ENTRIES, first_index);
+        let view = RingView::new(producer.memory());
+        (producer, view)
+    }
+
+    pub(in crate::ring) fn push(producer: &Producer, pages: core::ops::Range<u64>) {
+        for page in pages {
+            producer.push(5, page);
+        }
+    }
+
+    pub(in crate::ring) fn harvest(view: &mut RingView) -> Vec<u64> {
+        let mut pages = Vec::new();
+        let taken = view.harvest(|slot, page| {
+            assert_eq!(slot, 5);
+            pages.push(page);
+        });
+        assert_eq!(taken as usize, pages.len());
+        pages
+    }
+
+    pub(in crate::ring) fn recycle(producer: &Producer) -> Vec<u64> {
+        let mut pages = Vec::new();
+        let recycled = producer.recycle(u32::MAX, |_, page| pages.push(page));
+        assert_eq!(recycled as usize, pages.len());
+        pages
+    }
+
+    #[test]
+    fn a_harvest_takes_what_is_dirty_in_order() {
+        let (producer, mut view) = ring(0);
+        assert_eq!(harvest(&mut view), [0u64; 0]);
+        push(&producer, 0..3);
+        assert_eq!(harvest(&mut view), [0, 1, 2]);
+        // They wait for their reset, and are not taken twice.
+        assert_eq!(harvest(&mut view), [0u64; 0]);
+        push(&producer, 3..5);
+        assert_eq!(harvest(&mut view), [3, 4]);
+        assert_eq!(recycle(&producer), [0, 1, 2, 3, 4]);
+        assert_eq!(harvest(&mut view), [0u64; 0]);
+    }
+
+    #[test]
+    fn payloads_are_handed_over_whole() {
+        let (producer, mut view) = ring(0);
+        producer.push(0xffff_0001, u64::MAX);
+        let mut seen = None;
+        view.harvest(|slot, page| seen = Some((slot, page)));
+        assert_eq!(seen, Some((0xffff_0001, u64::MAX)));
+    }
+
+    #[test]
+    fn indices_wrap() {
+        for before in 0..20 {
+            let (producer, mut view) = ring(u32::MAX - before);
+            for round in 0..10 {
+                let pages = round * 5..round * 5 + 5;
+                push(&producer, pages.clone());
+                assert_eq!(producer.used(), 5);
+                assert!(!view.is_overrun());
+                assert!(harvest(&mut view).into_iter().eq(pages.clone()));
+                assert!(recycle(&producer).into_iter().eq(pages));
+                assert_eq!(view.rejoin(|_, _| ()), 0);
+            }
+        }
+    }
+
+    /// Blocks of 64: every place of the head in its block, every length, over the ring's end and the
+    /// index's wrap.
+    #[test]
+    fn harvests_begin_and_end_anywhere() {
+        for entries in [64, 128, 256] {
+            for first_index in (0..70).chain(u32::MAX - 70..=u32::MAX) {
+                let producer = Producer::new(entries, first_index);
+                let mut view = RingView::new(producer.memory());
+                let mut next = 0;
+                for count in [1, 2, 3, 5, 61, 62, 63, 64, 65, 127, 130, 200, 255] {
+                    let count = count.min(u64::from(entries) - 1);
+                    push(&producer, next..next + count);
+                    assert!(harvest(&mut view).into_iter().eq(next..next + count));
+                    assert!(harvest(&mut view).is_empty());
+                    assert!(recycle(&producer).into_iter().eq(next..next + count));
+                    next += count;
+                }
+                assert!(!view.was_overrun);
+            }
+        }
+    }
+
+    #[test]
+    fn a_whole_ring_is_one_harvest_and_an_overrun() {
+        for first_index in [0, 3, u32::MAX - 3] {
+            let (producer, mut view) = ring(first_index);
+            push(&producer, 0..7);
+            assert!(!view.is_overrun());
+            assert!(!view.was_overrun);
+            push(&producer, 7..8);
+            assert!(view.is_overrun());
+            assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5, 6, 7]);
+            assert!(!view.is_overrun());
+            assert!(view.was_overrun);
+            assert_eq!(recycle(&producer).len(), 8);
+            assert_eq!(view.rejoin(|_, _| ()), 0);
+        }
+    }
+
+    #[test]
+    fn a_harvest_ends_even_if_the_kernel_never_stops() {
+        // Two blocks, and a page pushed for each that is taken: behind the head, all is dirty again.
+        let producer = Producer::new(2 * BLOCK, 0);
+        let mut view = RingView::new(producer.memory());
+        push(&producer, 0..2 * u64::from(BLOCK) - 1);
+        assert!(!view.is_overrun());
+        let (taken, overrun) = view.harvest_blocks(|entries| {
+            for entry in entries {
+                producer.push(5, 0);
+                entry.mark_reset();
+            }
+        });
+        assert_eq!(taken, 2 * BLOCK);
+        assert!(overrun && view.was_overrun, "not seen");
+    }
+
+    #[test]
+    fn the_last_harvested_entry_tells_whether_all_are_recycled() {
+        for first_index in [0, u32::MAX] {
+            let (producer, mut view) = ring(first_index);
+            assert!(view.all_recycled());
+            push(&producer, 0..3);
+            assert!(view.all_recycled());
+            harvest(&mut view);
+            assert!(!view.all_recycled());
+            producer.recycle(2, |_, _| ());
+            assert!(!view.all_recycled());
+            push(&producer, 3..4);
+            assert!(!view.all_recycled());
+            producer.recycle(1, |_, _| ());
+            assert!(view.all_recycled());
+        }
+    }
+
+    #[test]
+    fn what_waits_is_known_by_its_slot_and_page() {
+        let (producer, mut view) = ring(3);
+        push(&producer, 2..4);
+        assert!(!view.awaits_reset_of(5, 0), "it is not harvested yet");
+        harvest(&mut view);
+        assert!(view.awaits_reset_of(5, 0) && view.awaits_reset_of(5, 3));
+        assert!(!view.awaits_reset_of(5, 4), "no page is as far as that");
+        assert!(!view.awaits_reset_of(6, 0), "it is another slot's");
+        recycle(&producer);
+        assert!(!view.awaits_reset_of(5, 0));
+    }
+}

@@ -1,0 +1,49 @@
+//! What a machine keeps of each of its vCPUs.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::ring::producer::Producer;
+
+/// The vCPU as its machine knows it. It does not know its machine, or neither would ever be freed.
+pub(super) struct VcpuState {
+    pub(super) ring: Producer,
+    /// Held while the guest runs: what a remote TLB flush waits for.
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+pub(super) struct Running {
+    /// Pages logged by the hardware that have not reached the ring, or the bitmap.
+    pub(super) buffer: Vec<(u32, u64)>,
+    /// Payloads to push in place of the true ones.
+    pub(super) garbage: VecDeque<(u32, u64)>,
+    pub(super) ignores_limit: bool,
+}
+
+impl VcpuState {
+    pub(super) fn new(ring: Producer) -> Self {
+        Self {
+            ring,
+            running: Mutex::default(),
+        }
+    }
+
+    pub(super) fn running(&self) -> MutexGuard<'_, Running> {
+        let running = &self.running;
+        running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn flush(&self) {
+        drop(self.running());
+    }
+
+    pub(super) fn awaits_reset(&self) -> bool {
+        self.ring.awaits_reset()
+    }
+
+    pub(super) fn recycle(&self, limit: u32, pages: &mut Vec<(u32, u64)>) -> u32 {
+        let each = |slot, page| pages.push((slot, page));
+        self.ring.recycle(limit, each)
+    }
+}

@@ -1,0 +1,9 @@
+//! The memslots that are tracked: how an entry finds its page's bit, and how dirty pages are handed out.
+//!
+//! May import: ground, bitmap, ring.
+
+pub(crate) mod dirty_pages;
+#[cfg(not(all(test, feature = "modelled")))]
+pub(crate) mod guest_map;
+pub(crate) mod table;
+pub(crate) mod targets;
