@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use guest::{Exit, Guest, Load, PAGE, Vcpu};
-use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::pacing::{Fixed, LookFirst, Observation, Pacing};
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
@@ -107,7 +107,7 @@ fn run(name: &str, policy: impl Pacing + 'static) -> Result<(), Box<dyn Error>> 
 }
 
 /// A vCPU's thread.
-fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<(), ResetError> {
+fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<(), FullError> {
     loop {
         // ioctl KVM_RUN
         match vcpu.run() {

@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::{Exit, Guest, Load, Vcpu};
-use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::pacing::LookFirst;
 use kvm_dirty_ring::{DirtyPages, RateMeter, Rates, Reaper, SlotId, VcpuRing};
 
@@ -96,7 +96,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// A vCPU's thread. How often the guest wrote.
-fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<u64, ResetError> {
+fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<u64, FullError> {
     loop {
         // ioctl KVM_RUN
         match vcpu.run() {

@@ -19,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::{Exit, Guest, Load, Memory, PAGE, Vcpu};
-use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::pacing::LookFirst;
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
@@ -100,7 +100,7 @@ fn write_increment(file: &File, memory: &Memory, dirty: &DirtyPages) -> io::Resu
 }
 
 /// A vCPU's thread.
-fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<(), ResetError> {
+fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<(), FullError> {
     loop {
         // ioctl KVM_RUN
         match vcpu.run() {

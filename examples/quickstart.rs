@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use guest::{Exit, Guest, Load, Vcpu};
-use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::pacing::LookFirst;
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
@@ -85,7 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// A vCPU's thread.
-fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<(), ResetError> {
+fn run_vcpu(mut vcpu: Vcpu, mut ring: VcpuRing) -> Result<(), FullError> {
     loop {
         // ioctl KVM_RUN, then `exit_reason` of its struct kvm_run.
         match vcpu.run() {

@@ -61,9 +61,9 @@ impl Rings for NoRings {
         false
     }
 
-    fn look_for_overruns(&self) {}
-
-    fn reach_back(&self, _: &mut dyn FnMut() -> bool) {}
+    fn look_for_overruns(&self) -> bool {
+        false
+    }
 
     fn suspect_last_batches(&self) {}
 }

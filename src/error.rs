@@ -213,6 +213,16 @@ pub enum SlotError {
         /// What it said.
         source: io::Error,
     },
+    /// The ring of a vCPU is [broken](crate::VcpuStats::broken): every sync reports every page, and protecting
+    /// slots anew cannot end that.
+    #[error(
+        "the dirty ring of vCPU {vcpu} is broken: every page stays suspect, as KVM may overrun the ring again; \
+         migrate with the guest stopped, or copy all of its memory"
+    )]
+    BrokenRing {
+        /// The vCPU, by its place in the order in which they were attached.
+        vcpu: usize,
+    },
     /// The bitmap is another slot's.
     #[error("slot {slot}: the bitmap is that of slot {by}, whose removal must be finished first")]
     BitmapInUse {
@@ -290,6 +300,48 @@ impl ResetError {
     /// The kernel's error number, where it gave one.
     pub fn raw_os_error(&self) -> Option<i32> {
         self.source.raw_os_error()
+    }
+}
+
+/// Why a full ring was not given any room. The vCPU would leave the guest at once again.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum FullError {
+    /// The reset failed. The pages are kept; try again, but not without end.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
+    /// The kernel has overrun the ring, see [`VcpuStats::broken`](crate::VcpuStats::broken), and recycles nothing
+    /// of it any more. This vCPU has no way back into the guest: stop the guest, or give the VM up.
+    #[error(
+        "the dirty ring of vCPU {vcpu} is broken, as KVM has overrun it, and can't be emptied any more: the vCPU \
+         can't run on"
+    )]
+    Broken {
+        /// The vCPU, by its place in the order in which they were attached.
+        vcpu: usize,
+    },
+    /// In several calls in a row nothing of this vCPU's ring was recycled, by this call or by any other pass since
+    /// the call before. In a ring that stops its vCPU there is always something to recycle, so this is another
+    /// vCPU's ring or another VM's, or resets recycle nothing.
+    #[error(
+        "{calls} full exits of vCPU {vcpu} in a row have recycled nothing of its ring: is it the ring of another \
+         vCPU, or is the log that of another VM?"
+    )]
+    NoRoom {
+        /// The vCPU, by its place in the order in which they were attached.
+        vcpu: usize,
+        /// How many calls there were.
+        calls: u32,
+    },
+}
+
+impl FullError {
+    /// The kernel's error number, where a reset failed with one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        match self {
+            Self::Reset(error) => error.raw_os_error(),
+            _ => None,
+        }
     }
 }
 

@@ -148,6 +148,7 @@ fn expected(stats: &Stats, vm: &str) -> BTreeMap<String, f64> {
             ("stall_nanoseconds_total", vcpu.stall_ns),
             ("soft_limit_entries", vcpu.soft_limit),
             ("limited_nanoseconds_total", vcpu.limited_ns),
+            ("broken", vcpu.broken.into()),
             ("dirty_limit_pages", vcpu.dirty_limit.map_or(0, u64::from)),
         ];
         for (name, value) in of_vcpu {

@@ -4,7 +4,6 @@
 #[path = "common/ear.rs"]
 mod ear;
 #[path = "common/scenario.rs"]
-#[expect(dead_code, reason = "other tests ask more of a machine")]
 mod scenario;
 
 use std::cell::Cell;
@@ -91,6 +90,10 @@ fn what_goes_wrong_is_told_once() {
         );
         assert_eq!(warnings[1].name, "kvm_dirty_ring_suspects");
         assert_eq!(warnings[1].count("pages"), pages);
+        if name == "kvm_dirty_ring_overrun" {
+            // For good.
+            return;
+        }
         machine.rearm();
         let told = listening.take();
         assert_eq!(names(&told), ["kvm_dirty_ring_rearmed"; 2]);
@@ -132,7 +135,7 @@ fn what_goes_wrong_is_told_once() {
     machine.sync();
     expect(&machine, "kvm_dirty_ring_overrun", 1, 370);
 
-    // All is well again, and nothing is told twice.
+    // Nothing is told twice.
     machine.sync();
     machine.log.reap().unwrap();
     let retired = machine.log.retire_slot(ROM).unwrap();

@@ -30,8 +30,8 @@ enum Judge {
     Faulty,
     /// Bad resets and nonsense in so many of the operations; then, all slots protected anew, exact.
     BadResetsRepaired(usize),
-    /// The same with overruns and nonsense.
-    OverrunsRepaired(usize),
+    /// The same with nonsense alone.
+    NonsenseRepaired(usize),
     /// The kernel's bitmaps, alone or beside rings: as `Exact`.
     ExactBitmaps,
     /// As `Calm`, and readings of bitmaps that fail half-way.
@@ -51,9 +51,6 @@ struct Allowed {
     /// Writes by the kernel, of which only bitmaps tell.
     kernel_writes: bool,
     bad_bitmaps: bool,
-    /// Passes that end before their reset: what they leave, an overrun must not cross, if all is to
-    /// be repaired.
-    stops: bool,
 }
 
 impl Judge {
@@ -62,10 +59,7 @@ impl Judge {
     }
 
     fn allows(self, done: usize) -> Allowed {
-        let nothing = Allowed {
-            stops: true,
-            ..Allowed::default()
-        };
+        let nothing = Allowed::default();
         match self {
             Self::Exact => nothing,
             Self::Calm => Allowed {
@@ -80,7 +74,6 @@ impl Judge {
                 overruns: true,
                 rearm: true,
                 switches: true,
-                stops: true,
                 ..nothing
             },
             Self::ExactBitmaps => Allowed {
@@ -100,13 +93,11 @@ impl Judge {
                 garbage: true,
                 ..nothing
             },
-            Self::OverrunsRepaired(faulty) if done < faulty => Allowed {
+            Self::NonsenseRepaired(faulty) if done < faulty => Allowed {
                 garbage: true,
-                overruns: true,
-                stops: false,
                 ..nothing
             },
-            Self::BadResetsRepaired(_) | Self::OverrunsRepaired(_) => nothing,
+            Self::BadResetsRepaired(_) | Self::NonsenseRepaired(_) => nothing,
         }
     }
 }
@@ -119,7 +110,7 @@ impl<'a> Arbitrary<'a> for Script {
             1 | 2 => Judge::Calm,
             3..=5 => Judge::Faulty,
             6 => Judge::BadResetsRepaired(faulty),
-            7 => Judge::OverrunsRepaired(faulty),
+            7 => Judge::NonsenseRepaired(faulty),
             8 => Judge::ExactBitmaps,
             _ => Judge::BadBitmaps,
         };
@@ -209,7 +200,7 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
         11 => Op::ReapRings(u.arbitrary()?),
         12 => Op::ReapOnShard(index(u)?),
         13 => Op::OnFull(index(u)?),
-        14 if allowed.stops => Op::HarvestAndStop(index(u)?),
+        14 => Op::HarvestAndStop(index(u)?),
         15..=17 => Op::Sync,
         18 | 19 => Op::SlotStep {
             slot: usize::from(u.arbitrary::<u8>()?) % 3,
@@ -276,7 +267,7 @@ pub fn run(script: &Script) {
             assert_faultless(&machine);
         }
         Judge::Faulty => run_migration(&mut machine, ops),
-        Judge::BadResetsRepaired(faulty) | Judge::OverrunsRepaired(faulty) => {
+        Judge::BadResetsRepaired(faulty) | Judge::NonsenseRepaired(faulty) => {
             let (faulty, calm) = ops.split_at(faulty.min(ops.len()));
             run_repaired(&mut machine, faulty, calm);
             run_exactly(&mut machine, &[Op::Sync]);

@@ -11,7 +11,7 @@ mod world;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use kvm_dirty_ring::error::SlotError;
+use kvm_dirty_ring::error::{FullError, SlotError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, Recycled, RetiredSlot, SlotId, VcpuRing};
 
 use crate::common::shape::pages_of;
@@ -120,7 +120,11 @@ impl Machine {
             }
             Op::OnFull(ring) => {
                 let own = ring % self.rings.len();
-                let full = |machine: &mut Self| machine.rings[own].on_full().is_ok();
+                // A script's ring need not hold what its vCPU would stop at, nor a kernel recycle it.
+                let full = |machine: &mut Self| {
+                    let result = machine.rings[own].on_full();
+                    !matches!(result, Err(FullError::Reset(_)))
+                };
                 self.harvest(|ring| ring == own, full);
             }
             Op::HarvestAndStop(ring) => {
@@ -141,8 +145,12 @@ impl Machine {
                 assert_eq!(marked, expected, "{slot} {first} {pages}");
             }
             Op::Rearmed(slot) => {
-                let known = self.log.rearmed(*slot).is_ok();
-                assert_eq!(known, self.wild.world().rearmed(*slot));
+                let result = self.log.rearmed(*slot);
+                let is_refused = matches!(result, Err(SlotError::BrokenRing { .. }));
+                assert_eq!(is_refused, self.is_broken());
+                if !is_refused {
+                    assert_eq!(result.is_ok(), self.wild.world().rearmed(*slot));
+                }
             }
         }
     }
@@ -160,7 +168,12 @@ impl Machine {
         world.assert_counts(&self.log.stats());
     }
 
+    fn is_broken(&self) -> bool {
+        self.log.stats().overruns > 0
+    }
+
     fn sync(&mut self) {
+        let was_broken = self.is_broken();
         let mut synced = false;
         self.harvest(
             |_| true,
@@ -176,6 +189,11 @@ impl Machine {
         let mut world = self.wild.world();
         let reported = pages_of(&self.dirty, &world.slots);
         world.judge(&reported, &self.log.stats());
+        let all: u64 = world.slots.values().sum();
+        assert!(
+            !was_broken || self.dirty.page_count() == all,
+            "a ring is broken, and not all is reported"
+        );
     }
 
     fn add(&mut self, slot: SlotId, pages: u64) {

@@ -8,7 +8,6 @@ use crate::error::ResetError;
 use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
 use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
-use crate::ring::view::RingView;
 use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::DirtyPages;
 use crate::slots::table::{Slot, Table};
@@ -52,24 +51,9 @@ impl Clone for Layout {
 }
 
 impl Layout {
-    /// Pages under suspicion.
-    pub(crate) fn suspects(&self) -> u64 {
-        self.slots.slots().map(|slot| slot.suspects()).sum()
-    }
-
     /// Some page is written and unprotected, and we can't tell which.
     fn suspect_all(&self) {
         for slot in self.slots.slots() {
-            slot.suspect_all();
-        }
-    }
-
-    /// An old entry is about to be recycled. If its slot has no such page any more, the kernel forgets the
-    /// batch: other pages of the slot may be in it. None of a slot that is added later: what ends the gap was
-    /// pushed before, and ends the batch.
-    fn suspect_if_beyond(&self, slot: u32, page: u64) {
-        let slot = self.slots.get(slot);
-        if let Some(slot) = slot.filter(|slot| page >= slot.pages()) {
             slot.suspect_all();
         }
     }
@@ -89,13 +73,14 @@ pub(crate) struct Counts {
     pub(crate) entries: Counter,
     pub(crate) unknown_slot: Counter,
     pub(crate) out_of_range: Counter,
+    /// Rings that are broken.
     pub(crate) overruns: Counter,
 }
 
 /// What one ring gave.
 pub(crate) struct Taken {
     pub(crate) entries: u32,
-    /// Whether they were all there was: the ring was not overrun, and no entry harvested before
+    /// Whether they were all there was: the ring is not broken, and no entry harvested before
     /// was still waiting for its reset.
     pub(crate) alone: bool,
 }
@@ -130,6 +115,30 @@ impl Harvester {
         let layout = Arc::make_mut(&mut layout);
         layout.targets = Default::default();
         change(layout)
+    }
+
+    /// Whether a ring is broken. The kernel has overwritten entries that nobody had harvested, or whose pages it
+    /// had yet to protect, and may at any time again: so all pages of all slots are dirty from then on.
+    pub(crate) fn is_broken(&self) -> bool {
+        // Whoever finds a ring broken holds a shard, or resets for one who does: a sync waits for the shards,
+        // and their lock orders this count.
+        self.counts.overruns.get() > 0
+    }
+
+    fn note_broken(&self, breaks: bool) {
+        if breaks {
+            self.counts.overruns.add(1);
+        }
+    }
+
+    /// Pages under suspicion.
+    pub(crate) fn suspects(&self) -> u64 {
+        let layout = self.layout();
+        let slots = layout.slots.slots();
+        match self.is_broken() {
+            true => slots.map(|slot| slot.pages()).sum(),
+            false => slots.map(|slot| slot.suspects()).sum(),
+        }
     }
 
     /// Waits until every pass that has begun, and so may work on an old layout, has ended.
@@ -192,14 +201,12 @@ impl Harvester {
         if self.kernel.mode() == Mode::Bitmap {
             return Ok(());
         }
-        for vcpu in &self.layout().vcpus {
-            lock(&vcpu.ring).retry_help();
-        }
         for _ in 0..RECYCLE_TRIES {
             let faults = self.gate.faults();
             let mut pass = self.begin();
             pass.harvest_all();
             pass.reset_all()?.publish();
+            // Beside a broken ring none falls short: there every page is reported, whatever it was recycled with.
             let is_whole = self.gate.faults() == faults;
             if is_whole || !self.awaits_reset_of(slot, 0) {
                 return Ok(());
@@ -240,30 +247,12 @@ impl Rings for Harvester {
         rings.all(|ring| ring.nothing_awaits_reset())
     }
 
-    fn look_for_overruns(&self) {
-        let layout = self.layout();
-        for vcpu in &layout.vcpus {
-            let mut ring = lock(&vcpu.ring);
-            if ring.is_reserve_used() {
-                ring.note_overrun();
-                // Else the harvest has.
-                self.counts.overruns.add((!ring.all_wait()).into());
-                layout.suspect_all();
-            }
+    fn look_for_overruns(&self) -> bool {
+        for vcpu in &self.layout().vcpus {
+            let breaks = lock(&vcpu.ring).breaks_at_its_reserve();
+            self.note_broken(breaks);
         }
-    }
-
-    fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool) {
-        let layout = self.layout();
-        for vcpu in &layout.vcpus {
-            let is_full = vcpu.is_full_of_nothing();
-            if lock(&vcpu.ring).reach_back(is_full, &mut *finds_nothing) {
-                // What it overran, nobody knows. Nor what was recycled beside old entries, of whose slots some
-                // may be smaller by now.
-                self.counts.overruns.add(1);
-                layout.suspect_all();
-            }
-        }
+        self.is_broken()
     }
 
     fn suspect_last_batches(&self) {
@@ -336,25 +325,15 @@ impl<'a> Pass<'a, Harvested> {
 
     fn harvest_marking(&mut self, vcpu: &Vcpu, marking: &mut Harvest<'_>) -> Taken {
         let mut ring = lock(&vcpu.ring);
-        // Before anything moves the head.
-        let overrun_before = ring.is_overrun();
         let alone = ring.all_recycled();
-        // The gap that an overrun left shows once the vCPU has run on. What lies beyond must not wait for a full
-        // exit. In step there should be none: an overrun that nobody saw.
-        let in_step = !ring.is_out_of_step();
-        let gap = match ring.may_have_a_gap() {
-            true => self.rejoin_ring(&mut ring),
-            false => 0,
-        };
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut setter = Setter::new(lookup);
-        let (entries, overrun_now) = ring.harvest_blocks(|entries| setter.take(entries));
-        let overrun = overrun_before || overrun_now || gap > 0 && in_step;
-        vcpu.note_taken(gap + entries);
+        let (entries, breaks) = ring.harvest_blocks(|entries| setter.take(entries));
+        vcpu.note_taken(entries);
         drop(ring);
         setter.set();
         let misses = setter.misses;
-        self.note_marked(marking, gap + entries);
+        self.note_marked(marking, entries);
 
         let counts = &self.harvester.counts;
         counts.entries.add(entries.into());
@@ -363,42 +342,11 @@ impl<'a> Pass<'a, Harvested> {
             counts.out_of_range.add(misses.out_of_range);
             self.layout.suspect_all();
         }
-        if overrun {
-            self.note_overrun();
-        }
+        self.harvester.note_broken(breaks);
         Taken {
             entries,
-            alone: alone && !overrun,
+            alone: alone && !vcpu.is_broken(),
         }
-    }
-
-    /// Joins a ring again that the kernel overran, see [`RingView::rejoin`]. Whether it had been.
-    ///
-    /// [`RingView::rejoin`]: crate::ring::view::RingView::rejoin
-    pub(crate) fn rejoin(&mut self, vcpu: &Vcpu) -> bool {
-        let mut marking = self.harvester.gate.harvest();
-        let mut ring = lock(&vcpu.ring);
-        let gap = self.rejoin_ring(&mut ring);
-        vcpu.note_taken(gap);
-        drop(ring);
-        self.note_marked(&mut marking, gap);
-        let was_behind = gap > 0;
-        if was_behind {
-            self.note_overrun();
-        }
-        was_behind
-    }
-
-    /// Joins the ring, and says how many entries were passed over.
-    fn rejoin_ring(&self, ring: &mut RingView) -> u32 {
-        ring.rejoin(|slot, page| self.layout.suspect_if_beyond(slot, page))
-    }
-
-    /// The kernel overwrote entries that nobody had harvested, or whose pages it had yet to
-    /// protect: which pages, nobody knows.
-    fn note_overrun(&self) {
-        self.harvester.counts.overruns.add(1);
-        self.layout.suspect_all();
     }
 
     fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {
@@ -446,6 +394,12 @@ impl<'a> Pass<'a, Harvested> {
 }
 
 impl Pass<'_, Reset> {
+    /// After a full exit that found nothing: looks further for what the kernel has pushed.
+    pub(crate) fn look_for_a_gap(&self, vcpu: &Vcpu) {
+        let breaks = lock(&vcpu.ring).breaks_at_a_gap();
+        self.harvester.note_broken(breaks);
+    }
+
     /// Publishes the pages: whoever holds the shard next may hand them out.
     pub(crate) fn publish(self) {
         let Reset(()) = self.stage;

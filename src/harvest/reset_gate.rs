@@ -31,13 +31,9 @@ pub(crate) trait Rings {
     fn nothing_awaits_reset(&self) -> bool;
 
     /// Looks for rings that the kernel is about to overrun, or has: a reset that meets a vCPU there may leave
-    /// a page unprotected, and its count is whole. No entry is marked meanwhile.
-    fn look_for_overruns(&self);
-
-    /// Helps the kernel on in rings where its reset index stays behind, see
-    /// [`RingView::reach_back`](crate::ring::view::RingView::reach_back). No entry is marked meanwhile by anybody
-    /// else.
-    fn reach_back(&self, finds_nothing: &mut dyn FnMut() -> bool);
+    /// a page unprotected, and its count is whole. No entry is marked meanwhile. True if some ring is broken:
+    /// then all pages are dirty in any case, and no count says anything.
+    fn look_for_overruns(&self) -> bool;
 
     /// The last batch of some ring may be recycled and its pages not protected: which ring, the gate
     /// can't tell. Called before anybody is told that the reset is over.
@@ -158,15 +154,15 @@ impl ResetGate {
 
     /// The ioctl; again while it falls short of `outstanding` and gets on. Entries recycled.
     fn recycle(&self, kernel: &dyn Kernel, rings: &dyn Rings, outstanding: u64) -> io::Result<u64> {
-        let call = || {
+        let reset = || -> io::Result<(Recycled, bool)> {
+            let is_broken = rings.look_for_overruns();
             self.resets.add(1);
-            kernel.reset()
+            Ok((kernel.reset()?, is_broken))
         };
-        let reset = || {
-            rings.look_for_overruns();
-            call()
-        };
-        let first = reset()?;
+        let (first, is_broken) = reset()?;
+        if is_broken {
+            return Ok(outstanding);
+        }
         let mut recycled = u64::from(first.entries);
         if recycled >= outstanding {
             // `kvm_dirty_ring_reset` looks for signals once more after the last entry, and before it
@@ -179,21 +175,13 @@ impl ResetGate {
         }
         self.faults.add(1);
         // An error here adds nothing: the entries are suspect already.
-        let mut last = reset();
-        while let Ok(more) = &last {
+        while let Ok((more, _)) = reset() {
             recycled += u64::from(more.entries);
             if more.entries == 0 || recycled >= outstanding {
                 break;
             }
-            last = reset();
         }
-        let finds_nothing = |last: io::Result<Recycled>| {
-            last.is_ok_and(|more| more.entries == 0 && !more.interrupted)
-        };
-        if finds_nothing(last) {
-            rings.reach_back(&mut || finds_nothing(call()));
-        }
-        // An overrun, or somebody else's reset, has left nothing to recycle of what we count: it
+        // Somebody else's reset has left nothing to recycle of what we count: it
         // would make every later reset look short. No entry is marked meanwhile.
         if rings.nothing_awaits_reset() {
             recycled = recycled.max(outstanding);

@@ -14,8 +14,7 @@ use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering, lock};
 pub(crate) struct Vcpu {
     /// What tells its ring from the others.
     pub(crate) name: String,
-    /// The lock is the consumer's token. Nobody waits for anything while holding it, but a reset that helps
-    /// the kernel on.
+    /// The lock is the consumer's token. Nobody waits for anything while holding it.
     pub(crate) ring: Mutex<RingView>,
     /// The same ring, for onlookers.
     memory: RingMemory,
@@ -29,18 +28,24 @@ pub(crate) struct Vcpu {
 /// Each is written once for a pass or a full exit, never for an entry.
 #[derive(Default)]
 pub(crate) struct Counts {
-    /// Entries that the consumer has passed: harvested, or skipped after an overrun. Written by the
-    /// consumer alone; tells everybody else where the ring's head is.
+    /// Entries that the consumer has harvested. Written by the consumer alone; tells everybody else where the ring's head is.
     taken: AtomicU64,
     /// Exits for a full ring.
     pub(crate) full_exits: Counter,
     /// Nanoseconds spent on them.
     pub(crate) stall_ns: Counter,
-    /// One more than the entries taken when two full exits in a row found nothing, see
-    /// [`Vcpu::is_full_of_nothing`].
-    full_of_nothing: Counter,
     /// Entries at which the vCPU stops: a prior, until a full exit has shown it.
     pub(crate) soft_limit: Counter,
+}
+
+/// A ring at one moment.
+pub(crate) struct Seen {
+    /// Entries taken so far.
+    pub(crate) taken: u64,
+    /// Where the kernel's reset index is, as far as entries show.
+    pub(crate) reset_index: u32,
+    /// Whether all that were taken are recycled.
+    pub(crate) all_recycled: bool,
 }
 
 impl Vcpu {
@@ -97,15 +102,19 @@ impl Vcpu {
         }
     }
 
-    /// A full exit found nothing, and nobody had taken an entry since the one before.
-    pub(crate) fn note_full_of_nothing(&self) {
-        self.counts.full_of_nothing.set(self.taken() + 1);
-        lock(&self.ring).retry_help();
+    /// How far its ring is.
+    pub(crate) fn seen(&self) -> Seen {
+        let mut ring = lock(&self.ring);
+        Seen {
+            taken: self.taken(),
+            reset_index: ring.reset_index(),
+            all_recycled: ring.all_recycled(),
+        }
     }
 
-    /// Whether the kernel takes the ring for full, though all that it has logged was taken.
-    pub(crate) fn is_full_of_nothing(&self) -> bool {
-        self.counts.full_of_nothing.get() == self.taken() + 1
+    /// Whether the kernel has overrun its ring.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.memory.is_broken()
     }
 
     /// Whether at least `count` entries wait in the ring; any thread may ask at any time, and
@@ -182,25 +191,6 @@ impl Vcpu {
 mod tests {
     use super::*;
     use crate::ring::producer::Producer;
-
-    /// Beside a harvest, too, in a ring that was overrun and is in step again.
-    #[test]
-    fn what_is_logged_does_not_shrink_for_an_overrun_long_ago() {
-        let producer = Producer::new(64, 0);
-        let vcpu = Vcpu::new(producer.memory(), 1);
-        let mut seen = Vec::new();
-        for pages in [64, 40, 40] {
-            (0..pages).for_each(|page| producer.push(0, page));
-            seen.clear();
-            seen.push(vcpu.logged());
-            let taken = lock(&vcpu.ring).harvest(|_, _| seen.push(vcpu.logged()));
-            vcpu.note_taken(taken);
-            seen.push(vcpu.logged());
-            producer.recycle(u32::MAX, |_, _| ());
-        }
-        seen.dedup();
-        assert_eq!(seen, [144]);
-    }
 
     /// Entries taken are counted on for ever, the ring's indices wrap at 2^32, whatever the first.
     #[test]

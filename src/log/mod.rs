@@ -78,7 +78,7 @@ impl Inner {
                 missing_bitmaps: self.kernel_bits.missing.get(),
             }
         };
-        let suspects = || self.harvester.layout().suspects();
+        let suspects = || self.harvester.suspects();
         self.told.tell(faults, suspects);
     }
 }
@@ -206,7 +206,8 @@ impl DirtyLog {
     /// that were written, whatever other passes were under way.
     ///
     /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time, and so are all
-    /// pages of a slot that is [not tracked](Self::stop_tracking).
+    /// pages of a slot that is [not tracked](Self::stop_tracking), and all pages of all slots once a ring is
+    /// [broken](crate::VcpuStats::broken).
     ///
     /// Each other page is handed out once, to whichever call comes first: where two parts of a VMM need
     /// dirty pages, let one sync, and keep the result for both. Pages that were not copied, because
@@ -284,9 +285,13 @@ impl DirtyLog {
         if !dirty.fit(&harvester.layout().slots) {
             return Err(SyncError::NoMemory);
         }
+        let all = harvester.is_broken();
         for (slot, bits) in dirty.slots_mut() {
             slot.device().take_into(bits);
             slot.copy_suspects_into(bits);
+            if all {
+                bits.fill();
+            }
         }
         Ok(())
     }

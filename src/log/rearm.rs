@@ -22,13 +22,24 @@ impl DirtyLog {
     /// of a slot that was *not* protected, it loses pages.
     ///
     /// # Errors
-    /// The slot is not tracked, or there is no memory; the pages stay suspect.
+    /// The slot is not tracked, a ring is [broken](SlotError::BrokenRing), or there is no memory; the pages stay
+    /// suspect.
     pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {
+        self.refuse_if_broken()?;
         let layout = self.inner().harvester.layout();
         let tracked = layout.slots.get(slot.raw());
         self.end_suspicion(tracked.ok_or(SlotError::Unknown { slot })?)?;
         trace::rearmed(slot.raw());
         Ok(())
+    }
+
+    /// All is dirty for good once a ring is broken, and to stop vCPUs for it is in vain.
+    fn refuse_if_broken(&self) -> Result<(), SlotError> {
+        let layout = self.inner().harvester.layout();
+        match layout.vcpus.iter().position(|vcpu| vcpu.is_broken()) {
+            Some(vcpu) => Err(SlotError::BrokenRing { vcpu }),
+            None => Ok(()),
+        }
     }
 
     /// Every page of the slot is protected again.
@@ -90,12 +101,14 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// [`SlotError::Protect`] with what `protect` said: every page of that slot is suspect then, as it
+    /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and nothing ends that. [`SlotError::Protect`] with what `protect`
+    /// said: every page of that slot is suspect then, as it
     /// need not be logged any more. Or there is no memory. Slots after it stay as they were.
     pub fn rearm(
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,
     ) -> Result<usize, SlotError> {
+        self.refuse_if_broken()?;
         let layout = self.inner().harvester.layout();
         let mut rearmed = 0;
         for slot in layout.slots.staying() {

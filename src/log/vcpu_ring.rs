@@ -4,11 +4,20 @@ use core::fmt;
 use std::time::Instant;
 
 use super::{DirtyLog, Inner};
-use crate::error::{AttachError, ResetError};
-use crate::harvest::vcpu::Vcpu;
+use crate::error::{AttachError, FullError};
+use crate::harvest::vcpu::{Seen, Vcpu};
+use crate::kernel::Mode;
 use crate::observe::trace;
 use crate::ring::memory::RingMemory;
 use crate::sync::{Arc, lock};
+
+/// With so many full exits in a row that make no room, something is wrong. In the models, the first: none is to
+/// be taken for such a one.
+const PATIENCE: u32 = if cfg!(all(test, feature = "modelled")) {
+    1
+} else {
+    3
+};
 
 impl DirtyLog {
     /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was
@@ -51,7 +60,9 @@ impl DirtyLog {
         Ok(VcpuRing {
             inner: Arc::clone(self.inner()),
             index,
-            taken: vcpu.taken(),
+            before: vcpu.seen(),
+            calls_in_vain: 0,
+            taught: None,
             vcpu,
         })
     }
@@ -64,8 +75,12 @@ impl DirtyLog {
 pub struct VcpuRing {
     inner: Arc<Inner>,
     index: usize,
-    /// Entries taken from the ring, by whomever, when the last full exit was over.
-    taken: u64,
+    /// The ring when the last full exit was over.
+    before: Seen,
+    /// Full exits in a row that have made no room.
+    calls_in_vain: u32,
+    /// The soft limit before the last full exit, if that one showed another.
+    taught: Option<u64>,
     pub(crate) vcpu: Arc<Vcpu>,
 }
 
@@ -82,9 +97,12 @@ impl VcpuRing {
     /// In [`Mode::Bitmap`](crate::Mode::Bitmap) there is no such exit, and nothing to be done.
     ///
     /// # Errors
-    /// The reset failed: the ring is still full, its pages are kept, and nobody has slept. Entering the
-    /// guest again leads to the same exit at once: to try again, but not without end.
-    pub fn on_full(&mut self) -> Result<(), ResetError> {
+    /// The ring is still full, its pages are kept, and nobody has slept. Entering the guest again leads to the
+    /// same exit at once. [`FullError::Reset`]: the reset failed; try again, but not without end.
+    /// [`FullError::Broken`], at once: the kernel has overrun the ring. [`FullError::NoRoom`], by the third call in
+    /// a row: nothing of this ring is recycled, so it is not this vCPU's, or the log is not its VM's. A vCPU that
+    /// waits for another thread's pass or reset gets neither: what that one has recycled counts.
+    pub fn on_full(&mut self) -> Result<(), FullError> {
         let start = Instant::now();
         let mut entries = 0;
         let result = self.make_room(&mut entries);
@@ -128,19 +146,18 @@ impl VcpuRing {
     }
 
     /// Sets `entries` to what it takes from the ring, reset or not.
-    fn make_room(&mut self, entries: &mut u32) -> Result<(), ResetError> {
+    fn make_room(&mut self, entries: &mut u32) -> Result<(), FullError> {
         let mut pass = self.inner.harvester.begin();
-        // Since the last full exit, nobody else has taken entries that the vCPU's exit still saw.
-        let alone = self.vcpu.taken() == self.taken;
         let taken = pass.harvest(&self.vcpu);
         *entries = taken.entries;
-        self.taken = self.vcpu.taken();
+        // Whether the vCPU's exit saw nothing but what we have taken: all that was taken before was recycled
+        // before, and since then nobody else has taken any. Asked now: another pass may have been faster.
+        let since = self.vcpu.taken() - self.before.taken;
+        let alone = self.before.all_recycled && since == u64::from(taken.entries);
+        let limit = self.vcpu.counts.soft_limit.get();
         if alone && taken.alone {
             let entries = self.inner.ring_entries;
             self.vcpu.learn_soft_limit(taken.entries, entries);
-        }
-        if alone && taken.entries == 0 {
-            self.vcpu.note_full_of_nothing();
         }
         self.vcpu.counts.full_exits.add(1);
         // By now this ring is empty; the others are the reaper's business. It is to see all of the
@@ -148,16 +165,41 @@ impl VcpuRing {
         self.inner.alarm.full();
         // Where the ring was empty, another pass has taken its entries: that one's reset is what
         // the vCPU waits for.
-        pass.reset_all()?.publish();
+        let pass = pass.reset_all()?;
         if taken.entries == 0 {
-            // No other pass, perhaps, but an overrun that has left the head behind.
-            let mut pass = self.inner.harvester.begin();
-            if pass.rejoin(&self.vcpu) {
-                *entries = pass.harvest(&self.vcpu).entries;
-            }
-            pass.reset()?.publish();
+            pass.look_for_a_gap(&self.vcpu);
         }
-        Ok(())
+        pass.publish();
+        if self.inner.harvester.kernel().mode() == Mode::Bitmap {
+            return Ok(());
+        }
+        // A ring that is full holds its soft limit. With much less the vCPU would not have stopped.
+        let is_little = alone && u64::from(taken.entries) * 16 < limit;
+        self.judge(is_little, limit)
+    }
+
+    /// Whether the vCPU can run on: something of its ring was recycled since the full exit before, by whomever.
+    fn judge(&mut self, is_little: bool, limit_before: u64) -> Result<(), FullError> {
+        let now = self.vcpu.seen();
+        let recycled = now.reset_index != self.before.reset_index;
+        self.before = now;
+        let soft_limit = &self.vcpu.counts.soft_limit;
+        if recycled && !is_little {
+            self.calls_in_vain = 0;
+            self.taught = (soft_limit.get() != limit_before).then_some(limit_before);
+            return Ok(());
+        }
+        // What this exit has shown, or the one before it, was no ring that is full.
+        soft_limit.set(self.taught.take().unwrap_or(limit_before));
+        let vcpu = self.index;
+        if self.vcpu.is_broken() && !recycled {
+            return Err(FullError::Broken { vcpu });
+        }
+        self.calls_in_vain = self.calls_in_vain.saturating_add(1);
+        match self.calls_in_vain {
+            calls @ PATIENCE.. => Err(FullError::NoRoom { vcpu, calls }),
+            _ => Ok(()),
+        }
     }
 }
 

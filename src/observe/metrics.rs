@@ -19,6 +19,7 @@
 //! | `kvm_dirty_ring_full_exits_total` | `vm`, `vcpu` | [`VcpuStats::full_exits`] |
 //! | `kvm_dirty_ring_stall_nanoseconds_total` | `vm`, `vcpu` | [`VcpuStats::stall_ns`] |
 //! | `kvm_dirty_ring_soft_limit_entries` | `vm`, `vcpu` | [`VcpuStats::soft_limit`], a gauge |
+//! | `kvm_dirty_ring_broken` | `vm`, `vcpu` | [`VcpuStats::broken`], a gauge of 0 or 1 |
 //! | `kvm_dirty_ring_limited_nanoseconds_total` | `vm`, `vcpu` | [`VcpuStats::limited_ns`] |
 //! | `kvm_dirty_ring_dirty_limit_pages` | `vm`, `vcpu` | [`VcpuStats::dirty_limit`], pages a second; a gauge, 0 without a limit |
 //! | `kvm_dirty_ring_reaper_looks_total` | `vm` | [`ReaperStats::looks`] |
@@ -88,19 +89,21 @@ const VM: [Metric<Stats>; 10] = table! {
         "Entries of slots that are not tracked: pages are suspect." |s| s.unknown_slot_entries;
     Counter "out_of_range_entries_total" Count
         "Entries past the end of their slot: pages are suspect." |s| s.out_of_range_entries;
-    Counter "overruns_total" Count "Rings found overrun: pages are suspect." |s| s.overruns;
+    Counter "overruns_total" Count "Rings found overrun: all pages are suspect, for good." |s| s.overruns;
     Counter "missing_bitmaps_total" Count
         "Bitmaps of slots that KVM could not give." |s| s.missing_bitmaps;
     Gauge "suspect_pages" Count
         "Pages that may be written without being logged, and come with each sync." |s| s.suspect_pages;
 };
 
-const VCPU: [Metric<VcpuStats>; 6] = table! {
+const VCPU: [Metric<VcpuStats>; 7] = table! {
     Counter "entries_total" Count "Entries harvested from the vCPU's ring." |s| s.entries;
     Counter "full_exits_total" Count "Stops of the vCPU on its full ring." |s| s.full_exits;
     Counter "stall_nanoseconds_total" Nanoseconds
         "Time that the vCPU spent in these stops." |s| s.stall_ns;
     Gauge "soft_limit_entries" Count "Entries at which KVM stops the vCPU." |s| s.soft_limit;
+    Gauge "broken" Count
+        "1 if KVM has overrun the ring: all pages of the VM are suspect, for good." |s| s.broken.into();
     Counter "limited_nanoseconds_total" Nanoseconds
         "Time that the vCPU slept for its dirty limit." |s| s.limited_ns;
     Gauge "dirty_limit_pages" CountPerSecond

@@ -20,7 +20,7 @@ pub struct Stats {
     /// Reset ioctls issued.
     pub resets: u64,
     /// Reset ioctls that recycled fewer entries than were marked: a signal was pending that cannot
-    /// be blocked, or a ring was overrun. The pages concerned are reported by every sync until
+    /// be blocked. The pages concerned are reported by every sync until
     /// their slot is re-armed.
     pub short_resets: u64,
     /// Reset ioctls that recycled what was marked, and during which the thread may have been stopped,
@@ -35,16 +35,17 @@ pub struct Stats {
     pub unknown_slot_entries: u64,
     /// Entries that named a page past the end of their slot. Each makes every page suspect.
     pub out_of_range_entries: u64,
-    /// Times that a ring was found overrun, or so full before a reset that it may have been. Each makes every page
-    /// suspect.
+    /// Rings that the kernel has overrun, or so filled before a reset that it may have: they are
+    /// [broken](VcpuStats::broken).
     pub overruns: u64,
     /// Times that a slot's own bitmap could not be had from a kernel that should have it: the slot is
     /// not in KVM, is not logged there, or is larger than the log was told. Each reports all pages of
     /// the slot, as does the first after it that could be had.
     pub missing_bitmaps: u64,
     /// Pages under suspicion now, which every sync reports: after short and doubtful resets, entries that
-    /// make no sense, overruns, and a re-arming that failed; until their slots are
-    /// [re-armed](crate::DirtyLog::rearm).
+    /// make no sense, and a re-arming that failed; until their slots are
+    /// [re-armed](crate::DirtyLog::rearm). All pages there are, for good, once a ring is
+    /// [broken](VcpuStats::broken).
     pub suspect_pages: u64,
     /// The vCPUs, in the order in which they were attached.
     pub vcpus: Vec<VcpuStats>,
@@ -56,8 +57,14 @@ pub struct Stats {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VcpuStats {
-    /// Entries harvested from its ring, or passed over after an overrun.
+    /// Entries harvested from its ring.
     pub entries: u64,
+    /// Whether its ring is broken: the kernel has overrun it, or may have. Entries are lost then, and nothing shows
+    /// which. For the rest of the log's life every sync reports every page of every slot, no re-arming ends that,
+    /// and the vCPU stops for good once it can't be given room
+    /// ([`FullError::Broken`](crate::error::FullError::Broken)). No kernel that keeps its reserve of entries
+    /// breaks a ring, as Linux does on hardware; the instruction emulator of kvm_pvm does.
+    pub broken: bool,
     /// Exits for a full ring.
     pub full_exits: u64,
     /// Time that the vCPU spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds.
@@ -143,7 +150,7 @@ impl Stats {
             out_of_range_entries: counts.out_of_range.get(),
             overruns: counts.overruns.get(),
             missing_bitmaps,
-            suspect_pages: layout.suspects(),
+            suspect_pages: harvester.suspects(),
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
             reaper: reaper.read(),
         }
@@ -155,6 +162,7 @@ impl VcpuStats {
         let counts = &vcpu.counts;
         Self {
             entries: vcpu.taken(),
+            broken: vcpu.is_broken(),
             full_exits: counts.full_exits.get(),
             stall_ns: counts.stall_ns.get(),
             soft_limit: counts.soft_limit.get(),
@@ -208,7 +216,7 @@ impl fmt::Display for Stats {
             (self.failed_resets, "failed resets"),
             (self.unknown_slot_entries, "entries of unknown slots"),
             (self.out_of_range_entries, "entries past their slot's end"),
-            (self.overruns, "overruns"),
+            (self.overruns, "broken rings"),
             (self.missing_bitmaps, "missing bitmaps"),
         ];
         let mut before = "\nfaults: ";
@@ -235,7 +243,8 @@ impl fmt::Display for VcpuStats {
         let stall = Ms(self.stall_ns);
         write!(
             f,
-            "{entries} entries, {full_exits} full exits of {stall} in all, stops at {limit} entries"
+            "{entries} entries, {full_exits} full exits of {stall} in all, stops at {limit} entries{}",
+            if self.broken { ", ring broken" } else { "" },
         )
     }
 }
@@ -290,6 +299,7 @@ mod tests {
             full_exits: 1,
             stall_ns: 1_500_000,
             soft_limit: 960,
+            broken: entries == 20,
             ..Default::default()
         };
         let stats = Stats {
@@ -313,9 +323,9 @@ mod tests {
         );
         let text = "\
 3 passes, 30 entries, 4 resets of 7.5 entries, 2 full exits of 3.00 ms in all
-faults: 7 suspect pages, 1 overruns
+faults: 7 suspect pages, 1 broken rings
 vCPU 0: 10 entries, 1 full exits of 1.50 ms in all, stops at 960 entries
-vCPU 1: 20 entries, 1 full exits of 1.50 ms in all, stops at 960 entries
+vCPU 1: 20 entries, 1 full exits of 1.50 ms in all, stops at 960 entries, ring broken
 reaper: 2 looks (0 woken), 0 passes of 0.00 ms in all, 0 entries, sleeps 0.25 ms, was 0.00 ms late, can't keep up";
         assert_eq!(stats.to_string(), text);
     }

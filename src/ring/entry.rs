@@ -74,26 +74,6 @@ impl Entry {
         self.flags.store(RESET, Ordering::Release);
     }
 
-    /// Marks an entry that is free, so that the kernel recycles what it held before once more. False if it is
-    /// not free, or the kernel fills it just now.
-    pub(crate) fn mark_free(&self) -> bool {
-        // Relaxed but for success: nothing was read of it that the kernel is to wait for. Release: pairs with
-        // the acquire loads of onlookers, who see those marked before when they see the head's.
-        let flags = self.flags.load(Ordering::Relaxed);
-        let exchange = |to| {
-            let (success, failure) = (Ordering::Release, Ordering::Relaxed);
-            self.flags.compare_exchange(flags, to, success, failure)
-        };
-        flags & (DIRTY | RESET) == 0 && exchange(RESET).is_ok()
-    }
-
-    /// Makes an entry free again that was marked, unless the kernel has filled it meanwhile.
-    pub(crate) fn unmark(&self) {
-        // Release: as above; who sees another free again sees that the head is. Relaxed: nothing was done.
-        let (success, failure) = (Ordering::Release, Ordering::Relaxed);
-        let _ = self.flags.compare_exchange(RESET, 0, success, failure);
-    }
-
     /// Whether the kernel may fill the entry.
     #[inline]
     pub(crate) fn is_free(&self) -> bool {

@@ -4,13 +4,13 @@ use core::iter;
 
 use super::entry::Entry;
 use super::memory::RingMemory;
-use super::overruns::half_reserve;
+use super::reserve::half_reserve;
 use crate::kernel::RESERVED_ENTRIES;
 
 /// Looks at a ring beside its consumer: reads flags, and nothing else.
 ///
 /// What it sees is true of some moment during the look, or, where a harvest runs meanwhile, of the
-/// ring as if none of its entries were taken yet: as if all were, if it was overrun and is not in step since. A
+/// ring as if none of its entries were taken yet: as if all were, if it is broken. A
 /// kernel that pushes on makes it an underestimate, by as many entries as it pushes.
 pub(crate) struct Gauge<'a> {
     memory: &'a RingMemory,
@@ -43,14 +43,13 @@ impl<'a> Gauge<'a> {
         }
         // They are harvested in order, too: a harvest has begun. No entry is recycled during one, but some
         // may wait for a reset from before: they lie behind the head, beyond all that are free.
-        // After an overrun both may lie anywhere, and nobody knows how many wait.
-        let free = self.some_free().filter(|_| !self.memory.is_out_of_step());
+        // In a broken ring both may lie anywhere: an onlooker does not guess high.
+        let free = self.some_free().filter(|_| !self.memory.is_broken());
         let Some(free) = free else {
-            // Nor beside the help after an overrun. An onlooker does not guess high.
             return 0;
         };
         let waiting = self.first_not(free, |ahead| !self.at(ahead).is_free());
-        // Recycled, or no longer marked to help: then so may be what looked like the end of the harvest's.
+        // Recycled: then so may be what looked like the end of the harvest's.
         if first.is_free() { 0 } else { waiting }
     }
 

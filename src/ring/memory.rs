@@ -18,8 +18,8 @@ pub struct RingMemory {
     first_index: u32,
     /// What tells the ring from the VM's others.
     name: String,
-    /// Whether the kernel may have overrun it since the consumer was in step with it.
-    out_of_step: Arc<AtomicBool>,
+    /// Whether the kernel has overrun it.
+    broken: Arc<AtomicBool>,
     /// Dropped last, with the memory.
     owner: Arc<dyn Any + Send + Sync>,
 }
@@ -53,7 +53,7 @@ impl RingMemory {
             entries,
             first_index: 0,
             name: format!("{start:p}"),
-            out_of_step: Arc::new(AtomicBool::new(false)),
+            broken: Arc::new(AtomicBool::new(false)),
             owner: owner.into(),
         }
     }
@@ -75,7 +75,7 @@ impl RingMemory {
     pub(crate) fn share(&self) -> Self {
         Self {
             name: self.name.clone(),
-            out_of_step: Arc::clone(&self.out_of_step),
+            broken: Arc::clone(&self.broken),
             owner: Arc::clone(&self.owner),
             ..*self
         }
@@ -101,17 +101,17 @@ impl RingMemory {
         self.first_index
     }
 
-    /// The consumer, who alone knows, says whether it is out of step.
-    pub(crate) fn set_out_of_step(&self, is: bool) {
+    /// Notes that the kernel has overrun the ring, or may have: for good, as no side knows the other's index
+    /// any more. False if that was known.
+    pub(crate) fn note_broken(&self) -> bool {
         // Relaxed: for onlookers it comes before the reset that recycles what was overrun, by the lock of the
-        // reset gate, and so before entries are seen free, which they look at first. That it is in step comes
-        // with a head that has moved, by which they look again.
-        self.out_of_step.store(is, Ordering::Relaxed);
+        // reset gate, and so before entries are seen free, which they look at first.
+        !self.broken.swap(true, Ordering::Relaxed)
     }
 
-    pub(crate) fn is_out_of_step(&self) -> bool {
+    pub(crate) fn is_broken(&self) -> bool {
         // Relaxed: as above.
-        self.out_of_step.load(Ordering::Relaxed)
+        self.broken.load(Ordering::Relaxed)
     }
 
     /// The entries from `index` to the end of its block: at least one, side by side.

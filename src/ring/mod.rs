@@ -13,6 +13,7 @@ mod overruns;
 pub(crate) mod producer;
 #[cfg(all(test, not(feature = "modelled")))]
 mod properties;
+mod reserve;
 pub(crate) mod view;
 
 pub use entry::Entry;

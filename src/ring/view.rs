@@ -3,7 +3,7 @@
 use super::entry::Entry;
 use super::gauge::Gauge;
 use super::memory::RingMemory;
-use super::overruns;
+use super::reserve::half_reserve;
 use crate::kernel::RESERVED_ENTRIES;
 use crate::prefetch;
 
@@ -24,10 +24,6 @@ pub struct RingView {
     pub(super) reset_index: u32,
     /// Half of what the kernel keeps in reserve.
     pub(super) half_reserve: u32,
-    /// Whether the ring was ever seen overrun.
-    pub(super) was_overrun: bool,
-    /// Where the head was when all free entries were marked, in vain.
-    pub(super) in_vain: Option<u32>,
 }
 
 impl RingView {
@@ -39,12 +35,10 @@ impl RingView {
     /// The same, of a kernel that stops a vCPU `reserved` entries before its ring's end.
     pub(crate) fn with_reserve(memory: RingMemory, reserved: u32) -> Self {
         Self {
-            half_reserve: overruns::half_reserve(reserved, memory.entries()),
-            was_overrun: false,
+            half_reserve: half_reserve(reserved, memory.entries()),
             head: memory.first_index(),
             reset_index: memory.first_index(),
             memory,
-            in_vain: None,
         }
     }
 
@@ -83,13 +77,15 @@ impl RingView {
     }
 
     /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side: `take`
-    /// has to read the payload of each entry and then mark it for reset. Also returns whether the
-    /// kernel has overrun the ring, before or meanwhile; nothing may be reset meanwhile.
+    /// has to read the payload of each entry and then mark it for reset. Also returns whether this has found
+    /// the ring broken, which it was not before; nothing may be reset meanwhile.
+    ///
+    /// [`BLOCK`]: super::memory::BLOCK
     #[inline(always)]
     pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
+        // Before anything moves the head.
         let mut overrun = self.is_overrun();
         self.follow_reset_index();
-        let alone = self.reset_index == self.head;
         let mut taken = 0;
         while taken < self.entries() {
             let block = self.memory.block_from(self.head);
@@ -116,13 +112,7 @@ impl RingView {
         // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
         // the ring, maybe while we were at it.
         overrun |= self.all_wait();
-        if overrun {
-            self.note_overrun();
-        } else if alone && taken > 0 && self.is_out_of_step() {
-            // What was at the head is what the kernel has pushed last, and nothing else waits.
-            self.memory.set_out_of_step(false);
-        }
-        (taken, overrun)
+        (taken, overrun && self.memory.note_broken())
     }
 
     /// Asks for the lines of the block at `index` early, if it is complete: the vCPU loses no line
@@ -153,14 +143,20 @@ impl RingView {
         !self.memory.at(self.head.wrapping_sub(1)).awaits_reset()
     }
 
-    /// Whether no entry at all waits for a reset, wherever an overrun may have left the indices: then
+    /// Where the kernel's reset index is, as far as entries show.
+    pub(crate) fn reset_index(&mut self) -> u32 {
+        self.follow_reset_index();
+        self.reset_index
+    }
+
+    /// Whether no entry at all waits for a reset, wherever somebody else may have left the indices: then
     /// no reset will ever recycle what was harvested so far. Looks at every entry.
     pub(crate) fn nothing_awaits_reset(&self) -> bool {
         (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
     }
 
     /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
-    /// an overrun, or somebody else, may have left the indices. Looks at every entry.
+    /// somebody else may have left the indices. Looks at every entry.
     pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
         let entries = (0..self.entries()).map(|index| self.memory.at(index));
         // The payload of any other may be the vCPU's to fill just now.
@@ -250,10 +246,10 @@ pub(super) mod tests {
                 let pages = round * 5..round * 5 + 5;
                 push(&producer, pages.clone());
                 assert_eq!(producer.used(), 5);
-                assert!(!view.is_overrun());
                 assert!(harvest(&mut view).into_iter().eq(pages.clone()));
+                assert_eq!(view.reset_index(), view.head.wrapping_sub(5));
                 assert!(recycle(&producer).into_iter().eq(pages));
-                assert_eq!(view.rejoin(|_, _| ()), 0);
+                assert_eq!(view.reset_index(), view.head);
             }
         }
     }
@@ -275,25 +271,8 @@ pub(super) mod tests {
                     assert!(recycle(&producer).into_iter().eq(next..next + count));
                     next += count;
                 }
-                assert!(!view.was_overrun);
+                assert!(!view.memory.is_broken());
             }
-        }
-    }
-
-    #[test]
-    fn a_whole_ring_is_one_harvest_and_an_overrun() {
-        for first_index in [0, 3, u32::MAX - 3] {
-            let (producer, mut view) = ring(first_index);
-            push(&producer, 0..7);
-            assert!(!view.is_overrun());
-            assert!(!view.was_overrun);
-            push(&producer, 7..8);
-            assert!(view.is_overrun());
-            assert_eq!(harvest(&mut view), [0, 1, 2, 3, 4, 5, 6, 7]);
-            assert!(!view.is_overrun());
-            assert!(view.was_overrun);
-            assert_eq!(recycle(&producer).len(), 8);
-            assert_eq!(view.rejoin(|_, _| ()), 0);
         }
     }
 
@@ -303,15 +282,14 @@ pub(super) mod tests {
         let producer = Producer::new(2 * BLOCK, 0);
         let mut view = RingView::new(producer.memory());
         push(&producer, 0..2 * u64::from(BLOCK) - 1);
-        assert!(!view.is_overrun());
-        let (taken, overrun) = view.harvest_blocks(|entries| {
+        let (taken, breaks) = view.harvest_blocks(|entries| {
             for entry in entries {
                 producer.push(5, 0);
                 entry.mark_reset();
             }
         });
         assert_eq!(taken, 2 * BLOCK);
-        assert!(overrun && view.was_overrun, "not seen");
+        assert!(breaks && view.memory.is_broken(), "not seen");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::sync::{Arc, Mutex};
 
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::sim::{BitmapFault, ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, SlotId, Stats, VcpuRing};
 
@@ -35,8 +36,7 @@ pub struct Machine {
     garbled: usize,
     /// Whether a vCPU was ever made to overrun its ring.
     overran: bool,
-    /// Whether a vCPU that overran its ring can't get back into the guest: it is far ahead of where
-    /// the log can find it, or ran over entries that awaited their reset. It writes no more.
+    /// Whether a vCPU that overran its ring can't get back into the guest. It writes no more.
     pub stuck: bool,
     /// The exact oracle: pages written since the last sync, by guest or device.
     pub written: PageSet,
@@ -108,10 +108,7 @@ impl Machine {
                 self.may_fail(|log| log.reap_rings(&wanted).is_ok());
             }
             Op::ReapOnShard(shard) => self.may_fail(|log| log.reap_on_shard(*shard).is_ok()),
-            Op::OnFull(vcpu) => {
-                let done = self.ring(*vcpu).on_full().is_ok();
-                assert!(done || self.injected > 0, "failed for no reason");
-            }
+            Op::OnFull(vcpu) => self.on_full(*vcpu % self.rings.len()),
             Op::HarvestAndStop(vcpu) => {
                 self.ring(*vcpu).harvest_and_stop();
                 self.unreset = true;
@@ -235,16 +232,12 @@ impl Machine {
     /// stuck.
     fn guest_write(&mut self, index: usize, slot: SlotId, page: u64) -> bool {
         let vcpu = self.vcpu(index);
-        // Each fault, and each burst of writes inside a reset, can keep it out once more; an
-        // overrun ring takes a few exits to join again.
+        // Each fault, and each burst of writes inside a reset, can keep it out once more.
         let patience = 8 + self.injected + self.memory.in_reset.lock().unwrap().len();
         for _ in 0..patience {
             match vcpu.write(slot, page) {
                 Ok(()) => return true,
-                Err(WriteError::RingFull) => {
-                    let done = self.rings[index].on_full().is_ok();
-                    assert!(done || self.injected > 0, "failed for no reason");
-                }
+                Err(WriteError::RingFull) => self.on_full(index),
                 Err(error) => panic!("{error}"),
             }
         }
@@ -253,22 +246,50 @@ impl Machine {
         false
     }
 
+    /// A full exit, or what the VMM takes for one.
+    fn on_full(&mut self, index: usize) {
+        let was_full = self.used()[index] >= self.memory.vm.soft_limit();
+        match self.rings[index].on_full() {
+            Ok(()) => {}
+            Err(FullError::Reset(_)) if self.injected > 0 => {}
+            Err(FullError::Broken { vcpu }) => {
+                assert!(
+                    self.stats().vcpus[vcpu].broken && self.overran,
+                    "vCPU {vcpu}"
+                );
+            }
+            Err(FullError::NoRoom { .. }) => {
+                assert!(
+                    !was_full || self.injected > 0 || self.overran,
+                    "a full ring was given no room"
+                );
+            }
+            Err(error) => panic!("{error} for no reason"),
+        }
+    }
+
     /// Protects every slot anew, as an operator's tool would after faults.
     pub fn rearm(&self) {
         for &slot in self.tracked.keys() {
             self.memory.vm.rearm_slot(slot);
-            self.memory.log.rearmed(slot).unwrap();
+            self.memory.rearmed(slot);
         }
     }
 
     /// A sync, and a copy of what it reports. The pages, or `None` if it failed.
     pub fn sync(&mut self) -> Option<PageSet> {
+        let is_broken = self.memory.is_broken();
         if let Err(error) = self.memory.log.sync(&mut self.dirty) {
             assert!(self.injected > 0, "{error} for no reason");
             return None;
         }
         self.unreset = false;
         let reported = pages_of(&self.dirty, &self.tracked);
+        let all: u64 = self.tracked.values().sum();
+        assert!(
+            !is_broken || self.dirty.page_count() == all,
+            "a ring is broken, and not all is reported"
+        );
         for (slot, pages) in &reported {
             if let Some(copy) = self.copy.get_mut(slot) {
                 for &page in pages {
@@ -315,12 +336,8 @@ impl Machine {
             }
             self.step_slot(0, 1);
         }
-        let Some(slot) = self.memory.sizes.lock().unwrap().keys().next().copied() else {
-            assert!(self.overran, "a removal does not end");
-            // See `end_removals`.
-            self.stuck = true;
-            return;
-        };
+        let slot = self.memory.sizes.lock().unwrap().keys().next().copied();
+        let slot = slot.expect("a removal does not end");
         for _ in 0..mem::take(&mut self.garbled) {
             for index in 0..self.rings.len() {
                 // So that the write is logged.

@@ -64,15 +64,4 @@ impl Machine {
             self.log.rearmed(slot).unwrap();
         }
     }
-
-    /// Everything is suspect: each sync reports it, until it is armed again.
-    pub fn assert_all_suspect(&mut self) {
-        assert_eq!(self.sync(), [ALL_RAM, ALL_ROM]);
-        assert_eq!(self.sync(), [ALL_RAM, ALL_ROM]);
-        self.rearm();
-        assert_eq!(self.sync(), [ALL_RAM, ALL_ROM]);
-        assert_eq!(self.sync(), []);
-        self.write([9]);
-        assert_eq!(self.sync(), [run(RAM, 9, 1)]);
-    }
 }

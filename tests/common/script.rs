@@ -169,15 +169,10 @@ pub fn bad_resets_script() -> impl Strategy<Value = Vec<Op>> {
     vec(bad_reset_op(), 1..120)
 }
 
-/// Faults that leave nothing behind once the slots are protected anew: rings are not overrun while
-/// entries await a reset that fails, or that a pass has stopped short of.
+/// Faults that leave nothing behind once the slots are protected anew: all but overruns.
 pub fn repairable_script() -> impl Strategy<Value = Vec<Op>> {
     let resets_and_garbage = prop_oneof![10 => bad_reset_op(), 1 => garble_op()];
-    let overruns_and_garbage = prop_oneof![10 => calm_op(), 1 => garble_op(), 1 => overrun_op()];
-    prop_oneof![
-        vec(resets_and_garbage, 1..120),
-        vec(overruns_and_garbage, 1..120),
-    ]
+    vec(resets_and_garbage, 1..120)
 }
 
 /// No faults; the kernel writes, too.

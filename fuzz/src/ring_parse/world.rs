@@ -17,8 +17,6 @@ pub struct World {
     pub reactions: VecDeque<Reaction>,
     /// Resets that failed during this call.
     pub failures: u32,
-    /// Whether a reset of the call under way recycled nothing: the log may help such a kernel on.
-    found_nothing: bool,
     /// Pages that the next sync must report.
     owed: PageSet,
     /// Of these, those marked since the last reset that did not fail.
@@ -99,7 +97,6 @@ impl World {
             slots: BTreeMap::new(),
             reactions: VecDeque::new(),
             failures: 0,
-            found_nothing: false,
             owed: PageSet::new(),
             unreset: PageSet::new(),
             suspect: PageSet::new(),
@@ -213,7 +210,6 @@ impl World {
     /// A call begins that harvests these rings.
     pub fn begin_call(&mut self, wanted: impl Fn(usize) -> bool) {
         self.failures = 0;
-        self.found_nothing = false;
         let mut overrun = false;
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.wanted = wanted(index);
@@ -241,7 +237,6 @@ impl World {
 
     /// Finds what the log has marked since the kernel's side was last at it.
     pub fn note_marks(&mut self) {
-        let found_nothing = self.found_nothing;
         for index in 0..self.rings.len() {
             let ring = &mut self.rings[index];
             let (head, waiting) = (ring.head, ring.waiting.take());
@@ -249,11 +244,7 @@ impl World {
             for ahead in 0..ring.entries() {
                 let at = head.wrapping_add(ahead);
                 let (old, new) = (ring.at(at), ring.memory.get(at));
-                if old != new && found_nothing && is_help(old, new) {
-                    ring.set(at, new);
-                    // It takes the kernel for one that has overrun the ring.
-                    self.orderly = false;
-                } else if old != new {
+                if old != new {
                     let harvested = Cell {
                         flags: RESET,
                         ..old
@@ -286,7 +277,7 @@ impl World {
     fn owe(&mut self, cell: Cell) {
         self.marked += 1;
         if !cell.is_dirty() {
-            // Marked to close a gap, or for its neighbours' sake: nobody has written its page.
+            // Marked for its neighbours' sake: nobody has written its page.
             return;
         }
         let slot = SlotId::from_raw(cell.slot);
@@ -314,7 +305,6 @@ impl World {
     /// A reset says that it has recycled `count` entries. If that is fewer than are marked, pages of
     /// those marked since the one before may be unprotected.
     pub fn note_reset(&mut self, count: u32) {
-        self.found_nothing |= count == 0;
         self.returned += u64::from(count);
         let unreset = std::mem::take(&mut self.unreset);
         if self.returned < self.marked {
@@ -417,16 +407,6 @@ impl World {
             told.then(|| ring.prefix())
         })
     }
-}
-
-/// Whether a free entry was marked to help the kernel on, or is free again since that was in vain.
-fn is_help(old: Cell, new: Cell) -> bool {
-    let flags = |cell: Cell| cell.flags & (DIRTY | RESET);
-    let same = Cell {
-        flags: old.flags,
-        ..new
-    };
-    same == old && [(0, RESET), (RESET, 0)].contains(&(flags(old), flags(new)))
 }
 
 fn merge(into: &mut PageSet, pages: &PageSet) {

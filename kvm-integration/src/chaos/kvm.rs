@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::error::{EnableError, RingSizeError};
+use kvm_dirty_ring::error::{EnableError, FullError, RingSizeError};
 use kvm_dirty_ring::sim::ResetFault;
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
@@ -14,7 +14,7 @@ use super::fault::{Counts, Fault};
 use super::helpers::nap;
 use super::ledger::{Instance, gpa};
 use super::plan::Kind;
-use super::world::{CHUNK, Job, LONGEST_LIST, Vcpu, World};
+use super::world::{CHUNK, Job, LONGEST_LIST, STAYS_OUT, Vcpu, World};
 use crate::machine::MachineError;
 use crate::program::{Load, Mode};
 use crate::refusal::refusing;
@@ -144,6 +144,8 @@ fn handler(
             }
             match ring.on_full() {
                 Ok(()) => failures = 0,
+                // It has no way back into the guest, which the episode goes on without.
+                Err(FullError::Broken { .. }) => thread::sleep(STAYS_OUT),
                 // The next exit tries again, and comes at once.
                 Err(_) if failures < MOST_FAILURES => {
                     failures += 1;

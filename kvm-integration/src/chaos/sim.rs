@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, Builder, JoinHandle};
 
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
 
@@ -13,7 +14,7 @@ use super::fault::{Counts, Fault};
 use super::helpers::nap;
 use super::ledger::Instance;
 use super::plan::{Kind, Plan};
-use super::world::{Job, Vcpu, World};
+use super::world::{Job, STAYS_OUT, Vcpu, World};
 use crate::machine::MachineError;
 use crate::memory::PAGE_SIZE;
 use crate::parking::{EndGuard, Parking, Want};
@@ -289,9 +290,12 @@ impl Guest {
         if abandons > 0 && self.full_exits % abandons == 0 && self.ring.harvest_and_stop() > 0 {
             counts.add(Fault::PassAbandoned);
         }
-        if self.ring.on_full().is_err() {
+        match self.ring.on_full() {
+            Ok(()) => {}
+            // It has no way back into the guest, which the episode goes on without.
+            Err(FullError::Broken { .. }) => thread::sleep(STAYS_OUT),
             // The next exit tries again.
-            thread::yield_now();
+            Err(_) => thread::yield_now(),
         }
     }
 }

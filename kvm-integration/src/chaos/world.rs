@@ -1,6 +1,7 @@
 //! What an episode needs of whoever runs the guest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_dirty_ring::sim::ResetFault;
 use kvm_dirty_ring::{DirtyLog, SlotId};
@@ -17,6 +18,9 @@ pub(super) const LONGEST_LIST: usize = 1 << 14;
 /// What their number is a multiple of: the stores of an emulated guest between two exits, few enough
 /// for KVM to look for a full ring in time.
 pub(super) const CHUNK: u32 = 32;
+
+/// Time between two tries of a vCPU whose broken ring can't be emptied any more.
+pub(super) const STAYS_OUT: Duration = Duration::from_millis(1);
 
 /// A machine that is being tormented.
 pub(super) trait World {

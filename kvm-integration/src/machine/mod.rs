@@ -7,7 +7,7 @@ mod sim;
 
 use std::sync::Arc;
 
-use kvm_dirty_ring::error::{AttachError, EnableError, ResetError, SlotError};
+use kvm_dirty_ring::error::{AttachError, EnableError, FullError, SlotError};
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId};
 
 use crate::memory::{GuestMemory, MemoryError};
@@ -125,7 +125,7 @@ pub enum MachineError {
         /// The vCPU.
         index: u32,
         /// What the log said.
-        source: ResetError,
+        source: FullError,
     },
     /// A vCPU's thread could not be started.
     #[error("the thread of vCPU {index} could not be started: too many threads?")]

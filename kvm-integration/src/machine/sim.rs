@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 
-use kvm_dirty_ring::error::ResetError;
+use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{Awake, DirtyLog, SlotId, VcpuRing};
 
@@ -31,7 +31,7 @@ struct Thread {
     index: u32,
     parking: Arc<Parking>,
     stores: Arc<AtomicU64>,
-    thread: JoinHandle<Result<(), ResetError>>,
+    thread: JoinHandle<Result<(), FullError>>,
 }
 
 impl SimMachine {
@@ -201,7 +201,7 @@ struct Program {
 
 impl Program {
     /// The tiny guest's loop.
-    fn run(mut self, parking: &Parking) -> Result<(), ResetError> {
+    fn run(mut self, parking: &Parking) -> Result<(), FullError> {
         let mut stores = 0;
         for pass in 1.. {
             for n in 0..self.list.len() {
@@ -225,7 +225,7 @@ impl Program {
         Ok(())
     }
 
-    fn store(&mut self, gpa: u64, pass: u64) -> Result<(), ResetError> {
+    fn store(&mut self, gpa: u64, pass: u64) -> Result<(), FullError> {
         let (slot, page) = locate(&self.slots, gpa);
         let offset = page * PAGE_SIZE + stamp_offset(self.index);
         let store = || slot.memory.write_u64(offset, stamp(self.index, pass));

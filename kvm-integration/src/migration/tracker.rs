@@ -117,7 +117,9 @@ impl Tracker for Rings {
     }
 
     fn is_suspicious(&self) -> bool {
-        self.log.stats().suspect_pages > 0
+        let stats = self.log.stats();
+        // Once a ring is broken, nothing ends it.
+        stats.suspect_pages > 0 && stats.overruns == 0
     }
 
     fn rearm(

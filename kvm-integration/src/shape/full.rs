@@ -1,5 +1,6 @@
 //! What a vCPU does when its ring is full.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -56,19 +57,19 @@ impl FullExits {
     }
 
     /// On the vCPU's thread.
-    pub(crate) fn serve(&self, ring: &mut VcpuRing) -> Result<(), SyncError> {
+    pub(crate) fn serve(&self, ring: &mut VcpuRing) -> Result<(), Box<dyn Error + Send + Sync>> {
         if !self.all_rings.load(Ordering::Relaxed) {
             return Ok(ring.on_full()?);
         }
         let start = Instant::now();
-        let result = match &mut *self.lock() {
+        let result: Result<(), SyncError> = match &mut *self.lock() {
             Some(bitmap) => bitmap.sync(&self.log),
             None => self.log.reap().map(drop).map_err(SyncError::from),
         };
         self.count.fetch_add(1, Ordering::Relaxed);
         let stall = start.elapsed().as_nanos() as u64;
         self.stall_ns.fetch_add(stall, Ordering::Relaxed);
-        result
+        Ok(result?)
     }
 
     /// Empties all rings as QEMU does: one thread at a time, whoever it is.

@@ -38,7 +38,7 @@ impl Machine {
                     if log.stats().unknown_slot_entries > 0 {
                         // They may have been its: it is suspect.
                         vm.rearm_slot(slot);
-                        log.rearmed(slot).unwrap();
+                        self.memory.rearmed(slot);
                         self.written.insert(slot, (0..pages).collect());
                     }
                     self.copy.insert(slot, vec![0; pages as usize]);
@@ -114,12 +114,15 @@ impl Machine {
         assert!(as_expected, "{switched:?}");
     }
 
-    /// Whatever resets have left of a slot that is deleted, its removal ends; but in rings as small as
-    /// these, that were overrun by as much as they hold.
+    /// Whatever resets have left of a slot that is deleted, its removal ends.
     pub fn end_removals(&mut self) {
         for index in 0..self.lives.len() {
-            if !self.overran && matches!(self.lives[index], Life::Deleted(_)) {
+            if matches!(self.lives[index], Life::Deleted(_)) {
                 self.step_slot(index, 1);
+                assert!(
+                    matches!(self.lives[index], Life::Absent),
+                    "a removal does not end"
+                );
             }
         }
     }

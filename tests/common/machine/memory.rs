@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Mutex;
 
+use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::{ResetPhase, SimVcpu, SimVm};
 use kvm_dirty_ring::{DirtyLog, SlotId};
 
@@ -31,6 +32,19 @@ impl Memory {
     pub(super) fn device_write(&self, slot: SlotId, page: u64) {
         assert!(self.vm.device_write(slot, page));
         self.log.mark_dirty(slot, page, 1).unwrap();
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        self.log.stats().overruns > 0
+    }
+
+    /// Says that a slot was protected anew: in vain where a ring is broken.
+    pub(super) fn rearmed(&self, slot: SlotId) {
+        match self.log.rearmed(slot) {
+            Ok(()) => assert!(!self.is_broken()),
+            Err(SlotError::BrokenRing { .. }) => assert!(self.is_broken()),
+            Err(error) => panic!("{error}"),
+        }
     }
 
     /// Writes inside a reset: a vCPU whose ring is full stays out of the guest.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvm_dirty_ring::SlotId;
+use kvm_dirty_ring::error::SlotError;
 
 use super::{Conductor, strange_entries};
 use crate::chaos::copier::retry;
@@ -138,8 +139,12 @@ impl Conductor<'_> {
         self.world.write_in_resets(false);
         self.pause(|_, _| true)?;
         self.world.rearm_slot(slot)?;
-        self.log.rearmed(slot)?;
-        self.counts.add(Fault::SlotRearmed);
+        match self.log.rearmed(slot) {
+            Ok(()) => self.counts.add(Fault::SlotRearmed),
+            // For good, and everything is reported.
+            Err(SlotError::BrokenRing { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
         self.world.write_in_resets(true);
         self.resume();
         Ok(())

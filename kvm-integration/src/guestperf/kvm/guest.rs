@@ -105,7 +105,7 @@ impl StressedGuest {
         move |exit| match (exit, &mut ring, &full_exits) {
             (Exit::RingFull, Some(ring), Some(full_exits)) => match full_exits.serve(ring) {
                 Ok(()) => Action::Continue,
-                Err(error) => Action::Fail(Box::new(error)),
+                Err(error) => Action::Fail(error),
             },
             _ => Action::Fail(format!("a guest without cause for it left with {exit:?}").into()),
         }

@@ -102,7 +102,7 @@ impl Guest {
             match exit {
                 Exit::RingFull => {
                     if let Err(error) = full_exits.serve(&mut ring) {
-                        return Action::Fail(Box::new(error));
+                        return Action::Fail(error);
                     }
                 }
                 Exit::Chunk if hurry.load(Ordering::Relaxed) => {}
