@@ -123,7 +123,7 @@ impl RateMeter {
                 self.rates.vcpus.push(Rate::default());
             }
             let known = &mut self.known[place];
-            // Less than before is seen beside a harvest of a ring that was overrun: not to be counted twice.
+            // Less than before is seen beside a harvest of a broken ring: not to be counted twice.
             let logged = logged.max(known.logged);
             let more = (logged - core::mem::replace(&mut known.logged, logged)) as f64;
             // A vCPU that is seen for the first time has a past that nobody measured.

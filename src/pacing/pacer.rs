@@ -172,7 +172,7 @@ impl Pacer {
         // Allocates only where vCPUs were attached.
         self.known.resize(rings.len(), Known::default());
         for (index, (ring, known)) in rings.iter_mut().zip(&mut self.known).enumerate() {
-            // Less than before is seen beside a harvest of a ring that was overrun: not to be counted twice.
+            // Less than before is seen beside a harvest of a broken ring: not to be counted twice.
             let logged = ring.taken.saturating_add(ring.waiting).max(known.logged);
             // A ring seen for the first time has a past that nobody measured.
             ring.logged = match index < old {
