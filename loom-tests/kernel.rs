@@ -212,7 +212,7 @@ impl Machine {
         if interrupted {
             named.truncate(last_ring);
         }
-        // Entries are free before their pages are armed: only the return says that they are.
+        // Entries are free before their pages are armed: only the return shows that they are.
         if limit == u32::MAX || !self.rings.iter().any(Producer::awaits_reset) {
             for (slot, number) in named {
                 for page in self.pages_at(SlotId::from_raw(slot), number) {
@@ -231,7 +231,7 @@ impl Machine {
 }
 
 impl Machine {
-    /// Takes all bits, and arms their pages at the very end: only the return says that they are. There
+    /// Takes all bits, and arms their pages at the very end: only the return shows that they are. There
     /// are none of a slot that was deleted.
     fn take_bitmap(&self, slot: SlotId, words: &mut [u64]) -> io::Result<()> {
         let mut taken = Vec::new();

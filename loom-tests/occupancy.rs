@@ -50,7 +50,7 @@ fn an_onlooker_beside_a_guest_and_a_reaper() {
     });
 }
 
-/// One pass may recycle what another one has harvested: by then the other has to have said so.
+/// One pass may recycle what another one has harvested: by then the other has to have published it.
 #[test]
 fn an_onlooker_beside_two_passes() {
     model(3, || {

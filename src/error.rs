@@ -64,7 +64,7 @@ pub enum HostError {
     Kvm {
         /// The ioctl, or other call.
         call: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -112,7 +112,7 @@ pub enum EnableError {
     Kvm {
         /// The ioctl, or other call.
         call: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -201,7 +201,7 @@ pub enum SlotError {
     Protect {
         /// The slot.
         slot: SlotId,
-        /// What it said.
+        /// The hook's error.
         source: io::Error,
     },
     /// The VMM could not switch `KVM_MEM_LOG_DIRTY_PAGES`: the slot is not tracked now, and every sync
@@ -210,7 +210,7 @@ pub enum SlotError {
     Switch {
         /// The slot.
         slot: SlotId,
-        /// What it said.
+        /// The hook's error.
         source: io::Error,
     },
     /// The ring of a vCPU is [broken](crate::VcpuStats::broken): every sync reports every page, and protecting
@@ -291,7 +291,7 @@ pub enum GuestMapError {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("KVM_RESET_DIRTY_RINGS failed")]
 pub struct ResetError {
-    /// What the kernel said; shared by all passes that the failed ioctl was to serve.
+    /// The kernel's error; shared by all passes that the failed ioctl was to serve.
     #[source]
     pub(crate) source: Arc<io::Error>,
 }
@@ -351,7 +351,7 @@ impl FullError {
 #[error("taking the dirty bitmap of slot {slot} failed")]
 pub struct BitmapError {
     pub(crate) slot: SlotId,
-    /// What the kernel said.
+    /// The kernel's error.
     #[source]
     pub(crate) source: Arc<io::Error>,
 }
@@ -422,7 +422,7 @@ pub enum ReaperError {
     Scheduling {
         /// The call.
         call: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: Arc<io::Error>,
     },
@@ -435,8 +435,10 @@ pub enum ReaperError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LimitError {
-    /// The kernel logs into bitmaps, which do not say who has written.
-    #[error("a dirty limit takes rings, and this log is in bitmap mode: it can't tell vCPUs apart")]
+    /// The kernel logs into bitmaps, which do not record which vCPU wrote.
+    #[error(
+        "a dirty limit takes rings, and this log is in bitmap mode: bitmaps do not record which vCPU wrote"
+    )]
     Bitmap,
     /// There is no such vCPU.
     #[error("there is no vCPU {vcpu} to limit: {vcpus} are attached, numbered from 0")]
@@ -461,7 +463,7 @@ pub enum LimiterError {
     Scheduling {
         /// The call.
         call: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: Arc<io::Error>,
     },

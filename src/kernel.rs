@@ -45,7 +45,7 @@ pub struct Recycled {
     /// Entries that it recycled.
     pub entries: u32,
     /// Whether the calling thread may have been stopped during the call, by what nobody can block:
-    /// SIGSTOP, a debugger, the freezer. It may be said of a call that was not.
+    /// SIGSTOP, a debugger, the freezer. It may be set for a call that was not.
     pub interrupted: bool,
 }
 

@@ -73,7 +73,7 @@
 //! # Without rings
 //!
 //! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
-//! [`DirtyLog::enable_bitmap`] insists on them, and [`DirtyLog::mode`] tells which it is. All calls are
+//! [`DirtyLog::enable_bitmap`] insists on them, and [`DirtyLog::mode`] returns which it is. All calls are
 //! the same, and so are the promises; vCPUs never stop for a full ring, and a reaper finds nothing to do.
 //! A slot must be created in KVM before the first sync after `add_slot`: until then all of it is dirty.
 //!
@@ -82,8 +82,8 @@
 //! # Seeing what it does
 //!
 //! [`DirtyLog::stats`] has all that is counted. With the feature `tracing`, full exits, passes, syncs, the
-//! reaper's life and faults are events of the target `kvm_dirty_ring`, by QEMU's names, told when nobody
-//! waits for who tells them; `docs/guide.md` lists them. With the feature `metrics`, `metrics::publish`
+//! reaper's life and faults are events of the target `kvm_dirty_ring`, by QEMU's names, emitted when no other thread
+//! waits for the one that emits them; `docs/guide.md` lists them. With the feature `metrics`, `metrics::publish`
 //! hands stats to a recorder.
 //!
 //! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the

@@ -174,7 +174,7 @@ pub(crate) trait Plain {
 /// Locks, whatever became of the last holder.
 ///
 /// Every critical section of the crate leaves its data whole at each point where it can unwind, so
-/// a poisoned lock says nothing, and giving up on it would lose pages.
+/// a poisoned lock is no reason to stop, and giving up on it would lose pages.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -57,7 +57,7 @@ impl ShardBits {
         unsafe { self.for_each_block(show) }
     }
 
-    /// Lends each touched block to `each`, which says whether bits are left in it.
+    /// Lends each touched block to `each`, which returns whether bits are left in it.
     ///
     /// # Safety
     /// The caller holds the shard.

@@ -11,7 +11,7 @@ use crate::sync::{Arc, Counter, Mutex, MutexGuard, lock, zeroed};
 pub(crate) struct KernelBits {
     /// Zeroes, but while somebody takes bits.
     words: Mutex<Box<[u64]>>,
-    /// Times that the kernel could not tell which pages of a slot are dirty.
+    /// Times that the kernel had no bitmap of a slot.
     pub(crate) missing: Counter,
 }
 
@@ -48,8 +48,8 @@ impl Taking<'_> {
     /// Moves the kernel's bits of `slot`, for which there is room, to its device bits: only now that
     /// their pages are protected again, and whether or not the kernel got to its end.
     ///
-    /// Where it can't tell, or has the slot in another size, every page is dirty, and once more when it can
-    /// tell again: what was written before it did, nobody counts. But of a slot whose removal has begun it
+    /// Where it has none, or has the slot in another size, every page is dirty, and once more when it has one
+    /// again: what was written before that is in no bitmap. But of a slot whose removal has begun it
     /// need not have any bits.
     pub(crate) fn take(
         &mut self,

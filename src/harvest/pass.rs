@@ -51,7 +51,7 @@ impl Clone for Layout {
 }
 
 impl Layout {
-    /// Some page is written and unprotected, and we can't tell which.
+    /// Some page is written and unprotected, and nothing shows which.
     fn suspect_all(&self) {
         for slot in self.slots.slots() {
             slot.suspect_all();
@@ -178,7 +178,7 @@ impl Harvester {
         self.reap_those(|_| true, |_, _| ())
     }
 
-    /// The same over those rings whose place `wanted` wants. `note` is told how many entries each gave.
+    /// The same over those rings whose place `wanted` wants. `note` receives the place and entries of each.
     pub(crate) fn reap_those(
         &self,
         wanted: impl Fn(usize) -> bool,
@@ -292,7 +292,7 @@ impl<'a> Pass<'a, Harvested> {
         self.harvest_those(|_| true, |_, _| ())
     }
 
-    /// Harvests the rings whose place `wanted` wants. Entries taken; `note` is told those of each.
+    /// Harvests the rings whose place `wanted` wants. Entries taken; `note` receives those of each.
     fn harvest_those(
         &mut self,
         wanted: impl Fn(usize) -> bool,

@@ -32,11 +32,11 @@ pub(crate) trait Rings {
 
     /// Looks for rings that the kernel is about to overrun, or has: a reset that meets a vCPU there may leave
     /// a page unprotected, and its count is whole. No entry is marked meanwhile. True if some ring is broken:
-    /// then all pages are dirty in any case, and no count says anything.
+    /// then all pages are dirty in any case, and counts mean nothing.
     fn look_for_overruns(&self) -> bool;
 
     /// The last batch of some ring may be recycled and its pages not protected: which ring, the gate
-    /// can't tell. Called before anybody is told that the reset is over.
+    /// cannot know. Called before anybody learns that the reset is over.
     fn suspect_last_batches(&self);
 }
 
@@ -166,7 +166,7 @@ impl ResetGate {
         let mut recycled = u64::from(first.entries);
         if recycled >= outstanding {
             // `kvm_dirty_ring_reset` looks for signals once more after the last entry, and before it
-            // has protected the batch that this one ends: no count tells.
+            // has protected the batch that this one ends: no count shows it.
             if first.interrupted && recycled > 0 {
                 self.doubts.add(1);
                 rings.suspect_last_batches();

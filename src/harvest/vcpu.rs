@@ -12,7 +12,7 @@ use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering, lock};
 
 /// One attached vCPU.
 pub(crate) struct Vcpu {
-    /// What tells its ring from the others.
+    /// The name of its ring, which no other has.
     pub(crate) name: String,
     /// The lock is the consumer's token. Nobody waits for anything while holding it.
     pub(crate) ring: Mutex<RingView>,
@@ -28,7 +28,8 @@ pub(crate) struct Vcpu {
 /// Each is written once for a pass or a full exit, never for an entry.
 #[derive(Default)]
 pub(crate) struct Counts {
-    /// Entries that the consumer has harvested. Written by the consumer alone; tells everybody else where the ring's head is.
+    /// Entries that the consumer has harvested. Written by the consumer alone;
+    /// for everybody else it is where the ring's head is.
     taken: AtomicU64,
     /// Exits for a full ring.
     pub(crate) full_exits: Counter,
@@ -153,7 +154,7 @@ impl Vcpu {
         taken + u64::from(waiting)
     }
 
-    /// On the vCPU's thread, out of the guest: sleeps off what its limit says that it owes.
+    /// On the vCPU's thread, out of the guest: sleeps off what it owes by its limit.
     pub(crate) fn pay(&self) -> core::time::Duration {
         self.limit.pay(|| self.logged())
     }

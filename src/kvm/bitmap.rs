@@ -47,7 +47,7 @@ impl Bitmaps {
         };
         log.__bindgen_anon_1.dirty_bitmap = buffer.last(words.len()).cast();
         // SAFETY: KVM_GET_DIRTY_LOG takes such a request and writes as many bits as *its* slot has
-        // pages, whatever we were told: into the buffer, and not beyond, where nobody may write.
+        // pages, whatever size the log was given: into the buffer, and not beyond, where nobody may write.
         unsafe { ioctl::pointer(fd, ioctl::GET_DIRTY_LOG, &mut log)? };
         buffer.read(words);
         match self.manual {
@@ -84,7 +84,7 @@ fn clear(fd: &impl AsRawFd, slot: SlotId, pages: u64, words: &mut [u64]) -> io::
 }
 
 /// Memory for KVM to write to, with a page behind it that nobody may write: a slot that is larger in
-/// KVM than the VMM has told the log ends there, with EFAULT.
+/// KVM than in the log ends there, with EFAULT.
 struct Guarded {
     map: MmapRaw,
     /// Bytes before that page.

@@ -143,7 +143,7 @@ impl HostSupport {
     }
 }
 
-/// Enables rings of `entries` on the VM behind `fd`, or says why not. Returns the bitmaps beside them,
+/// Enables rings of `entries` on the VM behind `fd`, or returns why not. Returns the bitmaps beside them,
 /// where there are any.
 pub(super) fn enable(
     fd: &impl AsRawFd,
@@ -157,13 +157,13 @@ pub(super) fn enable(
     if is_initially_set(fd)? {
         return Err(EnableError::InitiallySet);
     }
-    // `kvm_vm_ioctl_enable_dirty_log_ring` says EINVAL for a wrong size, for a second time, both ruled
+    // `kvm_vm_ioctl_enable_dirty_log_ring` returns EINVAL for a wrong size, for a second time, both ruled
     // out by now, and once a vCPU exists.
     enable_cap(fd, cap, entries.bytes(), EnableError::VcpuExists)?;
     if !support.with_bitmap {
         return Ok(None);
     }
-    // EINVAL is what `kvm_vm_ioctl_enable_cap_generic` says without rings, and once a memslot exists.
+    // `kvm_vm_ioctl_enable_cap_generic` returns EINVAL without rings, and once a memslot exists.
     let cap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
     enable_cap(fd, cap, 0, EnableError::SlotExists)?;
     bitmaps(fd).map(Some)
@@ -181,7 +181,7 @@ pub(super) fn enable_bitmap(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
 /// What the VM behind `fd` offers, if it is one.
 fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
     let found = HostSupport::of(fd).map_err(|error| match error.raw_os_error() {
-        // EINVAL is what a vCPU says.
+        // A vCPU returns EINVAL.
         Some(libc::ENOTTY | libc::EBADF | libc::EINVAL) => EnableError::NotAVm,
         _ => failed("KVM_CHECK_EXTENSION")(error),
     })?;
@@ -194,7 +194,7 @@ fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
 
 /// Has bits cleared by a call of its own, where KVM can. It forgets thereby if the VMM had set
 /// `INITIALLY_SET`, with which new slots begin as dirty and unprotected. Slots that have begun so
-/// have the bits that say so, so nothing is lost to it.
+/// have the bits of these, so nothing is lost to it.
 fn bitmaps(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
     let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
@@ -252,7 +252,7 @@ pub(super) fn has_pml() -> bool {
 }
 
 /// Whether the VM behind `fd` has its rings already: then it has no bitmap to ask for, and
-/// `kvm_get_dirty_log` says so before it looks at which slot is meant. Not by a reset, which would
+/// `kvm_get_dirty_log` returns that before it looks at which slot is meant. Not by a reset, which would
 /// take entries from whoever has the rings.
 ///
 /// Where a VM can have both, KVM takes the bitmaps beside rings only, once more without harm, and as
@@ -290,7 +290,7 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
 /// Whether new slots of the VM behind `fd` begin with every page dirty in their bitmap: then KVM
 /// skips write-protecting them, and the rings never hear of the first write to a page.
 ///
-/// KVM tells nobody what was enabled, but a slot shows it: one is made, its bitmap read, and it is
+/// KVM has no query for what was enabled, but a slot shows it: one is made, its bitmap read, and it is
 /// deleted again (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
 fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     let offered = ioctl::value(

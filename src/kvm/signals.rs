@@ -49,7 +49,7 @@ pub(crate) fn block_for_good() -> io::Result<()> {
 /// Sets the calling thread's mask, a bit a signal, and returns the one before.
 fn set_mask(mask: u64) -> io::Result<u64> {
     let mut before = 0u64;
-    // SAFETY: the call reads one mask and writes the other, both of the size that it is told, which
+    // SAFETY: the call reads one mask and writes the other, both of the size that is passed, which
     // is the kernel's on every 64-bit architecture.
     let result = unsafe {
         libc::syscall(

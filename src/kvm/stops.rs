@@ -16,7 +16,7 @@ impl StopWatch {
         Self { sleeps: sleeps() }
     }
 
-    /// Whether it may have been stopped: also where nobody can tell.
+    /// Whether it may have been stopped: also where that cannot be known.
     pub(crate) fn may_have_stopped(&self) -> bool {
         self.sleeps.is_none() || self.sleeps != sleeps()
     }

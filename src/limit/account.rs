@@ -58,7 +58,7 @@ impl Limit {
         lock(&self.account).budget.as_ref().map(Budget::limit)
     }
 
-    /// Sets the limit, or lifts it and forgives all debt. `logged` says how many pages the vCPU has
+    /// Sets the limit, or lifts it and forgives all debt. `logged` returns how many pages the vCPU has
     /// logged so far. Whoever sleeps goes on by the new one.
     pub(crate) fn set(&self, limit: Option<NonZeroU64>, logged: impl Fn() -> u64) {
         let mut account = lock(&self.account);
@@ -83,7 +83,7 @@ impl Limit {
         self.changed.notify_all();
     }
 
-    /// On the vCPU's thread: sleeps off what is owed, and says how long that took. Returns early
+    /// On the vCPU's thread: sleeps off what is owed, and returns how long that took. Returns early
     /// when the limit is lifted, or the thread is to stay awake.
     pub(crate) fn pay(&self, logged: impl Fn() -> u64) -> Duration {
         let mut account = lock(&self.account);

@@ -78,7 +78,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A vCPU that writes as fast as it can, for `seconds`, and sleeps as it is told, late each
+    /// A vCPU that writes as fast as it can, for `seconds`, and sleeps as it has to, late each
     /// time. It is looked at after each `burst` pages. How many pages it has dirtied.
     fn hungry(
         budget: &mut Budget,

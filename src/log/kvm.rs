@@ -41,7 +41,7 @@ impl DirtyLog {
     /// VMM has set that. With it no harm is done, either: pages of new slots begin as dirty.
     ///
     /// One log a VM, and no `KVM_GET_DIRTY_LOG` or `KVM_CLEAR_DIRTY_LOG` of the VMM beside it: who takes
-    /// a bitmap takes it from the other, and KVM tells neither.
+    /// a bitmap takes it from the other, without a trace.
     ///
     /// # Errors
     /// Not a VM, one whose dirty rings are enabled, or a call failed; the VM is as it was.
@@ -51,7 +51,7 @@ impl DirtyLog {
     }
 
     /// [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where the kernel has no
-    /// dirty rings for this architecture. [`mode`](Self::mode) tells which it was.
+    /// dirty rings for this architecture. [`mode`](Self::mode) returns which it was.
     ///
     /// # Errors
     /// Those of the two: rings that are there and refused are no reason for bitmaps.
@@ -67,7 +67,7 @@ impl DirtyLog {
     /// descriptor. In [`Mode::Bitmap`] the vCPU has an empty ring of ours, so that a VMM does the
     /// same in both modes.
     ///
-    /// Which vCPU it is, says its descriptor's link in `/proc/self/fd`. In a jail without `/proc` one
+    /// The link of its descriptor in `/proc/self/fd` names the vCPU. In a jail without `/proc` one
     /// that comes again looks like another, and a second consumer of its ring would lose pages: attach
     /// each vCPU once there, and keep its `VcpuRing` while it is unplugged.
     ///

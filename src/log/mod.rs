@@ -23,7 +23,7 @@ use crate::harvest::pass::Harvester;
 use crate::kernel::{Kernel, Mode};
 use crate::limit::account::Limits;
 use crate::observe::stats::{ReaperCounts, Stats};
-use crate::observe::trace::{self, Faults, PerRing, Started, Told};
+use crate::observe::trace::{self, Emitted, Faults, PerRing, Started};
 use crate::pacing::RingObservation;
 use crate::pacing::alarm::Alarm;
 use crate::slot_id::SlotId;
@@ -57,14 +57,14 @@ pub(crate) struct Inner {
     /// One change of slots at a time.
     pub(crate) slot_change: Mutex<()>,
     pub(crate) limits: Limits,
-    told: Told,
+    emitted: Emitted,
 }
 
 impl Inner {
-    /// Tells subscribers of the faults that they were not told of: at the end of each call that may meet
+    /// Emits events for the faults since the last such event: at the end of each call that may meet
     /// one, when it holds nothing any more.
     #[inline]
-    pub(crate) fn tell(&self) {
+    pub(crate) fn emit_faults(&self) {
         let faults = || {
             let counts = &self.harvester.counts;
             let gate = self.harvester.gate.stats();
@@ -79,7 +79,7 @@ impl Inner {
             }
         };
         let suspects = || self.harvester.suspects();
-        self.told.tell(faults, suspects);
+        self.emitted.emit(faults, suspects);
     }
 }
 
@@ -106,7 +106,7 @@ impl DirtyLog {
             reaped: AtomicBool::new(false),
             reaper_counts: ReaperCounts::default(),
             slot_change: Mutex::default(),
-            told: Told::default(),
+            emitted: Emitted::default(),
             limits: Limits::default(),
         };
         Self {
@@ -193,7 +193,7 @@ impl DirtyLog {
         let mut per_ring = PerRing::new(|| harvester.layout().vcpus.len());
         let taken = harvester.reap_those(wanted, |place, entries| per_ring.note(place, entries));
         trace::reap(started, taken.as_ref().map_or(0, |&taken| taken), &per_ring);
-        self.inner.tell();
+        self.inner.emit_faults();
         taken
     }
 
@@ -242,7 +242,7 @@ impl DirtyLog {
         let started = trace::flush();
         let synced = self.replace(dirty);
         trace::flushed(started, || dirty.page_count());
-        self.inner.tell();
+        self.inner.emit_faults();
         synced
     }
 

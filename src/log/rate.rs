@@ -40,7 +40,7 @@ pub struct Rates {
 /// are reset: of a page that is written all the time, each reset makes one entry more, while a sync
 /// reports it once. What devices write is not in it.
 ///
-/// Bitmaps do not say who has written: in [`Mode::Bitmap`] there is nothing to sample.
+/// Bitmaps do not record which vCPU wrote: in [`Mode::Bitmap`] there is nothing to sample.
 ///
 /// It reads no clock: times are since a moment of the caller's choice.
 ///
@@ -80,7 +80,7 @@ struct Known {
 }
 
 impl RateMeter {
-    /// Takes a sample `now`, and says what the rates are; `None` in [`Mode::Bitmap`].
+    /// Takes a sample `now`, and returns the rates; `None` in [`Mode::Bitmap`].
     ///
     /// The first sample has nothing to compare with, nor has that of a vCPU which was attached
     /// since the one before: their rates are zero. One at the same time as the sample before
@@ -147,7 +147,7 @@ impl RateMeter {
 }
 
 impl Rates {
-    /// Watches the VM for `time`, during which it blocks, and says how fast it dirtied memory: what
+    /// Watches the VM for `time`, during which it blocks, and returns how fast it dirtied memory: what
     /// QEMU calls `calc-dirty-rate`. `None` in [`Mode::Bitmap`].
     ///
     /// Logging must be on for the slots that count; pages that are not protected when it begins are

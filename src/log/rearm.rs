@@ -10,7 +10,7 @@ use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
 
 impl DirtyLog {
-    /// Tells the log that every page of the slot was protected again, as [`rearm`](Self::rearm) does
+    /// Reports that every page of the slot was protected again, as [`rearm`](Self::rearm) does
     /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
     /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
     /// next sync once more and are then clean; but where [`rearm`](Self::rearm) would leave them. The vCPUs
@@ -101,8 +101,8 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and nothing ends that. [`SlotError::Protect`] with what `protect`
-    /// said: every page of that slot is suspect then, as it
+    /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and nothing ends that.
+    /// [`SlotError::Protect`] with the error of `protect`: every page of that slot is suspect then, as it
     /// need not be logged any more. Or there is no memory. Slots after it stay as they were.
     pub fn rearm(
         &self,

@@ -122,7 +122,7 @@ impl DirtyLog {
     /// The slot is not tracked, or the reset or the taking of its bits failed; then nothing has changed.
     pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let retired = self.retire(slot);
-        self.inner().tell();
+        self.inner().emit_faults();
         retired
     }
 
@@ -134,7 +134,7 @@ impl DirtyLog {
         let tracked = layout.slots.get(slot.raw());
         let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
         harvester.reap()?;
-        // Held until the layout says that the slot goes: a sync in between would expect bits of a slot
+        // Held until the layout shows that the slot goes: a sync in between would expect bits of a slot
         // that the VMM has deleted by then.
         let mut taking = self.inner().kernel_bits.lock();
         if harvester.kernel().has_bitmap() && tracked.is_tracked() {
@@ -159,7 +159,7 @@ impl DirtyLog {
     /// that failed, or that fell short again and again, after which the slot is as it was and the call can be repeated.
     pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let finished = self.finish(retired);
-        self.inner().tell();
+        self.inner().emit_faults();
         finished
     }
 

@@ -47,7 +47,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_on` said:
+    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with the error of `log_on`:
     /// then the slot is not tracked, whether or not KVM logs it.
     pub fn start_tracking(
         &self,
@@ -79,8 +79,7 @@ impl DirtyLog {
     /// in this log, nor wait for a thread that does.
     ///
     /// # Errors
-    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with what `log_off`
-    /// said: then the slot is not tracked, whether or not KVM still logs it.
+    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with the error of `log_off`: then the slot is not tracked, whether or not KVM still logs it.
     pub fn stop_tracking(
         &self,
         slot: SlotId,

@@ -109,7 +109,7 @@ impl VcpuRing {
         let stall = start.elapsed().as_nanos() as u64;
         self.vcpu.counts.stall_ns.add(stall);
         trace::full(self.index, entries, stall);
-        self.inner.tell();
+        self.inner.emit_faults();
         // A failure is not to wait for the end of a sleep.
         if result.is_ok() {
             self.vcpu.pay();

@@ -39,7 +39,7 @@ pub struct Stats {
     /// [broken](VcpuStats::broken).
     pub overruns: u64,
     /// Times that a slot's own bitmap could not be had from a kernel that should have it: the slot is
-    /// not in KVM, is not logged there, or is larger than the log was told. Each reports all pages of
+    /// not in KVM, is not logged there, or is larger than in the log. Each reports all pages of
     /// the slot, as does the first after it that could be had.
     pub missing_bitmaps: u64,
     /// Pages under suspicion now, which every sync reports: after short and doubtful resets, entries that
@@ -271,7 +271,7 @@ impl fmt::Display for ReaperStats {
     }
 }
 
-/// Nanoseconds, told in milliseconds.
+/// Nanoseconds, shown in milliseconds.
 struct Ms(u64);
 
 impl fmt::Display for Ms {

@@ -214,17 +214,17 @@ pub(crate) struct Faults {
     pub(crate) missing_bitmaps: u64,
 }
 
-/// What subscribers were told of. Faults are found where nobody may be told, deep in a pass; so they
-/// are counted there, and told by whichever call ends first.
+/// The faults for which events were emitted. Faults are found deep in a pass, where a subscriber would hold up
+/// others; so they are counted there, and whichever call ends first emits the events.
 #[derive(Default)]
-pub(crate) struct Told {
+pub(crate) struct Emitted {
     last: Mutex<Faults>,
 }
 
-impl Told {
-    /// Tells of the faults that came since, and how many pages are suspect then.
+impl Emitted {
+    /// Emits an event for each kind of fault that came since, and one with how many pages are suspect then.
     #[inline]
-    pub(crate) fn tell(&self, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
+    pub(crate) fn emit(&self, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
         if !wanted!(WARN) {
             return;
         }
@@ -232,14 +232,14 @@ impl Told {
         if new == Faults::default() {
             return;
         }
-        macro_rules! tell {
+        macro_rules! emit {
             ($($name:literal, $count:ident;)*) => {$(
                 if new.$count > 0 {
                     event!(WARN, $name, count = new.$count);
                 }
             )*};
         }
-        tell! {
+        emit! {
             "kvm_dirty_ring_short_reset", short_resets;
             "kvm_dirty_ring_doubtful_reset", doubtful_resets;
             "kvm_dirty_ring_failed_reset", failed_resets;
@@ -253,7 +253,7 @@ impl Told {
 
     fn news(&self, read: impl Fn() -> Faults) -> Faults {
         let mut last = lock(&self.last);
-        // Under the lock, so that what is read later is told later.
+        // Under the lock, so that what is read later is emitted later.
         let now = read();
         let before = core::mem::replace(&mut *last, now);
         Faults {

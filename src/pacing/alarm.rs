@@ -60,7 +60,7 @@ impl Alarm {
         }
     }
 
-    /// The owner has something to say, which whoever waits will hear at once.
+    /// The owner has a command, which ends any wait at once.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn command(&self) {
         lock(&self.rung).command = true;

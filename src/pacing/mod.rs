@@ -68,7 +68,7 @@ pub const LONGEST_LOOK: Duration = error::LONGEST_LOOK;
 /// # Ok::<(), kvm_dirty_ring::error::PolicyError>(())
 /// ```
 pub trait Pacing: Send {
-    /// Looks at the rings, says which to empty now, and when to look again at the latest.
+    /// Looks at the rings, chooses which to empty now, and when to look again at the latest.
     ///
     /// `reap` has a place for each ring, all false: a policy sets those of the rings that it wants
     /// emptied. One reset serves all of them. The time returned counts from the end of that, and

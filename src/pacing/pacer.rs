@@ -105,7 +105,7 @@ impl Pacer {
         self.due = Duration::ZERO;
     }
 
-    /// Shows the policy the rings as they are at `now`, and takes its decision. `woken` says that
+    /// Shows the policy the rings as they are at `now`, and takes its decision. `woken`: that
     /// the look was not due but that a vCPU has stopped on a full ring. What the rings have logged
     /// since the look before is filled in.
     ///
@@ -163,7 +163,7 @@ impl Pacer {
         self.due
     }
 
-    /// Compares the rings with what is known of them, and says what has changed.
+    /// Compares the rings with what is known of them, and returns what has changed.
     fn learn(&mut self, rings: &mut [RingObservation], elapsed: Duration, first: bool) {
         if first {
             self.known.clear();
@@ -227,7 +227,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Notes what it is shown, and does as it is told.
+    /// Notes what it is shown, and follows a script.
     struct Spy {
         seen: Arc<Mutex<Vec<Seen>>>,
         wait: Duration,

@@ -115,7 +115,7 @@ mod tests {
         }
     }
 
-    /// Nor does what waits for a reset from before: during a harvest it is told from what is harvested.
+    /// What waits for a reset from before does not count: during a harvest it is distinguished from what is harvested.
     #[test]
     fn what_waits_for_a_reset_does_not_count_during_a_harvest() {
         for entries in [8, 64, 256, 4096] {

@@ -16,7 +16,7 @@ pub struct RingMemory {
     start: NonNull<Entry>,
     entries: u32,
     first_index: u32,
-    /// What tells the ring from the VM's others.
+    /// A name that no other ring of the VM has.
     name: String,
     /// Whether the kernel has overrun it.
     broken: Arc<AtomicBool>,

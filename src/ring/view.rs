@@ -13,7 +13,7 @@ pub(super) const LINE: usize = 4;
 /// The consumer of one ring.
 ///
 /// There is one for each ring: harvesting takes `&mut self`. The index of the next entry is cached
-/// here, for the kernel tells nobody its own; that an entry is dirty is read off the entry.
+/// here, as the kernel does not publish its own; an entry shows by itself whether it is dirty.
 #[derive(Debug)]
 pub struct RingView {
     pub(super) memory: RingMemory,
@@ -138,7 +138,7 @@ impl RingView {
 
     /// Whether the kernel has recycled everything that was harvested.
     ///
-    /// It recycles in ring order, so the last harvested entry tells for all of them.
+    /// It recycles in ring order, so the last harvested entry stands for all of them.
     pub(crate) fn all_recycled(&self) -> bool {
         !self.memory.at(self.head.wrapping_sub(1)).awaits_reset()
     }
@@ -165,7 +165,7 @@ impl RingView {
         named.any(|(named, page)| named == slot && page >= first)
     }
 
-    /// What the last harvested entry says, as long as the vCPU has not come round to it: slot and page.
+    /// The payload of the last harvested entry, as long as the vCPU has not come round to it: slot and page.
     pub(crate) fn last(&self) -> (u32, u64) {
         self.memory.at(self.head.wrapping_sub(1)).payload()
     }

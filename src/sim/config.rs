@@ -49,13 +49,13 @@ pub struct BitmapFault {
 #[non_exhaustive]
 pub enum ResetFault {
     /// It stops after so many entries, if there are more, as with a signal pending: the last of
-    /// them, up to 64, are recycled and their pages not armed, and the count says only what was
+    /// them, up to 64, are recycled and their pages not armed, and the count is only of what was
     /// recycled.
     Short {
         /// Entries recycled.
         after: u32,
     },
-    /// The thread is stopped after the last entry: all are recycled, and the count says so; those of
+    /// The thread is stopped after the last entry: all are recycled, and the count is whole; those of
     /// them that end the last ring, within 64 pages, are not armed.
     AtEnd,
     /// It fails with this error number and does nothing.

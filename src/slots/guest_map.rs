@@ -7,7 +7,7 @@ use crate::kernel::page_size;
 use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
 use crate::slots::dirty_pages::Run;
 
-/// One slot's place in guest memory, as `KVM_SET_USER_MEMORY_REGION` is told it.
+/// One slot's place in guest memory, as given to `KVM_SET_USER_MEMORY_REGION`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GuestRegion {
     /// The slot.

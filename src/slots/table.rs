@@ -65,7 +65,7 @@ impl Slot {
 
     /// Moves the bits of the shard that `held` gives the right to into `into`.
     pub(crate) fn take_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
-        // SAFETY: the guard says that the caller holds the shard.
+        // SAFETY: by the guard the caller holds the shard.
         unsafe { self.shards[held.index()].take_into(into) }
     }
 
@@ -105,7 +105,7 @@ impl Slot {
     /// Puts every page in the shard that `held` gives the right to under suspicion: it may be
     /// unprotected, its next writes unlogged, so every sync reports it until the slot is re-armed.
     pub(crate) fn suspect(&self, held: &ShardGuard<'_>) {
-        // SAFETY: the guard says that the caller holds the shard.
+        // SAFETY: by the guard the caller holds the shard.
         unsafe { self.shards[held.index()].for_each(|word, bits| self.suspect.merge(word, bits)) }
     }
 

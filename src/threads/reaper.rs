@@ -102,7 +102,7 @@ impl ReaperBuilder {
         self
     }
 
-    /// Starts a thread that empties the rings of `log` when `policy` says so. A log has one at a
+    /// Starts a thread that empties the rings of `log` when `policy` decides so. A log has one at a
     /// time.
     ///
     /// # Errors
@@ -159,7 +159,7 @@ impl ReaperBuilder {
 }
 
 impl Reaper {
-    /// Starts a thread that empties the rings of `log` when `policy` says so. A log has one at a
+    /// Starts a thread that empties the rings of `log` when `policy` decides so. A log has one at a
     /// time.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ pub enum Priority {
 
 /// Prepares the calling thread: no signals, wake-ups in time, `cpus` and `priority` as asked for.
 pub(crate) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), Refused> {
-    // Each reset blocks them anyway, and says so if it can't.
+    // Each reset blocks them anyway, and fails if it can't.
     block_for_good().map_err(failed("pthread_sigmask"))?;
     // Where a filter forbids it, wake-ups are late by another 50 us, and the policy sees it.
     // SAFETY: PR_SET_TIMERSLACK takes one integer: nanoseconds, of which 0 would mean the default.
@@ -65,7 +65,7 @@ fn pin(cpus: &[usize]) -> Result<(), Refused> {
         // SAFETY: the set is ours, and has a bit for this CPU.
         unsafe { libc::CPU_SET(cpu, &mut set) };
     }
-    // SAFETY: 0 is the calling thread; the call reads a set of the size that it is told.
+    // SAFETY: 0 is the calling thread; the call reads a set of the size that is passed.
     check(CALL, unsafe {
         libc::sched_setaffinity(0, size_of_val(&set), &set)
     })
