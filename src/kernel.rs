@@ -9,8 +9,8 @@ use crate::slot_id::SlotId;
 /// include/linux/kvm_dirty_ring.h).
 pub(crate) const RESERVED_ENTRIES: u32 = 64;
 
-/// Entries that a kernel with Intel's page-modification logging keeps in reserve: 64, and 512 for
-/// the hardware's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
+/// Entries that a kernel with page-modification logging (Intel's; AMD's since 2026) keeps in reserve: 64, and
+/// 512 for the processor's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
 pub(crate) const MOST_RESERVED_ENTRIES: u32 = 64 + 512;
 
 /// The host's page size, in bytes.

@@ -2,7 +2,6 @@
 
 use crossbeam_utils::CachePadded;
 
-use crate::kernel::MOST_RESERVED_ENTRIES;
 use crate::limit::account::Limit;
 use crate::pacing::RingObservation;
 use crate::ring::gauge::Gauge;
@@ -37,6 +36,15 @@ pub(crate) struct Counts {
     pub(crate) stall_ns: Counter,
     /// Entries at which the vCPU stops: a prior, until a full exit has shown it.
     pub(crate) soft_limit: Counter,
+    /// Whether one has.
+    limit_is_shown: Counter,
+}
+
+/// Entries at which the vCPU stops, and whether a full exit has shown that.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct SoftLimit {
+    pub(crate) entries: u64,
+    is_shown: bool,
 }
 
 /// A ring at one moment.
@@ -178,13 +186,32 @@ impl Vcpu {
         }
     }
 
-    /// Learns the soft limit from a full exit that found `present` entries, no others outstanding.
-    ///
-    /// What is below the largest reserve that kernels keep was taken from us by another pass.
-    pub(crate) fn learn_soft_limit(&self, present: u32, ring_entries: u32) {
-        if present >= ring_entries.saturating_sub(MOST_RESERVED_ENTRIES).max(1) {
-            self.counts.soft_limit.set(present.into());
+    /// Learns the soft limit from a full exit that found `present` entries, no others outstanding. The first
+    /// replaces what was supposed. From then on the least counts: with page-modification logging an exit finds
+    /// the limit and what the flush of the hardware's buffer has added.
+    pub(crate) fn learn_soft_limit(&self, present: u32) {
+        let SoftLimit { entries, is_shown } = self.soft_limit();
+        let least = if is_shown {
+            entries.min(present.into())
+        } else {
+            present.into()
+        };
+        self.set_soft_limit(SoftLimit {
+            entries: least,
+            is_shown: true,
+        });
+    }
+
+    pub(crate) fn soft_limit(&self) -> SoftLimit {
+        SoftLimit {
+            entries: self.counts.soft_limit.get(),
+            is_shown: self.counts.limit_is_shown.get() > 0,
         }
+    }
+
+    pub(crate) fn set_soft_limit(&self, limit: SoftLimit) {
+        self.counts.soft_limit.set(limit.entries);
+        self.counts.limit_is_shown.set(limit.is_shown.into());
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
@@ -21,8 +22,8 @@ use crate::kernel::page_size;
 /// include/linux/kvm_dirty_ring.h.
 const MAX_ENTRIES: u32 = 65536;
 
-/// Entries of the smallest ring that holds the 576 which Intel's page-modification logging makes
-/// the kernel keep in reserve.
+/// Entries of the smallest ring that holds the 576 which page-modification logging makes the kernel keep in
+/// reserve.
 const MIN_ENTRIES_WITH_PML: u32 = 1024;
 
 /// How many slot ids are tried, from the last one down, to find one that the VMM does not use.
@@ -245,10 +246,18 @@ fn fits(entries: u32, max: u32) -> Result<(), RingSizeError> {
     Ok(())
 }
 
-/// Whether KVM logs through Intel's page-modification buffer.
+/// Whether KVM logs through a page-modification buffer of the processor's: Intel's, or AMD's, which has as many
+/// entries.
 pub(super) fn has_pml() -> bool {
-    let parameter = fs::read_to_string("/sys/module/kvm_intel/parameters/pml");
-    parameter.is_ok_and(|value| value.starts_with('Y'))
+    is_on_in(Path::new("/sys/module"))
+}
+
+/// By the parameter `pml` of KVM's module for this processor, below `modules`.
+fn is_on_in(modules: &Path) -> bool {
+    ["kvm_intel", "kvm_amd"].iter().any(|module| {
+        let parameter = fs::read_to_string(modules.join(module).join("parameters/pml"));
+        parameter.is_ok_and(|value| value.starts_with(['Y', '1']))
+    })
 }
 
 /// Whether the VM behind `fd` has its rings already: then it has no bitmap to ask for, and
@@ -365,5 +374,21 @@ mod tests {
         let (entries, max) = (131_072, 65_536);
         let expected = RingSizeError::TooLarge { entries, max };
         assert_eq!(RingEntries::new(entries), Err(expected));
+    }
+
+    #[test]
+    fn a_parameter_of_either_module_shows_the_buffer() {
+        let root = std::env::temp_dir().join(format!("kvm-dirty-ring-pml-{}", std::process::id()));
+        assert!(!is_on_in(&root), "no module at all");
+        for module in ["kvm_intel", "kvm_amd"] {
+            let parameters = root.join(module).join("parameters");
+            fs::create_dir_all(&parameters).unwrap();
+            assert!(!is_on_in(&root), "{module} without the parameter");
+            for (value, is_on) in [("Y\n", true), ("N\n", false), ("1\n", true), ("0\n", false)] {
+                fs::write(parameters.join("pml"), value).unwrap();
+                assert_eq!(is_on_in(&root), is_on, "{module}: {value}");
+            }
+        }
+        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::{DirtyLog, Inner};
 use crate::error::{AttachError, FullError};
-use crate::harvest::vcpu::{Seen, Vcpu};
+use crate::harvest::vcpu::{Seen, SoftLimit, Vcpu};
 use crate::kernel::Mode;
 use crate::observe::trace;
 use crate::ring::memory::RingMemory;
@@ -79,8 +79,8 @@ pub struct VcpuRing {
     before: Seen,
     /// Full exits in a row that have made no room.
     calls_in_vain: u32,
-    /// The soft limit before the last full exit, if that one showed another.
-    taught: Option<u64>,
+    /// The soft limit before the last full exit, if that one showed one.
+    taught: Option<SoftLimit>,
     pub(crate) vcpu: Arc<Vcpu>,
 }
 
@@ -154,10 +154,11 @@ impl VcpuRing {
         // before, and since then nobody else has taken any. Asked now: another pass may have been faster.
         let since = self.vcpu.taken() - self.before.taken;
         let alone = self.before.all_recycled && since == u64::from(taken.entries);
-        let limit = self.vcpu.counts.soft_limit.get();
-        if alone && taken.alone {
-            let entries = self.inner.ring_entries;
-            self.vcpu.learn_soft_limit(taken.entries, entries);
+        // No kernel stops a vCPU at so little.
+        let is_little = alone && u64::from(taken.entries) * 16 < self.inner.ring_entries.into();
+        let limit = self.vcpu.soft_limit();
+        if alone && taken.alone && !is_little {
+            self.vcpu.learn_soft_limit(taken.entries);
         }
         self.vcpu.counts.full_exits.add(1);
         // By now this ring is empty; the others are the reaper's business. It is to see all of the
@@ -173,24 +174,22 @@ impl VcpuRing {
         if self.inner.harvester.kernel().mode() == Mode::Bitmap {
             return Ok(());
         }
-        // A ring that is full holds its soft limit. With much less the vCPU would not have stopped.
-        let is_little = alone && u64::from(taken.entries) * 16 < limit;
         self.judge(is_little, limit)
     }
 
     /// Whether the vCPU can run on: something of its ring was recycled since the full exit before, by whomever.
-    fn judge(&mut self, is_little: bool, limit_before: u64) -> Result<(), FullError> {
+    fn judge(&mut self, is_little: bool, limit_before: SoftLimit) -> Result<(), FullError> {
         let now = self.vcpu.seen();
         let recycled = now.reset_index != self.before.reset_index;
         self.before = now;
-        let soft_limit = &self.vcpu.counts.soft_limit;
         if recycled && !is_little {
             self.calls_in_vain = 0;
-            self.taught = (soft_limit.get() != limit_before).then_some(limit_before);
+            self.taught = (self.vcpu.soft_limit() != limit_before).then_some(limit_before);
             return Ok(());
         }
         // What this exit has shown, or the one before it, was no ring that is full.
-        soft_limit.set(self.taught.take().unwrap_or(limit_before));
+        let before = self.taught.take().unwrap_or(limit_before);
+        self.vcpu.set_soft_limit(before);
         let vcpu = self.index;
         if self.vcpu.is_broken() && !recycled {
             return Err(FullError::Broken { vcpu });
