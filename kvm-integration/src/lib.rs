@@ -71,6 +71,8 @@ pub mod kick;
 #[cfg(target_arch = "x86_64")]
 pub mod program;
 #[cfg(target_arch = "x86_64")]
+pub mod slowdown;
+#[cfg(target_arch = "x86_64")]
 pub mod stress;
 #[cfg(target_arch = "x86_64")]
 pub mod thread;

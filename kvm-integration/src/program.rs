@@ -12,12 +12,15 @@
 //! | `r9` | bit 0: exit after each `rbx` stores; bit 1: exit after each pass |
 //! | `r13` | where in a page this vCPU stores |
 //! | `r11` | the stamp |
-//! | `rcx`, `rsi`, `rax`, `r8`, `r12` | countdown, place in the list, page, stores, passes |
+//! | `r10` | turns of an empty loop after each `rbx` stores: see [`slowdown`](crate::slowdown) |
+//! | `rcx`, `rsi`, `rax`, `r8`, `r12`, `r15` | countdown, place in the list, page, stores, passes, turns left |
 //!
 //! A store takes three instructions, for the sake of `kvm_pvm`, which in [`Mode::Emulated`] takes
 //! about as long for any of them.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+
+use crate::slowdown;
 
 pub use crate::stamp::{MAX_VCPUS, split_stamp, stamp, stamp_offset};
 
@@ -41,12 +44,16 @@ pub(crate) const CODE: &[u8] = &[
     0xe2, 0xf8,                   // loop store
     0x49, 0x01, 0xd8,             // add r8, rbx
     0x4c, 0x89, 0x45, 0x00,       // mov [rbp], r8
+    0x4d, 0x89, 0xd7,             // mov r15, r10
+    // idle:
+    0x49, 0xff, 0xcf,             // dec r15
+    0x79, 0xfb,                   // jns idle
     0x41, 0xf6, 0xc1, 0x01,       // test r9b, 1
     0x74, 0x02,                   // jz no_chunk_exit
     0xe6, CHUNK_PORT as u8,       // out CHUNK_PORT, al
     // no_chunk_exit:
     0x48, 0x39, 0xd6,             // cmp rsi, rdx
-    0x72, 0xe1,                   // jb chunk
+    0x72, 0xd9,                   // jb chunk
     0x49, 0xff, 0xc3,             // inc r11
     0x49, 0xff, 0xc4,             // inc r12
     0x4c, 0x89, 0x65, 0x08,       // mov [rbp + 8], r12
@@ -54,7 +61,7 @@ pub(crate) const CODE: &[u8] = &[
     0x74, 0x02,                   // jz no_pass_exit
     0xe6, PASS_PORT as u8,        // out PASS_PORT, al
     // no_pass_exit:
-    0xeb, 0xca,                   // jmp pass
+    0xeb, 0xc2,                   // jmp pass
 ];
 
 /// At which privilege the guest runs, which decides who runs it.
@@ -115,6 +122,15 @@ impl Load {
         let divides = |&n: &usize| self.list.len() % n == 0;
         (1..=MAX_SILENCE).rev().find(divides).unwrap_or(1) as u64
     }
+
+    /// Turns of the empty loop after so many stores. None where each of its instructions would be
+    /// emulated: there a guest is slow enough, and must come to the end of its batch.
+    fn turns(&self) -> u64 {
+        match self.mode {
+            Mode::Native => self.granule() * slowdown::turns_per_store(),
+            Mode::Emulated => 0,
+        }
+    }
 }
 
 /// Where things are that the registers point to, as guest-physical addresses.
@@ -133,6 +149,7 @@ pub(crate) fn registers(index: u32, load: &Load, places: &Places) -> kvm_regs {
         rbx: load.granule(),
         rbp: places.progress,
         r9: u64::from(load.chunk > 0) | u64::from(load.pass_exits) << 1,
+        r10: load.turns(),
         r13: stamp_offset(index),
         r11: stamp(index, 1),
         rflags: flags(load.mode),
@@ -194,19 +211,20 @@ mod tests {
         let target = |at: usize| (at + 2).wrapping_add_signed(isize::from(CODE[at + 1] as i8));
         let jumps = [
             (0x0c, 0x06),
-            (0x19, 0x1d),
-            (0x20, 0x03),
-            (0x30, 0x34),
-            (0x34, 0x00),
+            (0x18, 0x15),
+            (0x21, 0x25),
+            (0x28, 0x03),
+            (0x38, 0x3c),
+            (0x3c, 0x00),
         ];
         for (at, to) in jumps {
             assert!(
-                matches!(CODE[at], 0x72 | 0x74 | 0xe2 | 0xeb),
+                matches!(CODE[at], 0x72 | 0x74 | 0x79 | 0xe2 | 0xeb),
                 "no jump at {at:#x}"
             );
             assert_eq!(target(at), to, "jump at {at:#x}");
         }
-        assert_eq!(CODE.len(), 0x36);
+        assert_eq!(CODE.len(), 0x3e);
     }
 
     #[test]
