@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// About what a reset of a thousand entries takes: the next one will be hit.
 const LULL: Duration = Duration::from_micros(10);
 
+/// How long it may take a shell, on a busy machine, to send its first signal.
+const FIRST_STOP: Duration = Duration::from_secs(60);
+
 /// Signals rain on some threads until this is dropped.
 #[derive(Debug)]
 pub struct Storm {
@@ -80,10 +83,10 @@ impl Storm {
     /// late; each fourth is long enough for a busy machine.
     ///
     /// A process of their own sends them. It ends only after a continuation: when its file is gone,
-    /// or this process.
+    /// or this process. This returns once the first stop has been.
     ///
     /// # Panics
-    /// If that process can't be started.
+    /// If that process can't be started, or stops nobody.
     pub fn of_stops() -> Self {
         // The third field of `stat`, behind a name without spaces or not, is the thread's state.
         const SCRIPT: &str = r#"
@@ -98,6 +101,7 @@ impl Storm {
             while [ -e "$1" ] && kill -STOP "$2"; do
                 while runs "$2"; do :; done
                 kill -CONT "$2" || exit
+                [ -s "$1" ] || echo stopped > "$1"
                 lull=$(((lull + 271) % 1009)) turn=0
                 while [ $turn -lt $lull ]; do turn=$((turn + 1)); done
                 [ $lull -gt 250 ] || sleep 0.004
@@ -108,13 +112,25 @@ impl Storm {
         let mut sender = Command::new("sh");
         sender.args(["-c", SCRIPT, "storm"]).arg(&file);
         let mut sender = sender.arg(me.to_string()).spawn().expect("a shell");
-        Self::start(move |stop| {
-            while !stop.load(Ordering::Relaxed) {
-                thread::park_timeout(Duration::from_millis(1));
+        let storm = Self::start({
+            let file = file.clone();
+            move |stop| {
+                while !stop.load(Ordering::Relaxed) {
+                    thread::park_timeout(Duration::from_millis(1));
+                }
+                fs::remove_file(&file).expect("the file that was just made");
+                sender.wait().expect("the child that was just started");
             }
-            fs::remove_file(&file).expect("the file that was just made");
-            sender.wait().expect("the child that was just started");
-        })
+        });
+        let deadline = Instant::now() + FIRST_STOP;
+        while fs::metadata(&file).is_ok_and(|file| file.len() == 0) {
+            assert!(
+                Instant::now() < deadline,
+                "{FIRST_STOP:?} went by without a stop"
+            );
+            thread::park_timeout(Duration::from_millis(1));
+        }
+        storm
     }
 
     fn of(mut gust: impl FnMut() + Send + 'static) -> Self {

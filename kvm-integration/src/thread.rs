@@ -45,6 +45,12 @@ struct State {
     kicked: bool,
 }
 
+impl State {
+    fn is_paused(&self) -> bool {
+        self.parked && self.want == Want::Pause && !self.ended
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
@@ -256,8 +262,13 @@ impl VcpuThread {
 
     /// The second half of [`pause`](Self::pause). Without a request it waits for one.
     pub fn wait_paused(&self) -> bool {
-        let quiet = |state: &State| state.parked && state.want == Want::Pause || state.ended;
+        let quiet = |state: &State| state.is_paused() || state.ended;
         !self.shared.wait_while(|state| !quiet(state)).ended
+    }
+
+    /// Whether it is paused now, for a wait of one's own; a thread that has ended is not.
+    pub fn is_paused(&self) -> bool {
+        self.shared.lock().is_paused()
     }
 
     /// Lets a paused vCPU run again.

@@ -25,6 +25,7 @@ use seccompiler::{
 use super::harness::Outcome;
 use super::machine::{
     Machine, assert_unsuspicious, gpa, nap, page_of, pause, resume, run_passes, slot_id, stop,
+    wait_paused,
 };
 
 tests![
@@ -92,7 +93,7 @@ fn a_large_slot_is_cleared_in_parts() -> Outcome {
     let load = Load::new(kvm_integration::Mode::Native, list.into()).pass_exits();
     let vcpu = [machine.spawn(0, &load)?];
     for _ in 0..3 {
-        assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+        wait_paused(&vcpu)?;
         machine.round()?;
         let dirty = machine.dirty().pages().map(|(_, page)| page);
         assert_eq!(dirty.collect::<Vec<_>>(), pages);
@@ -100,7 +101,7 @@ fn a_large_slot_is_cleared_in_parts() -> Outcome {
         // That all are protected shows in the next round, by their being dirty again.
         resume(&vcpu);
     }
-    assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+    wait_paused(&vcpu)?;
     machine.round()?;
     machine.compare()?;
     stop(vcpu)?;
@@ -147,14 +148,14 @@ fn both_modes_say_the_same() -> Outcome {
         let vcpu = [machine.spawn(0, &load)?];
         let mut report = Vec::new();
         for _ in 0..5 {
-            assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+            wait_paused(&vcpu)?;
             machine.log.mark_dirty(slot_id(2), 998, 2)?;
             machine.round()?;
             report.push(machine.dirty().runs().collect::<Vec<_>>());
             machine.compare()?;
             resume(&vcpu);
         }
-        assert!(vcpu[0].wait_paused(), "the vCPU has ended");
+        wait_paused(&vcpu)?;
         stop(vcpu)?;
         reports.push(report);
     }

@@ -15,7 +15,7 @@ use libtest_mimic::Failed;
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, nap, page_of, pause, resume, run_passes, slot_id, stop,
+    Machine, Over, assert_unsuspicious, nap, page_of, pause, resume, run_passes, slot_id, stop,
 };
 
 tests![
@@ -94,13 +94,14 @@ fn syncs_beside_each_other() -> Outcome {
             }
             Ok(())
         });
+        let guard = Over(&over);
         for _ in 0..100 {
             machine.round()?;
             nap(Duration::from_micros(300));
         }
         pause(&vcpus)?;
         machine.round()?;
-        over.store(true, Ordering::Relaxed);
+        drop(guard);
         Ok(other.join().expect("a sync panicked")?)
     })?;
     // Whoever was given a page last has it as it is.

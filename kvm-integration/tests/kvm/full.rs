@@ -6,7 +6,7 @@ use kvm_integration::{Action, Exit, VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
 
 use super::harness::Outcome;
-use super::machine::{Machine, assert_unsuspicious, pause, resume, run_passes, stop};
+use super::machine::{Machine, assert_unsuspicious, pause, resume, run_passes, stop, wait};
 
 tests![
     soft_limit_is_learnt,
@@ -40,6 +40,7 @@ fn soft_limit_is_learnt() -> Outcome {
             }
         }
     })?;
+    wait("three full exits", || vcpu.ended())?;
     vcpu.join()?;
     let seen = seen.lock().expect("nobody panics with it");
     let mut least = u64::MAX;

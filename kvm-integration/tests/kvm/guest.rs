@@ -1,6 +1,7 @@
 //! The tiny guest itself: every other test rests on what it is believed to do.
 
 use std::collections::HashMap;
+use std::slice::from_ref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +13,10 @@ use kvm_integration::{
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
-use super::harness::Outcome;
-use super::machine::{chain, gpa, nap, page_of, pause, resume, run_passes, stop, wait};
+use super::harness::{Outcome, chain};
+use super::machine::{
+    gpa, nap, page_of, pause, resume, run_passes, stop, wait, wait_beside, wait_paused,
+};
 
 tests![
     stores_what_its_progress_says,
@@ -135,7 +138,7 @@ fn stands_still_while_paused() -> Outcome {
         assert_eq!(still, progress(&vcpus), "a paused vCPU went on");
         assert!(vcpus[0].pause(), "pausing twice is pausing once");
         resume(&vcpus);
-        wait("progress after resuming", || {
+        wait_beside(&vcpus, "progress after resuming", || {
             vcpus.iter().for_each(VcpuThread::interrupt);
             progress(&vcpus)
                 .iter()
@@ -167,7 +170,7 @@ fn stops_and_goes_on() -> Outcome {
     }
     let vcpu = VcpuThread::spawn(vcpu, |_exit| Action::Pause)?;
     for round in 31..=60 {
-        assert!(vcpu.wait_paused());
+        wait_paused(from_ref(&vcpu))?;
         assert_eq!(vcpu.progress(), round * 8);
         vcpu.resume();
     }

@@ -1,5 +1,6 @@
 //! How the tests are run: skipped loudly, watched, one by one.
 
+use std::error::Error;
 use std::process::{ExitCode, abort};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -7,17 +8,15 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use super::machine::chain;
-
 /// What a test ends with: [`Completion::Completed`], a reason to have been skipped, or a failure.
 pub type Outcome = Result<Completion, Failed>;
 
 /// A test and its name.
 pub type Test = (&'static str, fn() -> Outcome);
 
-/// A test that takes longer hangs: the slowest takes a few seconds, on a machine with much else to
-/// do a minute.
-const LONGEST: Duration = Duration::from_secs(120);
+/// A test that takes longer hangs, in what has no bound of its own: the slowest takes some seconds, on
+/// a slow machine with much else to do two minutes.
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// Lists tests by the name of their function, behind that of their module.
 macro_rules! tests {
@@ -26,6 +25,12 @@ macro_rules! tests {
             vec![$((concat!(module_path!(), "::", stringify!($test)), $test)),*]
         }
     };
+}
+
+/// An error with all of its causes.
+pub fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Skips the test that returns this, and says so where nobody can miss it.

@@ -22,7 +22,7 @@ fn what_an_unplugged_vcpu_wrote_is_found() -> Outcome {
     run_passes(&vcpus, 1)?;
     machine.finish(&vcpus)?;
     resume(&vcpus);
-    run_passes(&vcpus, 1)?;
+    run_passes(&vcpus, 2)?;
     pause(&vcpus)?;
     let waiting = || {
         let mut rings = Vec::new();

@@ -1,7 +1,7 @@
 //! A guest, its dirty log, and the copy that the log keeps up to date.
 
-use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,7 @@ use kvm_integration::{
 };
 use libtest_mimic::Failed;
 
-/// An error with all of its causes.
-pub fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(error.source(), |&cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
+use super::harness::{chain, remark};
 
 /// Sleeps, through signals too: `sleep` begins anew after each, and would never end in a storm.
 pub fn nap(time: Duration) {
@@ -24,16 +20,44 @@ pub fn nap(time: Duration) {
     thread::park_timeout(time);
 }
 
+/// How long a test waits for what must come, on however slow or busy a machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Waits for something that is sure to come.
 pub fn wait(what: &str, mut until: impl FnMut() -> bool) -> Result<(), Failed> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     while !until() {
         if Instant::now() > deadline {
-            return Err(format!("a minute went by without {what}").into());
+            let missing = format!("{PATIENCE:?} went by without {what}");
+            // At once: a test that fails stops its vCPUs first, and what hangs may keep it from that.
+            remark(&missing);
+            return Err(missing.into());
         }
         nap(Duration::from_micros(50));
     }
     Ok(())
+}
+
+/// Waits for something that is sure to come while these vCPUs run; fails if one has ended.
+pub fn wait_beside(
+    vcpus: &[VcpuThread],
+    what: &str,
+    mut until: impl FnMut() -> bool,
+) -> Result<(), Failed> {
+    wait(what, || until() || vcpus.iter().any(VcpuThread::ended))?;
+    if vcpus.iter().any(VcpuThread::ended) {
+        return Err("a vCPU has ended".into());
+    }
+    Ok(())
+}
+
+/// Says that it is over when it is dropped, so that no thread goes on for ever beside a test that fails.
+pub struct Over<'a>(pub &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A virtual machine whose log copies it.
@@ -226,27 +250,30 @@ pub fn page_of(id: u32, page: u64) -> u64 {
 
 /// Pauses all of them; fails if one has ended.
 pub fn pause(vcpus: &[VcpuThread]) -> Result<(), Failed> {
-    if kvm_integration::pause_all(vcpus) {
-        return Ok(());
-    }
-    Err("a vCPU has ended".into())
+    vcpus.iter().for_each(VcpuThread::request_pause);
+    wait_paused(vcpus)
+}
+
+/// Waits until each of them has paused, by itself or because somebody wants it to.
+pub fn wait_paused(vcpus: &[VcpuThread]) -> Result<(), Failed> {
+    wait_beside(vcpus, "a pause of each vCPU", || {
+        vcpus.iter().all(VcpuThread::is_paused)
+    })
 }
 
 pub fn resume(vcpus: &[VcpuThread]) {
     vcpus.iter().for_each(VcpuThread::resume);
 }
 
-/// Waits until each of them has stored to its whole list `passes` times more.
+/// Waits until each of them has come to the end of its list `passes` times more. It was somewhere on
+/// its way there: only so many passes less one are sure to have been whole ones, but for a guest that
+/// has just begun.
 pub fn run_passes(vcpus: &[VcpuThread], passes: u64) -> Result<(), Failed> {
     let goals: Vec<u64> = vcpus.iter().map(|vcpu| vcpu.passes() + passes).collect();
-    let reached = |(vcpu, &goal): (&VcpuThread, &u64)| vcpu.passes() >= goal || vcpu.ended();
-    wait("a pass of each vCPU", || {
-        vcpus.iter().zip(&goals).all(reached)
-    })?;
-    if vcpus.iter().any(VcpuThread::ended) {
-        return Err("a vCPU has ended".into());
-    }
-    Ok(())
+    wait_beside(vcpus, "a pass of each vCPU", || {
+        let mut vcpus = vcpus.iter().zip(&goals);
+        vcpus.all(|(vcpu, &goal)| vcpu.passes() >= goal)
+    })
 }
 
 /// Ends them, and says what was wrong with them.

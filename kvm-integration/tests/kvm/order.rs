@@ -3,6 +3,7 @@
 //! A page that was harvested is not protected before it is reset, so what the guest writes in
 //! between is silent: a copy made there is lost at once, and nobody says so.
 
+use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
 use super::harness::Outcome;
-use super::machine::{Machine, assert_unsuspicious, nap, pause, resume, run_passes, stop, wait};
+use super::machine::{Machine, Over, assert_unsuspicious, nap, pause, resume, run_passes, stop};
 use super::raw::RawMachine;
 
 tests![
@@ -40,11 +41,9 @@ fn lost_pages(order: Order, rounds: u32) -> Result<usize, Failed> {
     let copy = GuestMemory::new(PAGES)?;
     let mut lost = 0;
     for _ in 0..rounds {
-        let before = machine.vcpu.passes();
-        let written = || machine.vcpu.passes() >= before + 2 || machine.vcpu.ended();
-        wait("a pass of the vCPU", written)?;
+        run_passes(from_ref(&machine.vcpu), 2)?;
         // What the CPU has buffered comes to the ring only as it leaves the guest.
-        assert!(machine.vcpu.pause(), "the vCPU has ended");
+        pause(from_ref(&machine.vcpu))?;
         machine.vcpu.resume();
         let pages = machine.harvest();
         if order == Order::ResetFirst {
@@ -53,12 +52,12 @@ fn lost_pages(order: Order, rounds: u32) -> Result<usize, Failed> {
         for &page in &pages {
             machine.memory.copy_page_to(page, &copy);
         }
-        // So that the guest is sure to write in between.
-        nap(Duration::from_micros(200));
+        // So that the guest is sure to write each page in between.
+        run_passes(from_ref(&machine.vcpu), 2)?;
         if order == Order::CopyFirst {
             machine.reset()?;
         }
-        assert!(machine.vcpu.pause(), "the vCPU has ended");
+        pause(from_ref(&machine.vcpu))?;
         let pages = machine.harvest();
         machine.reset()?;
         for &page in &pages {
@@ -76,13 +75,13 @@ fn lost_pages(order: Order, rounds: u32) -> Result<usize, Failed> {
 
 /// That the danger is real here: or else the tests below would prove nothing.
 fn copy_before_reset_loses_writes() -> Outcome {
-    let lost = lost_pages(Order::CopyFirst, 20)?;
+    let lost = lost_pages(Order::CopyFirst, 5)?;
     assert!(lost > 0, "no page was lost, against all reason");
     Ok(Completed)
 }
 
 fn reset_before_copy_loses_none() -> Outcome {
-    assert_eq!(lost_pages(Order::ResetFirst, 50)?, 0);
+    assert_eq!(lost_pages(Order::ResetFirst, 20)?, 0);
     Ok(Completed)
 }
 
@@ -145,8 +144,9 @@ fn log_beside_many_passes_loses_none() -> Outcome {
             }
             Ok(())
         };
+        let guard = Over(&over);
         let result = rounds();
-        over.store(true, Ordering::Relaxed);
+        drop(guard);
         for pass in passes {
             pass.join().expect("a pass panicked")?;
         }

@@ -43,10 +43,7 @@ fn overrun() -> Result<Option<(Machine, VcpuThread)>, Failed> {
     wait("an overrun", || {
         machine.log.stats().overruns > 0 || vcpu.ended()
     })?;
-    if !vcpu.pause() {
-        stop([vcpu])?;
-        return Err("the vCPU has ended".into());
-    }
+    pause(from_ref(&vcpu))?;
     Ok(Some((machine, vcpu)))
 }
 

@@ -2,6 +2,7 @@
 //! for it.
 
 use std::fs::File;
+use std::slice::from_ref;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, kvm_enable_cap};
@@ -15,7 +16,9 @@ use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
 use super::harness::Outcome;
-use super::machine::{Machine, assert_unsuspicious, gpa, page_of, run_passes, slot_id, stop};
+use super::machine::{
+    Machine, assert_unsuspicious, gpa, page_of, run_passes, slot_id, stop, wait_paused,
+};
 
 tests![
     ring_sizes,
@@ -57,7 +60,7 @@ fn still_works(vm: TinyVm) -> Result<(), Failed> {
     let vcpu = VcpuThread::spawn(vcpu, |exit| {
         Action::Fail(format!("an exit was not asked for: {exit:?}").into())
     })?;
-    run_passes(std::slice::from_ref(&vcpu), 2)?;
+    run_passes(from_ref(&vcpu), 2)?;
     stop([vcpu])?;
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty)?;
@@ -152,7 +155,7 @@ fn twice_takes_no_entries() -> Outcome {
         Exit::PassDone => Action::Pause,
         _ => Action::Continue,
     })?;
-    assert!(thread.wait_paused(), "the vCPU has ended");
+    wait_paused(from_ref(&thread))?;
     assert_eq!(ring.harvest_and_stop(), 64);
     let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
     assert!(
@@ -174,7 +177,7 @@ fn after_a_vcpu() -> Outcome {
     assert!(matches!(late, Err(EnableError::VcpuExists)), "{late:?}");
     // The VM is what it was: without rings, and its guest runs.
     let vcpu = VcpuThread::spawn(vcpu, |_| Action::Continue)?;
-    run_passes(std::slice::from_ref(&vcpu), 2)?;
+    run_passes(from_ref(&vcpu), 2)?;
     stop([vcpu])?;
     let bitmap = vm.vm_fd().get_dirty_log(1, 16 * 4096)?;
     assert_eq!(bitmap, [1]);

@@ -10,7 +10,8 @@ use libtest_mimic::Failed;
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop, wait,
+    Machine, Over, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop,
+    wait_beside, wait_paused,
 };
 
 tests![
@@ -32,7 +33,7 @@ fn each_vcpu_has_its_own_ring() -> Outcome {
         vcpus.push(machine.spawn(index as u32, &load)?);
     }
     for round in 1..=5 {
-        assert!(vcpus.iter().all(|vcpu| vcpu.wait_paused()));
+        wait_paused(&vcpus)?;
         // Entries that the CPU has buffered come with leaving the guest.
         pause(&vcpus)?;
         machine.round()?;
@@ -80,8 +81,9 @@ fn what_waits_is_seen_from_outside() -> Outcome {
                 }
             }
         });
+        let over = Over(&done);
         let rounds = rounds(&mut machine, &vcpus, share);
-        done.store(true, Ordering::Relaxed);
+        drop(over);
         onlooker.join().expect("the onlooker");
         rounds
     })?;
@@ -96,7 +98,7 @@ fn rounds(
 ) -> Result<(), Failed> {
     let mut seen = Vec::new();
     for _ in 0..50 {
-        assert!(vcpus.iter().all(|vcpu| vcpu.wait_paused()));
+        wait_paused(vcpus)?;
         pause(vcpus)?;
         let before = machine.log.stats();
         machine.log.observe(&mut seen);
@@ -141,7 +143,7 @@ fn more_vcpus_while_others_run() -> Outcome {
         vcpus.push(machine.spawn(index, &machine.load(Workload::Random, index, 16))?);
         machine.round()?;
         let before = vcpus[0].progress();
-        wait("progress beside a new vCPU", || {
+        wait_beside(&vcpus, "progress beside a new vCPU", || {
             vcpus[0].progress() > before
         })?;
     }

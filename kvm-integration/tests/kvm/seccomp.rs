@@ -28,7 +28,7 @@ use seccompiler::{
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, pause, resume, run_passes, serve, slot_id, stop, wait,
+    Machine, assert_unsuspicious, pause, resume, run_passes, serve, slot_id, stop, wait_beside,
 };
 
 tests![
@@ -395,9 +395,9 @@ fn reap(confined: &Confined, log: &DirtyLog, vcpus: &[VcpuThread]) -> Result<(),
         reaper
     });
     let before = reaper.stats().passes;
-    while reaper.stats().passes < before + 10 {
-        run_passes(vcpus, 1)?;
-    }
+    wait_beside(vcpus, "ten passes of the reaper", || {
+        reaper.stats().passes >= before + 10
+    })?;
     Ok(confined.run(move || reaper.stop())?)
 }
 
@@ -500,7 +500,7 @@ fn limit(log: &DirtyLog, vcpus: &[VcpuThread]) -> Result<(), Failed> {
         Ok::<_, Failed>(Limiter::spawn(&limited, move |vcpu| kickers[vcpu].kick())?)
     })?;
     let slept = || log.stats().vcpus.iter().all(|vcpu| vcpu.limited_ns > 0);
-    wait("a sleep of each vCPU", slept)?;
+    wait_beside(vcpus, "a sleep of each vCPU", slept)?;
     let log = log.clone();
     limiting.run(move || {
         drop(log.keep_awake());

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::slice::from_ref;
 use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::Reaper;
@@ -14,7 +15,9 @@ use kvm_integration::{VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
 
 use super::harness::{Outcome, remark};
-use super::machine::{Machine, assert_unsuspicious, nap, resume, stop, wait};
+use super::machine::{
+    Machine, assert_unsuspicious, nap, resume, stop, wait, wait_beside, wait_paused,
+};
 use super::raw::RawMachine;
 
 tests![
@@ -27,7 +30,7 @@ tests![
 fn unblocked_signals_lose_pages() -> Outcome {
     const PAGES: u64 = 4096;
     let mut machine = RawMachine::new(8192, PAGES, true)?;
-    assert!(machine.vcpu.wait_paused());
+    wait_paused(from_ref(&machine.vcpu))?;
     let (mut short, mut lost) = (0, HashSet::new());
     let mut rounds = 0;
     let enough = Instant::now() + Duration::from_secs(5);
@@ -45,7 +48,7 @@ fn unblocked_signals_lose_pages() -> Outcome {
             assert_eq!(recycled + machine.reset()?, logged.len());
         }
         machine.vcpu.resume();
-        assert!(machine.vcpu.wait_paused());
+        wait_paused(from_ref(&machine.vcpu))?;
     }
     match (short, lost.len()) {
         (0, 0) => remark(
@@ -65,7 +68,8 @@ fn unblocked_signals_lose_pages() -> Outcome {
     Ok(Completed)
 }
 
-/// The same storm, at every thread that there is, beside the log.
+/// The same storm, at every thread that there is, beside the log: at resets of all three kinds, of
+/// syncs, of the reaper, and of full exits.
 fn log_in_the_same_storm_loses_none() -> Outcome {
     let mut machine = Machine::new(1024, &[4096])?;
     let vcpus = machine.spawn_all(Workload::Random, 2)?;
@@ -73,12 +77,24 @@ fn log_in_the_same_storm_loses_none() -> Outcome {
     let mut threads: Vec<_> = vcpus.iter().map(VcpuThread::tid).collect();
     threads.extend([this_thread(), reaper_thread()?]);
     let storm = Storm::at(threads);
-    // Resets of all three kinds: of syncs, of the reaper, and of full exits.
-    let mut round = 0;
-    while round < 60 || machine.log.stats().full_exits() < 20 {
-        round += 1;
+    for round in 0..60 {
         machine.round()?;
         nap(Duration::from_millis(round % 16));
+        machine.finish(&vcpus)?;
+        resume(&vcpus);
+    }
+    let log = machine.log.clone();
+    let before = reaper.stats().passes;
+    wait_beside(&vcpus, "ten passes of the reaper", || {
+        reaper.stats().passes >= before + 10
+    })?;
+    // A guest may well be too slow to fill a ring before the reaper comes: so it does not come.
+    reaper.pause();
+    for _ in 0..10 {
+        let before = log.stats().full_exits();
+        wait_beside(&vcpus, "two full exits", || {
+            log.stats().full_exits() >= before + 2
+        })?;
         machine.finish(&vcpus)?;
         resume(&vcpus);
     }

@@ -1,5 +1,6 @@
 //! Slots that go, and others that come in their place.
 
+use std::slice::from_ref;
 use std::time::Duration;
 
 use kvm_dirty_ring::Reaper;
@@ -12,7 +13,7 @@ use libtest_mimic::Failed;
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop,
+    Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop, wait_paused,
 };
 
 tests![
@@ -78,7 +79,7 @@ fn reuse(reaper: bool, rounds: usize) -> Result<(), Failed> {
     // And the last slot of that id is logged as the first one was.
     let leaver = &leavers[round % 2];
     leaver.resume();
-    run_passes(std::slice::from_ref(leaver), 2)?;
+    run_passes(from_ref(leaver), 2)?;
     pause(&leavers)?;
     machine.finish(&stayer)?;
     assert_unsuspicious(&machine.log.stats());
@@ -108,7 +109,7 @@ fn reuse_after_a_reset_that_was_refused() -> Outcome {
     let load = Load::new(Mode::Native, list).chunk(1);
     let (vcpu, _ring) = machine.attach(0, &load)?;
     let vcpu = VcpuThread::spawn(vcpu, |_| Action::Pause)?;
-    assert!(vcpu.wait_paused());
+    wait_paused(from_ref(&vcpu))?;
     // Not on the shard that the next pass takes, and so finds what was left there.
     let refused = refusing(libc::EINTR, || machine.log.reap_on_shard(1))?;
     assert!(refused.is_err(), "{refused:?}");
@@ -118,7 +119,7 @@ fn reuse_after_a_reset_that_was_refused() -> Outcome {
     machine.add_slot(1, 64)?;
     for _ in 0..4 {
         vcpu.resume();
-        assert!(vcpu.wait_paused());
+        wait_paused(from_ref(&vcpu))?;
         machine.round()?;
         assert!(machine.dirty().contains(slot_id(1), 60), "a page was lost");
         machine.compare()?;
@@ -168,7 +169,7 @@ fn toggling_the_log_keeps_pending_entries() -> Outcome {
     let load = machine.load(Workload::Walk, 0, 1).pass_exits();
     let vcpus = [machine.spawn(0, &load)?];
     for _ in 0..10 {
-        assert!(vcpus[0].wait_paused());
+        wait_paused(&vcpus)?;
         machine.vm.protect(1)?;
         assert_eq!(machine.round()?, 500, "entries got lost");
         machine.compare()?;
