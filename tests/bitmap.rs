@@ -1,5 +1,8 @@
 //! The kernel's own bits, without rings and beside them, on the simulated kernel.
 
+#[path = "common/over.rs"]
+mod over;
+
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,6 +11,7 @@ use std::thread;
 use kvm_dirty_ring::error::{SlotError, SyncError};
 use kvm_dirty_ring::sim::{BitmapFault, ResetFault, SimConfig, SimVcpu, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, SlotId};
+use over::Over;
 
 const RAM: SlotId = SlotId::new(0, 1);
 const PAGES: u64 = 130;
@@ -285,6 +289,7 @@ fn syncs_and_removals_beside_each_other() {
                 size = size % 300 + 1;
             }
         });
+        let _over = Over(&over);
         let writer = vm.add_vcpu();
         for page in 0..MANY {
             writer.write(large, page).unwrap();
@@ -293,7 +298,6 @@ fn syncs_and_removals_beside_each_other() {
                 thread::yield_now();
             }
         }
-        over.store(true, Ordering::Relaxed);
     });
     collect();
     assert_eq!(found.into_inner().unwrap().len() as u64, MANY);

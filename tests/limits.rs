@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::error::{LimitError, LimiterError};
 use kvm_dirty_ring::pacing::LookFirst;
@@ -100,11 +100,21 @@ fn run_vcpu(vcpu: &SimVcpu, mut ring: VcpuRing, stop: &AtomicBool, kicked: &Atom
     written
 }
 
+/// How long a test waits for what must come: never reached on a machine that gets on.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Waits for something that is sure to come.
-fn wait(until: impl Fn() -> bool) {
+fn wait(what: &str, until: impl Fn() -> bool) {
+    let start = Instant::now();
     while !until() {
+        assert!(start.elapsed() < PATIENCE, "there is no {what}");
         thread::sleep(Duration::from_micros(200));
     }
+}
+
+/// Whether each vCPU that has a limit sleeps, for more than a second yet.
+fn sleeps(log: &DirtyLog) -> bool {
+    log.enforce_dirty_limits(|_| ()) > Some(Duration::from_secs(1))
 }
 
 fn slept(log: &DirtyLog, vcpu: usize) -> bool {
@@ -127,7 +137,7 @@ fn a_full_ring_is_paid_for() {
     let machine = Machine::new();
     let running = Running::start(&machine, 1);
     machine.log.set_dirty_limits(limit(1)).unwrap();
-    wait(|| machine.log.enforce_dirty_limits(|_| ()) > Some(Duration::from_secs(1)));
+    wait("sleep", || sleeps(&machine.log));
     let asleep = machine.log.stats().vcpus[0];
     running.stop(&machine.log);
     let awake = machine.log.stats().vcpus[0];
@@ -184,14 +194,11 @@ fn a_sleep_ends_when_the_limit_is_lifted_or_raised() {
             let written = || machine.log.stats().vcpus[vcpu].full_exits;
             let before = machine.log.stats().vcpus[vcpu].limited_ns;
             machine.log.set_dirty_limit(vcpu, limit(1)).unwrap();
-            wait(|| {
-                let asleep = |next: Option<Duration>| next > Some(Duration::from_secs(1));
-                asleep(machine.log.enforce_dirty_limits(|_| ()))
-            });
+            wait("sleep", || sleeps(&machine.log));
             let still = written();
             assert_eq!(machine.log.stats().vcpus[vcpu].limited_ns, before);
             machine.log.set_dirty_limit(vcpu, raised).unwrap();
-            wait(|| written() > still + 2);
+            wait("full exit", || written() > still + 2);
             assert!(machine.log.stats().vcpus[vcpu].limited_ns > before);
             machine.log.set_dirty_limit(vcpu, None).unwrap();
         }
@@ -233,14 +240,17 @@ fn a_limiter_holds_what_a_reaper_empties() {
     let reaper = Reaper::spawn(&machine.log, LookFirst::default()).unwrap();
     let limiter = Limiter::spawn(&machine.log, running.kick()).unwrap();
     assert!(limiter.is_running());
-    machine.log.set_dirty_limits(limit(100_000)).unwrap();
-    wait(|| (0..2).all(|vcpu| slept(&machine.log, vcpu)));
+    // Less than a vCPU writes on any machine.
+    machine.log.set_dirty_limits(limit(1_000)).unwrap();
+    wait("sleep of both", || {
+        (0..2).all(|vcpu| slept(&machine.log, vcpu))
+    });
     // From there to a standstill, which ends with the limit.
     machine.log.set_dirty_limits(limit(1)).unwrap();
-    wait(|| machine.log.enforce_dirty_limits(|_| ()) > Some(Duration::from_secs(1)));
+    wait("standstill", || sleeps(&machine.log));
     machine.log.set_dirty_limits(None).unwrap();
     let entries = machine.log.stats().entries;
-    wait(|| machine.log.stats().entries > entries + 4096);
+    wait("progress", || machine.log.stats().entries > entries + 4096);
     // A vCPU may be limited when nobody looks after it any more.
     machine.log.set_dirty_limits(limit(1)).unwrap();
     limiter.stop().unwrap();
@@ -271,7 +281,7 @@ fn a_limiter_waits_for_limits_and_survives_their_end() {
     (0..500).for_each(|page| vcpu.write(RAM, page).unwrap());
     let kicked = |more: u64| {
         let before = kicks.load(Ordering::Relaxed);
-        wait(|| kicks.load(Ordering::Relaxed) >= before + more);
+        wait("kick", || kicks.load(Ordering::Relaxed) >= before + more);
     };
     // A kick that comes to nothing is repeated.
     kicked(3);
@@ -328,7 +338,7 @@ fn a_kick_that_panics_is_told() {
     let limiter = limiter.unwrap();
     machine.log.set_dirty_limits(limit(1)).unwrap();
     (0..500).for_each(|page| vcpu.write(RAM, page).unwrap());
-    wait(|| !limiter.is_running());
+    wait("end of the limiter", || !limiter.is_running());
     assert!(matches!(limiter.stop(), Err(LimiterError::Panicked)));
     machine.log.set_dirty_limits(None).unwrap();
     assert_eq!(ring.throttle(), Duration::ZERO);
@@ -347,7 +357,7 @@ fn a_limiter_ends_at_once() {
         let kick = move |_| sender.send(()).unwrap_or_default();
         let limiter = Limiter::spawn(&machine.log, kick).unwrap();
         if all.is_some() {
-            looked.recv().unwrap();
+            looked.recv_timeout(PATIENCE).expect("a kick");
         }
         drop(limiter);
     }

@@ -7,6 +7,7 @@ mod scenario;
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::metrics::{describe, publish};
 use kvm_dirty_ring::pacing::Fixed;
@@ -237,7 +238,10 @@ fn counters_go_on_with_the_next_reaper() {
     let mut looks = 0;
     for _ in 0..3 {
         let reaper = Reaper::spawn(&machine.log, Fixed::default()).unwrap();
+        let start = Instant::now();
         while machine.log.stats().reaper.looks == looks {
+            let patience = Duration::from_secs(60);
+            assert!(start.elapsed() < patience, "the reaper never looks");
             std::thread::yield_now();
         }
         reaper.stop().unwrap();

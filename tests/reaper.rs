@@ -291,7 +291,9 @@ fn policies_are_swapped_while_it_runs() {
     // The one before would sleep for ten seconds.
     reaper.set_policy(OFTEN);
     wait_until(|| vcpu.used() == 0);
-    assert!(seen.recv().is_err(), "the old policy is still there");
+    let gone = seen.recv_timeout(PATIENCE);
+    let expected = Err(mpsc::RecvTimeoutError::Disconnected);
+    assert_eq!(gone, expected, "the old policy is still there");
     // It is the last one that counts, and a pause does not lose it.
     reaper.pause();
     let (spy, seen) = Spy::sleepy(true);

@@ -1,19 +1,25 @@
 //! Real threads: passes beside each other, and a whole migration at full speed.
 
+#[path = "common/over.rs"]
+mod over;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, RwLock, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::{ResetPhase, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, SlotId, VcpuRing};
+use over::Over;
 
 const RAM: SlotId = SlotId::new(0, 0);
 /// The slot that comes and goes.
 const HOTPLUG: SlotId = SlotId::new(0, 1);
 const RAM_PAGES: u64 = 400;
+/// How long a test waits for what must come: never reached on a machine that gets on.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// SplitMix64: random enough, and the same each time.
 struct Random(u64);
@@ -171,8 +177,13 @@ fn migrate_under_load(mode: Mode, seed: u64) {
                 machine.migrate();
             }
         });
+        let _over = Over(&machine.stop);
         thread::sleep(Duration::from_millis(150));
-        machine.stop.store(true, Ordering::Relaxed);
+        let start = Instant::now();
+        while mode == Mode::Rings && log.stats().full_exits() == 0 {
+            assert!(start.elapsed() < PATIENCE, "no ring is ever full");
+            thread::sleep(Duration::from_millis(1));
+        }
     });
     vcpus.iter().for_each(SimVcpu::exit);
     // The reaper still runs.
@@ -232,7 +243,7 @@ fn a_sync_waits_for_the_pass_that_has_its_pages() {
         });
         thread::scope(|scope| {
             let pass = scope.spawn(|| log.reap().unwrap());
-            is_inside.recv().unwrap();
+            is_inside.recv_timeout(PATIENCE).expect("a reset");
             let sync = scope.spawn(|| {
                 let mut dirty = DirtyPages::new();
                 log.sync(&mut dirty).unwrap();
@@ -273,7 +284,7 @@ fn a_new_slot_waits_for_passes_that_do_not_know_it() {
     });
     thread::scope(|scope| {
         let pass = scope.spawn(|| log.reap().unwrap());
-        is_inside.recv().unwrap();
+        is_inside.recv_timeout(PATIENCE).expect("a reset");
         let add = scope.spawn(|| log.add_slot(HOTPLUG, 10).unwrap());
         thread::sleep(Duration::from_millis(50));
         assert!(!add.is_finished());

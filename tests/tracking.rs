@@ -4,6 +4,9 @@
 #[path = "common/scenario.rs"]
 mod scenario;
 
+#[path = "common/over.rs"]
+mod over;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,6 +14,7 @@ use std::thread;
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
 use kvm_dirty_ring::{DirtyPages, Mode, Run, SlotId};
+use over::Over;
 use scenario::{ALL_RAM, ALL_ROM, Machine, RAM, ROM, run};
 
 impl Machine {
@@ -283,10 +287,11 @@ fn switches_beside_a_guest_and_syncs() {
                 }
                 vcpu.exit();
             });
+            let guard = Over(&over);
             for _ in 0..2000 {
                 round();
             }
-            over.store(true, Ordering::Relaxed);
+            drop(guard);
             switcher.join().unwrap();
             guest.join().unwrap();
             round();

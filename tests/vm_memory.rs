@@ -1,5 +1,8 @@
 //! Writes through the crate `vm-memory`: all of them are reported, each after it has been done.
 
+#[path = "common/over.rs"]
+mod over;
+
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -8,12 +11,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::{SimConfig, SimVm};
 use kvm_dirty_ring::vm_memory::RegionBitmap;
 use kvm_dirty_ring::{DirtyLog, DirtyPages, GuestMap, GuestRegion, SlotId};
+use over::Over;
 use proptest::prelude::*;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 use vm_memory::{
@@ -417,7 +421,7 @@ fn a_copy_by_slices_is_the_memory() {
     };
 
     let stop = AtomicBool::new(false);
-    let copied = thread::scope(|scope| {
+    thread::scope(|scope| {
         for device in 0..2u64 {
             let (memory, stop) = (&memory, &stop);
             scope.spawn(move || {
@@ -436,16 +440,18 @@ fn a_copy_by_slices_is_the_memory() {
                 }
             });
         }
-        let mut copied = 0;
-        for _ in 0..50 {
+        let _over = Over(&stop);
+        let (mut rounds, mut copied) = (0, 0);
+        let start = Instant::now();
+        while rounds < 50 || copied == 0 {
+            let patience = Duration::from_secs(60);
+            assert!(start.elapsed() < patience, "no device writes");
             copied += round();
+            rounds += 1;
             thread::sleep(Duration::from_micros(100));
         }
-        stop.store(true, Ordering::Relaxed);
-        copied
     });
     round();
-    assert!(copied > 0);
     let (mut there, mut here) = (vec![0; pages * page_size()], vec![0; pages * page_size()]);
     for (original, copy) in memory.iter().zip(copy.iter()) {
         original
