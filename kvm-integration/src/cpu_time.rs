@@ -71,7 +71,11 @@ mod tests {
             time.read().expect("a live thread's time") - before
         };
         assert!(spend(0) < Duration::from_millis(5));
-        assert!(spend(30) > Duration::from_millis(5));
+        // On a busy machine it is at work for a small part of the time.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while spend(30) <= Duration::from_millis(5) {
+            assert!(Instant::now() < deadline, "no work is counted");
+        }
         drop(ask);
         worker.join().unwrap();
         assert!(CpuTime::named("lab-worker").is_none());

@@ -3,13 +3,13 @@
 
 mod program;
 
-use std::io::{BufRead, BufReader};
+use std::io::BufReader;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use serde_json::Value;
 
-use program::{Ran, drain, end, tests};
+use program::{Ran, drain, end, next_line, tests};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_chaos");
 
@@ -97,11 +97,10 @@ fn one_signal_ends_it() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
         let args = "--backend sim --minutes 100";
         let mut child = program::spawn(PROGRAM, args);
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let stdout = BufReader::new(child.stdout.take().unwrap());
         let stderr = drain(child.stderr.take().unwrap());
         // Once it has chosen, it listens.
-        let mut line = String::new();
-        stdout.read_line(&mut line).unwrap();
+        let (_, stdout) = next_line(stdout, args);
         let stdout = drain(stdout);
         assert_eq!(end(&mut child, signal, args), Some(130));
         assert_eq!(stderr.join().unwrap(), "interrupted\n");

@@ -4,14 +4,14 @@
 mod program;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::BufReader;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use kvm_integration::guestperf::Arm;
 use serde_json::Value;
 
-use program::{Ran, drain, end, tests};
+use program::{Ran, drain, end, next_line, tests};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_guestperf");
 
@@ -122,8 +122,8 @@ fn kvm_one_signal_ends_it() {
         // It is at work by then.
         let mut line = String::new();
         while !line.starts_with("1/") {
-            line.clear();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "it has ended");
+            (line, stderr) = next_line(stderr, "guestperf");
+            assert!(!line.is_empty(), "it has ended");
         }
         let stderr = drain(stderr);
         assert_eq!(end(&mut child, signal, "guestperf"), Some(130));

@@ -3,6 +3,7 @@
 //! Tests on KVM are ignored where it can't be had, and one line on stderr says why; with
 //! `KVM_REQUIRED=1` in the environment they fail instead.
 
+#[allow(dead_code, reason = "what tests of other programs need, too")]
 mod program;
 
 use std::fs::read_to_string;
@@ -11,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_integration::kvm_available;
 
@@ -97,7 +98,8 @@ fn finish(mut child: Child) -> Ran {
 /// The source's child, once it is the destination.
 fn destination_of(source: &Child) -> libc::pid_t {
     let children = format!("/proc/{0}/task/{0}/children", source.id());
-    for _ in 0..2000 {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < deadline {
         let children = read_to_string(&children).expect("Linux lists children");
         for child in children.split_whitespace() {
             let command = read_to_string(format!("/proc/{child}/cmdline"));

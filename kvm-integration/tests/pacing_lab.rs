@@ -4,13 +4,13 @@
 mod program;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::BufReader;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde_json::Value;
 
-use program::{Ran, drain, end, tests};
+use program::{Ran, drain, end, next_line, tests};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pacing-lab");
 
@@ -199,10 +199,9 @@ fn kvm_pictures_are_drawn() {
 fn interrupt(args: &str, signal: libc::c_int) {
     let mut child = program::spawn(PROGRAM, args);
     let stdout = drain(child.stdout.take().unwrap());
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let stderr = BufReader::new(child.stderr.take().unwrap());
     // Progress: it has begun.
-    let mut line = String::new();
-    stderr.read_line(&mut line).unwrap();
+    let (_, stderr) = next_line(stderr, args);
     let stderr = drain(stderr);
     assert_eq!(end(&mut child, signal, args), Some(130));
     let stderr = stderr.join().unwrap();

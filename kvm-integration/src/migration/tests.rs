@@ -208,6 +208,13 @@ fn pages_that_may_be_unprotected_are_protected_anew() {
     };
     let mut machine = busy();
     machine.inject([ResetFault::Short { after: 1 }]);
+    // A guest that has written nothing yet when the migration begins may be through before its first reset.
+    let start = Instant::now();
+    while machine.log().stats().short_resets == 0 {
+        let patience = Duration::from_secs(60);
+        assert!(start.elapsed() < patience, "no ring is ever full");
+        std::thread::yield_now();
+    }
     let outcome = run(&mut machine, &limits);
     let stats = machine.log().stats();
     assert_eq!((outcome.rearms, outcome.mismatched_pages), (1, 0));
@@ -230,10 +237,14 @@ fn one_round_is_enough_for_the_impatient() {
 #[test]
 fn an_interruption_ends_even_a_slow_link() {
     /// Interrupts when the first pages are on their way.
-    struct Interrupter<'a>(&'a AtomicBool);
+    struct Interrupter<'a> {
+        interrupted: &'a AtomicBool,
+        sent: u64,
+    }
     impl Observer for Interrupter<'_> {
-        fn sent(&mut self, _pages: u64) {
-            self.0.store(true, Ordering::Relaxed);
+        fn sent(&mut self, pages: u64) {
+            self.interrupted.store(true, Ordering::Relaxed);
+            self.sent += pages;
         }
     }
     let interrupted = AtomicBool::new(false);
@@ -242,11 +253,13 @@ fn an_interruption_ends_even_a_slow_link() {
         ..LIMITS
     };
     let mut machine = busy();
-    let start = Instant::now();
-    let mut observer = Interrupter(&interrupted);
+    let mut observer = Interrupter {
+        interrupted: &interrupted,
+        sent: 0,
+    };
     let result = try_run(&mut machine, &limits, &interrupted, &mut observer);
     assert!(matches!(result, Err(MigrationError::Interrupted)));
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(observer.sent < 2000, "it went on to the end");
     // The reaper is gone: another one may come.
     Reaper::spawn(machine.log(), Fixed::default()).unwrap();
 }

@@ -1,7 +1,8 @@
 //! A program of this package, run as a user runs it.
 
-use std::io::Read;
+use std::io::{BufRead, Read};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,18 @@ pub fn drain(pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
     })
 }
 
+/// The next line of a pipe, and the pipe; an empty one at its end.
+pub fn next_line<R: BufRead + Send + 'static>(mut pipe: R, what: &str) -> (String, R) {
+    let (sender, read) = mpsc::channel();
+    thread::spawn(move || {
+        let mut line = String::new();
+        pipe.read_line(&mut line).expect("its output is UTF-8");
+        let _ = sender.send((line, pipe));
+    });
+    let line = read.recv_timeout(LONGEST);
+    line.unwrap_or_else(|_| panic!("`{what}` has said nothing for {LONGEST:?}"))
+}
+
 pub fn wait(child: &mut Child, what: &str) -> Option<i32> {
     let deadline = Instant::now() + LONGEST;
     loop {
@@ -66,13 +79,9 @@ pub fn run(program: &str, args: &str) -> Ran {
 
 /// Sends the signal to a child that runs, and waits for its end. Its status.
 pub fn end(child: &mut Child, signal: libc::c_int, what: &str) -> Option<i32> {
-    let start = Instant::now();
     // SAFETY: the child has not been waited for, so that its id is still its own.
     assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
-    let status = wait(child, what);
-    let took = start.elapsed();
-    assert!(took < Duration::from_secs(20), "`{what}`: {took:?}");
-    status
+    wait(child, what)
 }
 
 pub type Test = (&'static str, fn());

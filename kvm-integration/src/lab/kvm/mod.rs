@@ -185,8 +185,8 @@ mod tests {
     fn take_turn(cell: &mut KvmCell<'_>, arm: &str) -> Result<Outcome, LabError> {
         let arm = Arm::named(arm).expect("an arm");
         let turn = Turn {
-            warm_up: Duration::from_millis(20),
-            measure: Duration::from_millis(50),
+            warm_up: Duration::from_millis(100),
+            measure: Duration::from_millis(500),
         };
         cell.take_turn(&arm, turn, true)
     }
