@@ -211,7 +211,7 @@ mod tests {
         let target = |at: usize| (at + 2).wrapping_add_signed(isize::from(CODE[at + 1] as i8));
         let jumps = [
             (0x0c, 0x06),
-            (0x18, 0x15),
+            (0x1b, 0x18),
             (0x21, 0x25),
             (0x28, 0x03),
             (0x38, 0x3c),

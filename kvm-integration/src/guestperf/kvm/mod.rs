@@ -337,9 +337,9 @@ mod tests {
         ring_entries: 256,
     };
     const LIMITS: Limits = Limits {
-        bandwidth_mib: 100,
+        bandwidth_mib: 25,
         max_rounds: 3,
-        downtime: Duration::from_millis(1),
+        downtime: Duration::ZERO,
         converge: false,
     };
     const QUIET: Duration = Duration::from_millis(100);
@@ -361,7 +361,7 @@ mod tests {
             } = &migration;
             let name = arm.name;
             assert_eq!(figures.missed_pages, 0, "{name}: pages were missed");
-            // 4 MiB are written in no time, and the link takes 0.1 MiB in a millisecond.
+            // While the link is at any round, some page is written.
             assert!(!figures.converged, "{name}");
             let (sent, running): (Vec<_>, Vec<_>) = rounds
                 .iter()
