@@ -97,33 +97,37 @@ impl Storm {
                 done 2> /dev/null
                 return 1
             }
-            lull=0
+            lull=0 begun=
             while [ -e "$1" ] && kill -STOP "$2"; do
                 while runs "$2"; do :; done
                 kill -CONT "$2" || exit
-                [ -s "$1" ] || echo stopped > "$1"
+                if [ -z "$begun" ]; then begun=yes && : > "$3"; fi
                 lull=$(((lull + 271) % 1009)) turn=0
                 while [ $turn -lt $lull ]; do turn=$((turn + 1)); done
                 [ $lull -gt 250 ] || sleep 0.004
             done"#;
         let me = std::process::id();
         let file = std::env::temp_dir().join(format!("kvm-suite-storm-{me}"));
+        let begun = file.with_extension("begun");
         fs::write(&file, "").expect("a file in the directory for temporary ones");
         let mut sender = Command::new("sh");
         sender.args(["-c", SCRIPT, "storm"]).arg(&file);
-        let mut sender = sender.arg(me.to_string()).spawn().expect("a shell");
+        let sender = sender.arg(me.to_string()).arg(&begun);
+        let mut sender = sender.spawn().expect("a shell");
         let storm = Self::start({
-            let file = file.clone();
+            let begun = begun.clone();
             move |stop| {
                 while !stop.load(Ordering::Relaxed) {
                     thread::park_timeout(Duration::from_millis(1));
                 }
                 fs::remove_file(&file).expect("the file that was just made");
                 sender.wait().expect("the child that was just started");
+                // Not there if it has stopped nobody.
+                let _ = fs::remove_file(&begun);
             }
         });
         let deadline = Instant::now() + FIRST_STOP;
-        while fs::metadata(&file).is_ok_and(|file| file.len() == 0) {
+        while !begun.exists() {
             assert!(
                 Instant::now() < deadline,
                 "{FIRST_STOP:?} went by without a stop"
