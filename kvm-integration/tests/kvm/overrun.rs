@@ -43,7 +43,7 @@ fn overrun() -> Result<Option<(Machine, VcpuThread)>, Failed> {
     wait("an overrun", || {
         machine.log.stats().overruns > 0 || vcpu.ended()
     })?;
-    pause(from_ref(&vcpu))?;
+    pause(std::slice::from_ref(&vcpu))?;
     Ok(Some((machine, vcpu)))
 }
 
