@@ -39,6 +39,7 @@
 
 pub mod bystanders;
 pub mod chaos;
+pub mod charts;
 #[cfg(target_arch = "x86_64")]
 mod cores;
 #[cfg(target_arch = "x86_64")]

@@ -3,6 +3,7 @@
 //! Exit status: 0 if no page was missed, 1 if any was, 2 for a usage error or where something that
 //! is needed is missing, 130 if interrupted.
 
+mod column;
 mod html;
 #[cfg(target_arch = "x86_64")]
 mod measure;
@@ -50,7 +51,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn 
     say(&format!("{host}\n"))?;
     let mut results = Vec::new();
     let measured = measure(&plan, interrupted, &mut |result: CellResult| {
-        say(&table::table(&result))?;
+        say(&table::text(&result))?;
         results.push(result);
         Ok(())
     });
@@ -58,10 +59,14 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn 
         return measured.map(|()| ExitCode::SUCCESS);
     }
     // What there is is worth something, even if there should be more.
-    say(&table::overview(&results))?;
+    let overview = table::overview(&results);
+    say(&format!(
+        "### Drop in seconds / worst ms per GB\n\n{overview}"
+    ))?;
     let verdicts = verdict::verdicts(&results);
     if !verdicts.is_empty() {
-        say(&table::verdicts(&verdicts))?;
+        let (summary, table) = (table::summary(&verdicts), table::verdicts(&verdicts));
+        say(&format!("### {summary}\n\n{table}"))?;
     }
     if let Some(json) = json {
         json.write(&report::json(&host, &plan, &results, &verdicts)?)?;

@@ -1,67 +1,43 @@
-//! Tables for people.
+//! Tables for people, on a terminal and on a page.
 
-use kvm_integration::guestperf::{ArmResult, CellResult, Figures, Spread};
-use kvm_integration::markdown::{aligned, figure};
+use kvm_integration::guestperf::{ArmResult, CellResult, Spread};
+use kvm_integration::markdown::{NONE, Table, figure};
 
+use crate::column::{COLUMNS, Column};
 use crate::verdict::{Best, Verdict};
 
-const HEAD: [&str; 16] = [
-    "arm",
-    "drop s",
-    "worst ms/GB",
-    "median",
-    "quiet",
-    "longest stall ms",
-    "full exits",
-    "in them ms",
-    "resets",
-    "entries",
-    "a reset",
-    "reaper CPU ms",
-    "pages sent",
-    "downtime ms",
-    "total s",
-    "converged",
-];
+/// A share of the machine's CPU time that is not worth a word if others take it.
+const QUIET: f64 = 0.03;
 
-/// The table of one guest, under its name: medians, and what they range over.
-pub fn table(result: &CellResult) -> String {
-    let rows = result.arms.iter().map(row).collect();
-    let mut text = format!("### {}\n\n{}", result.cell, aligned(&HEAD, rows));
-    for arm in result.arms.iter().filter(|arm| arm.missed_pages() > 0) {
-        let (pages, arm) = (arm.missed_pages(), arm.arm);
-        text += &format!("\n{arm}: {pages} PAGES WERE MISSED\n");
-    }
-    let missed: u64 = result.arms.iter().map(ArmResult::missed_pages).sum();
-    text += &format!("\nmissed pages: {missed}\n");
-    if let Some(others) = result.others {
-        let percent = others * 100.0;
-        text += &format!("others took {percent:.0} % of the machine\n");
-    }
-    text
+/// The figures of one guest, a row an arm: medians, and what they range over.
+pub fn figures(result: &CellResult) -> Table {
+    let row = |arm: &ArmResult| {
+        let mut row = vec![arm.arm.into(), converged(arm), missed(arm)];
+        row.extend(COLUMNS.iter().map(|column| {
+            let of = arm.spread(column.of);
+            of.map_or(NONE.into(), |of| {
+                column.sign(arm, result).to_string() + &spread(of)
+            })
+        }));
+        row
+    };
+    let names = COLUMNS.map(|column| column.name).join(" | ");
+    let head = format!("arm | converged | missed | {names}");
+    Table::new(&head, result.arms.iter().map(row))
 }
 
-fn row(arm: &ArmResult) -> Vec<String> {
-    let of = |get: fn(&Figures) -> f64| arm.spread(get).map_or("-".into(), spread);
+fn converged(arm: &ArmResult) -> String {
+    let sign = if arm.always_converged() { "" } else { "✗ " };
     let converged = arm.migrations.iter().filter(|one| one.figures.converged);
-    vec![
-        arm.arm.into(),
-        of(|f| f.drop_seconds),
-        of(|f| f.worst_ms_per_gb),
-        of(|f| f.median_ms_per_gb),
-        of(|f| f.quiet_ms_per_gb),
-        of(|f| f.longest_stall_ms),
-        of(|f| f.full_exits as f64),
-        of(|f| f.full_exit_ms),
-        of(|f| f.resets as f64),
-        of(|f| f.entries as f64),
-        of(Figures::entries_per_reset),
-        of(|f| f.reaper_cpu_ms),
-        of(|f| f.pages_sent as f64),
-        of(|f| f.downtime_ms),
-        of(|f| f.total_seconds),
-        format!("{} of {}", converged.count(), arm.migrations.len()),
-    ]
+    format!("{sign}{} of {}", converged.count(), arm.migrations.len())
+}
+
+/// Nobody is to overlook these.
+fn missed(arm: &ArmResult) -> String {
+    match arm.missed_pages() {
+        0 => "0".into(),
+        pages => format!("⚠ {pages} pages"),
+    }
 }
 
 /// The median, and the range if there is one to speak of.
@@ -73,79 +49,95 @@ fn spread(of: Spread) -> String {
     }
 }
 
-/// The table in the layout of the patch series that first asked: how long the drop is, and the worst
-/// time for a GB, per guest, a column an arm.
-pub fn overview(results: &[CellResult]) -> String {
-    let Some(first) = results.first() else {
-        return String::new();
+/// What spoils figures.
+pub fn remarks(result: &CellResult) -> Vec<String> {
+    let lost = result.arms.iter().filter(|arm| arm.missed_pages() > 0);
+    let lost = lost.map(|arm| {
+        let (arm, pages) = (arm.arm, arm.missed_pages());
+        format!("⚠ {arm} MISSED {pages} pages: its figures mean nothing")
+    });
+    let others = result.others.filter(|others| *others > QUIET);
+    let others = others.map(|others| {
+        let percent = others * 100.0;
+        format!("✗ others took {percent:.0} % of the machine: figures suffer")
+    });
+    lost.chain(others).collect()
+}
+
+/// All of that as text, under the guest's name.
+pub fn text(result: &CellResult) -> String {
+    let mut text = format!("### {}\n\n{}\n", result.cell, figures(result));
+    for remark in remarks(result) {
+        text += &format!("{remark}\n");
+    }
+    let missed: u64 = result.arms.iter().map(ArmResult::missed_pages).sum();
+    text + &format!("missed pages: {missed}\n")
+}
+
+/// How long the drop is, and the worst time for a GB, as the patch series that first asked showed it:
+/// a row a guest, a column an arm.
+pub fn overview(results: &[CellResult]) -> Table {
+    let [drop, worst, ..] = &COLUMNS;
+    let cell = |arm: &ArmResult, result: &CellResult| {
+        if arm.missed_pages() > 0 {
+            return missed(arm);
+        }
+        let median = |column: &Column| {
+            let median = arm.spread(column.of).map(|of| figure(of.median));
+            column.sign(arm, result).to_string() + &median.unwrap_or(NONE.into())
+        };
+        let remark = if arm.always_converged() {
+            ""
+        } else {
+            " (not converged)"
+        };
+        format!("{} / {}{remark}", median(drop), median(worst))
     };
-    let mut head = vec!["vCPUs and memory, stressed"];
-    head.extend(first.arms.iter().map(|arm| arm.arm));
     let row = |result: &CellResult| {
-        let cell = &result.cell;
-        let gb = |mib: u64| format!("{}G", figure(mib as f64 / 1024.0));
-        let mut row = vec![format!(
-            "{}C {}, {}, ring {}",
-            cell.vcpus,
-            gb(cell.memory_mib),
-            gb(cell.stress_mib),
-            cell.ring_entries
-        )];
-        row.extend(result.arms.iter().map(|arm| {
-            let median = |get: fn(&Figures) -> f64| {
-                let spread = arm.spread(get);
-                spread.map_or("-".into(), |spread| figure(spread.median))
-            };
-            let drop = median(|figures| figures.drop_seconds);
-            format!("{drop} / {}", median(|figures| figures.worst_ms_per_gb))
-        }));
+        let mut row = vec![result.cell.to_string()];
+        row.extend(result.arms.iter().map(|arm| cell(arm, result)));
         row
     };
-    let rows = results.iter().map(row).collect();
-    let table = aligned(&head, rows);
-    format!("### Drop in seconds / worst ms per GB\n\n{table}")
+    let arms = results.iter().take(1).flat_map(|result| &result.arms);
+    let head = arms.fold("guest".into(), |head: String, arm| head + " | " + arm.arm);
+    Table::new(&head, results.iter().map(row))
 }
 
 /// How ours compares.
-pub fn verdicts(verdicts: &[Verdict]) -> String {
+pub fn verdicts(verdicts: &[Verdict]) -> Table {
+    let best = |best: &Best| {
+        let sign = if best.reached { '✓' } else { '✗' };
+        format!("{sign} {}: {}", best.arm, figure(best.value))
+    };
+    let row = |verdict: &Verdict| {
+        vec![
+            verdict.cell.to_string(),
+            verdict.measure.into(),
+            figure(verdict.ours),
+            best(&verdict.best),
+            best(&verdict.best_of_rings),
+        ]
+    };
+    let head = "guest | measure | look-first | best of all | best of rings";
+    Table::new(head, verdicts.iter().map(row))
+}
+
+/// In how many cases ours is best.
+pub fn summary(verdicts: &[Verdict]) -> String {
     let reached = |best: fn(&Verdict) -> &Best| {
         let reached = verdicts.iter().filter(|verdict| best(verdict).reached);
         format!("{} of {}", reached.count(), verdicts.len())
     };
-    let all = reached(|verdict| &verdict.best);
-    let rings = reached(|verdict| &verdict.best_of_rings);
-    let head = [
-        "guest",
-        "measure",
-        "look-first",
-        "best of all",
-        "",
-        "best of rings",
-        "",
-    ];
-    let best = |best: &Best| {
-        let said = if best.reached { "reached" } else { "MISSED" };
-        [format!("{}: {}", best.arm, figure(best.value)), said.into()]
-    };
-    let row = |verdict: &Verdict| {
-        let mut row = vec![
-            verdict.cell.to_string(),
-            verdict.measure.into(),
-            figure(verdict.ours),
-        ];
-        row.extend(best(&verdict.best));
-        row.extend(best(&verdict.best_of_rings));
-        row
-    };
-    let rows = verdicts.iter().map(row).collect();
-    format!(
-        "### look-first is best or within 5 %: {all} of all arms, {rings} of those with rings\n\n{}",
-        aligned(&head, rows)
-    )
+    let (all, rings) = (reached(|one| &one.best), reached(|one| &one.best_of_rings));
+    format!("look-first is best or within 5 %: {all} of all arms, {rings} of those with rings")
 }
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
+    use kvm_integration::guestperf::Figures;
+
     use super::*;
     use crate::tests::{cell_result, figures};
     use crate::verdict;
@@ -168,31 +160,35 @@ mod tests {
 
     #[test]
     fn rows_hold_medians_and_ranges() {
-        let text = table(&result());
-        let cells = |line: usize| -> Vec<String> {
-            let line = text.lines().nth(line).unwrap().trim_matches('|');
-            line.split('|').map(|cell| cell.trim().into()).collect()
-        };
-        assert_eq!(cells(2), HEAD);
+        let table = super::figures(&result());
         let wanted = [
-            "bitmap", "1.50", "900", "400", "50.0", "7.00", "12.0", "3.00", "5.00", "1000", "200",
-            "20.0", "30.0 k", "250", "2.80", "1 of 1",
+            "bitmap", "1 of 1", "0", "★ 1.50", "★ 900", "400", "50", "★ 7", "★ 2.80", "12", "3",
+            "5", "1000", "200", "20", "30 k", "250",
         ];
-        assert_eq!(cells(4), wanted);
-        assert_eq!(cells(5)[1], "1.50 (1.50–4.50)");
-        assert_eq!(cells(5)[15], "2 of 3");
-        assert!(text.contains("look-first: 3 PAGES WERE MISSED"), "{text}");
-        assert!(text.contains("missed pages: 3\nothers took 25 %"), "{text}");
+        assert_eq!(table.rows[0], wanted);
+        assert_eq!(table.head.len(), wanted.len());
+        let lost = ["look-first", "✗ 2 of 3", "⚠ 3 pages", "1.50 (1.50–4.50)"];
+        assert_eq!(table.rows[1][..4], lost);
+        let text = text(&result());
+        assert!(text.contains("⚠ look-first MISSED 3 pages"), "{text}");
+        assert!(text.contains("✗ others took 25 %"), "{text}");
+        assert!(text.ends_with("missed pages: 3\n"), "{text}");
     }
 
     #[test]
     fn the_overview_has_a_column_an_arm() {
-        let text = overview(&[result()]);
-        let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[2].contains("|     bitmap | look-first |"), "{text}");
-        let wanted = "| 2C 1.00G, 0.50G, ring 4096 | 1.50 / 900 | 1.50 / 900 |";
-        assert_eq!(lines[4].replace("  ", ""), wanted);
-        assert_eq!(overview(&[]), "");
+        let mut result = result();
+        let table = overview(&[result.clone()]);
+        assert_eq!(table.head, ["guest", "bitmap", "look-first"]);
+        assert_eq!(table.rows[0][1..], ["★ 1.50 / ★ 900", "⚠ 3 pages"]);
+        result.arms[1].migrations.pop();
+        let overview_of = |result: &CellResult| overview(from_ref(result)).rows[0][2].clone();
+        assert_eq!(overview_of(&result), "3 / ★ 900 (not converged)");
+        // Within 5 % of the best.
+        result.arms[1].migrations.pop();
+        result.arms[1].migrations[0].figures.worst_ms_per_gb = 940.0;
+        assert_eq!(overview_of(&result), "★ 1.50 / ≈ 940");
+        assert_eq!(overview(&[]).rows.len(), 0);
     }
 
     #[test]
@@ -202,12 +198,14 @@ mod tests {
             migration.figures.worst_ms_per_gb = 1000.0;
             (migration.figures.missed_pages, migration.figures.converged) = (0, true);
         }
-        let text = verdicts(&verdict::verdicts(&[result]));
-        assert!(
-            text.contains("3 of 4 of all arms, 4 of 4 of those with rings"),
-            "{text}"
+        let all = verdict::verdicts(&[result]);
+        let summary = summary(&all);
+        assert!(summary.ends_with("3 of 4 of all arms, 4 of 4 of those with rings"));
+        let table = verdicts(&all);
+        assert_eq!(
+            table.rows[1][2..],
+            ["1000", "✗ bitmap: 900", "✓ look-first: 1000"]
         );
-        assert!(text.contains("| bitmap: 900 "), "{text}");
-        assert_eq!(text.matches("MISSED").count(), 1, "{text}");
+        assert_eq!(table.to_string().matches('✗').count(), 1, "{table}");
     }
 }

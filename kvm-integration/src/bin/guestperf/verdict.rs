@@ -1,54 +1,12 @@
 //! Whether the crate's own way is the best.
 
-use kvm_integration::guestperf::{ArmResult, Cell, CellResult, Figures, OURS};
+use kvm_integration::guestperf::{Cell, CellResult, OURS};
 use serde::Serialize;
 
-/// So much worse than the best is as good.
-pub const WITHIN: f64 = 1.05;
+use crate::column::{COLUMNS, Column};
+
 /// The arm that has no rings.
 const BITMAP: &str = "bitmap";
-
-/// What operators ask for.
-struct Measure {
-    name: &'static str,
-    of: fn(&Figures) -> f64,
-    /// Too little to tell apart.
-    noise: f64,
-    /// Whether an arm that gives up early must not win by it.
-    needs_convergence: bool,
-}
-
-/// Of a drop, in seconds: a sample comes each 20 ms.
-pub const DROP_NOISE: f64 = 0.02;
-/// Of a stall, in milliseconds: threads that share a core wait for one another so long.
-pub const STALL_NOISE: f64 = 4.0;
-
-const MEASURES: [Measure; 4] = [
-    Measure {
-        name: "drop s",
-        of: |figures| figures.drop_seconds,
-        noise: DROP_NOISE,
-        needs_convergence: false,
-    },
-    Measure {
-        name: "worst ms/GB",
-        of: |figures| figures.worst_ms_per_gb,
-        noise: 0.0,
-        needs_convergence: false,
-    },
-    Measure {
-        name: "longest stall ms",
-        of: |figures| figures.longest_stall_ms,
-        noise: STALL_NOISE,
-        needs_convergence: false,
-    },
-    Measure {
-        name: "total s",
-        of: |figures| figures.total_seconds,
-        noise: 0.0,
-        needs_convergence: true,
-    },
-];
 
 /// How the crate's own way compares with others in a cell, by one measure.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -79,43 +37,30 @@ pub struct Best {
 
 /// All verdicts. A cell without ours, or with nothing to compare it with, has none.
 pub fn verdicts(results: &[CellResult]) -> Vec<Verdict> {
-    results.iter().flat_map(of_cell).collect()
+    let comparable = results.iter().filter(|result| result.arms.len() > 1);
+    let all = comparable.flat_map(|result| COLUMNS.map(|column| of(&column, result)));
+    all.flatten().collect()
 }
 
-fn of_cell(result: &CellResult) -> Vec<Verdict> {
-    match result.arms.len() {
-        0 | 1 => Vec::new(),
-        _ => MEASURES
-            .iter()
-            .filter_map(|measure| of(measure, result))
-            .collect(),
-    }
-}
-
-fn of(measure: &Measure, result: &CellResult) -> Option<Verdict> {
-    let anybody_converged = result.arms.iter().any(ArmResult::always_converged);
-    // Figures of an arm that missed pages mean nothing.
-    let counts = |arm: &ArmResult| {
-        let in_time = arm.always_converged() || !anybody_converged;
-        arm.missed_pages() == 0 && (in_time || !measure.needs_convergence)
-    };
-    let median = |arm: &ArmResult| Some((arm.arm, arm.spread(measure.of)?.median));
+fn of(column: &Column, result: &CellResult) -> Option<Verdict> {
     let own = result.arms.iter().find(|arm| arm.arm == OURS)?;
-    let (_, ours) = median(own)?;
     let best = |rings_only: bool| {
-        let arms = result.arms.iter().filter(|arm| counts(arm));
+        let arms = result.arms.iter();
         let arms = arms.filter(|arm| !rings_only || arm.arm != BITMAP);
-        let best = arms.filter_map(median).min_by(|a, b| a.1.total_cmp(&b.1));
-        best.map(|(arm, value)| Best {
+        let counted = arms.filter_map(|arm| Some((arm.arm, column.counted(arm, result)?)));
+        let (arm, value) = counted.min_by(|a, b| a.1.total_cmp(&b.1))?;
+        let ours = column.counted(own, result);
+        let reached = ours.is_some_and(|ours| column.reaches(ours, value));
+        Some(Best {
             arm,
             value,
-            reached: counts(own) && (ours <= WITHIN * value || ours <= value + measure.noise),
+            reached,
         })
     };
     Some(Verdict {
         cell: result.cell,
-        measure: measure.name,
-        ours,
+        measure: column.name,
+        ours: own.spread(column.of)?.median,
         best: best(false)?,
         best_of_rings: best(true)?,
     })
@@ -123,6 +68,8 @@ fn of(measure: &Measure, result: &CellResult) -> Option<Verdict> {
 
 #[cfg(test)]
 mod tests {
+    use kvm_integration::guestperf::Figures;
+
     use super::*;
     use crate::tests::{cell_result, figures};
 
@@ -139,25 +86,17 @@ mod tests {
             (OURS, &[with(2.05, 6.5)]),
         ]);
         let verdicts = verdicts(&[result]);
-        let told: Vec<_> = verdicts
-            .iter()
-            .map(|one| {
-                let Verdict {
-                    best,
-                    best_of_rings: rings,
-                    ..
-                } = one;
-                let (a, b) = ((best.arm, best.reached), (rings.arm, rings.reached));
-                (one.measure, a, b)
-            })
-            .collect();
+        let told = verdicts.iter().map(|one| {
+            let reached = |best: &Best| (best.arm, best.reached);
+            (one.measure, reached(&one.best), reached(&one.best_of_rings))
+        });
         let wanted = [
             ("drop s", ("bitmap", false), ("fixed", true)),
             ("worst ms/GB", ("bitmap", true), ("fixed", true)),
             ("longest stall ms", ("fixed", true), ("fixed", true)),
             ("total s", ("bitmap", true), ("fixed", true)),
         ];
-        assert_eq!(told, wanted);
+        assert_eq!(told.collect::<Vec<_>>(), wanted);
         assert_eq!((verdicts[0].ours, verdicts[0].best.value), (2.05, 0.5));
         assert_eq!(verdicts[0].best_of_rings.value, 2.0);
     }
@@ -171,16 +110,11 @@ mod tests {
             ..figures()
         };
         let reached = |ours: Figures, other: Figures| {
-            let arms = [
-                ("bitmap", &[figures()][..]),
-                ("fixed", &[other]),
-                (OURS, &[ours]),
-            ];
+            let [bitmap, other, ours] = [figures(), other, ours].map(|of| [of]);
+            let arms = [("bitmap", &bitmap[..]), ("fixed", &other), (OURS, &ours)];
             let verdicts = verdicts(&[cell_result(&arms)]);
-            verdicts
-                .iter()
-                .map(|one| (one.best.arm, one.best.reached))
-                .collect::<Vec<_>>()
+            let best = verdicts.iter().map(|one| (one.best.arm, one.best.reached));
+            best.collect::<Vec<_>>()
         };
         // The other is fast, but missed a page; or gave up.
         assert_eq!(reached(figures(), with(1, true, 1.0))[3], ("bitmap", true));

@@ -3,6 +3,7 @@
 //! Exit status: 0 if it ran, 2 for a usage error or where something that is needed is missing, 130
 //! if interrupted.
 
+mod html;
 mod options;
 #[cfg_attr(
     not(target_arch = "x86_64"),
@@ -14,12 +15,11 @@ mod real;
 mod report;
 mod run;
 mod simulated;
-mod svg;
 mod table;
 mod targets;
 
 use std::error::Error;
-use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
@@ -27,7 +27,7 @@ use clap::Parser;
 use kvm_integration::Host;
 use kvm_integration::interrupt::watch_signals;
 use kvm_integration::lab::CellResult;
-use kvm_integration::output::{Output, Unwritten, exit_status, fail, say};
+use kvm_integration::output::{Output, exit_status, fail, say};
 
 use options::Options;
 use plan::Plan;
@@ -50,18 +50,12 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
         return Ok(say(&table::constants(simulated::constants(options)))?);
     }
     // Now, not after minutes of work, is the time to find out that there is no such place.
-    let json = options.json.as_deref().map(Output::to).transpose()?;
-    if let Some(directory) = &options.svg {
-        let unwritten = Unwritten::to(directory.display().to_string());
-        fs::create_dir_all(directory).map_err(unwritten)?;
-    }
+    let output = |path: &Option<PathBuf>| path.as_deref().map(Output::to).transpose();
+    let (json, html) = (output(&options.json)?, output(&options.html)?);
+    let host = Host::detect();
     let mut results = Vec::new();
     let mut report = |result: CellResult| {
-        say(&table::table(&result))?;
-        if let Some(directory) = &options.svg {
-            let path = svg::draw(directory, &result)?;
-            eprintln!("drawn: {}", path.display());
-        }
+        say(&table::text(&result))?;
         results.push(result);
         Ok(())
     };
@@ -72,15 +66,23 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
         simulate(&plan, interrupted, &mut report)?;
     } else {
         let plan = Plan::new(options)?;
-        say(&format!("{}\n", Host::detect()))?;
+        say(&format!("{host}\n"))?;
         slice_ms = plan.slice.as_millis() as u64;
         skipped = measure(&plan, interrupted, &mut report)?;
     }
     let verdicts = targets::verdicts(&results, options.sim);
-    say(&table::verdicts(&verdicts, &results))?;
+    let summary = table::summary(&verdicts, &results);
+    say(&format!("### {summary}\n"))?;
+    if !verdicts.is_empty() {
+        say(&table::verdicts(&verdicts).to_string())?;
+    }
     if let Some(json) = json {
         let report = report::Report::new(options, slice_ms, &results, &skipped, &verdicts);
         json.write(&report.json()?)?;
+    }
+    if let Some(html) = html {
+        let guests = if options.sim { "simulated" } else { "real" };
+        html.write(&html::page(&host, guests, &summary, &results, &verdicts)?)?;
     }
     Ok(())
 }

@@ -55,10 +55,10 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
-    /// Draws a picture of each guest into this directory: how full the fullest ring is, how long
+    /// Writes a page for a browser to this file, with charts: how full the fullest ring is, how long
     /// the reaper sleeps, and full exits. It takes one more turn of each policy
-    #[arg(long, value_name = "DIR")]
-    pub svg: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 
     /// Simulates guests, of 64, 256 and 1024 vCPUs unless told otherwise
     #[arg(long)]
@@ -76,7 +76,7 @@ pub struct Options {
     /// Simulates look-first with one of its numbers changed, under loads that tempt it to mistakes,
     /// and says what each of them is good for
     #[arg(long, requires = "sim",
-          conflicts_with_all = ["workloads", "vcpus", "ring_entries", "arms", "json", "svg", "trace"])]
+          conflicts_with_all = ["workloads", "vcpus", "ring_entries", "arms", "json", "html", "trace"])]
     pub constants: bool,
 
     /// Simulates what this file has recorded, a line for each change of a vCPU's page stores per

@@ -97,7 +97,7 @@ impl Plan {
             cells: cells.into_iter().map(|cell| (cell, arms(&cell))).collect(),
             rounds: options.rounds,
             slice: Duration::from_millis(options.slice_ms.unwrap_or(slice_ms)),
-            drawn: options.svg.is_some(),
+            drawn: options.html.is_some(),
         })
     }
 

@@ -163,7 +163,7 @@ impl SimPlan {
                 [] => Arm::ALL.to_vec(),
                 some => some.to_vec(),
             },
-            drawn: options.svg.is_some().then_some(Duration::from_secs(3)),
+            drawn: options.html.is_some().then_some(Duration::from_secs(3)),
         })
     }
 }

@@ -2,89 +2,89 @@
 
 use kvm_integration::lab::sim::constants;
 use kvm_integration::lab::{ArmResult, CellResult, Measured};
-use kvm_integration::markdown::{aligned, figure};
+use kvm_integration::markdown::{Table, figure};
 
 use crate::targets::Verdict;
 
-const ARMS: [&str; 13] = [
-    "arm",
-    "full exits/s",
-    "stall ms/s",
-    "passes ÷ min",
-    "entries/pass",
-    "stores/s",
-    "± %",
-    "÷ best",
-    "a CPU second",
-    "reaper CPU %",
-    "beyond passes %",
-    "wake-ups/s",
-    "a pass",
-];
+const ARMS: &str = "arm | full exits/s | stall ms/s | passes ÷ min | entries/pass | stores/s | ± % | \
+                    ÷ best | a CPU second | reaper CPU % | beyond passes % | wake-ups/s | a pass";
+const CONSTANTS: &str = "number | value | full exits/min | passes ÷ min | wake-ups/s";
+const TARGETS: &str = "guest | target | arm | wanted | measured | ";
 
-const CONSTANTS: [&str; 5] = [
-    "number",
-    "value",
-    "full exits/min",
-    "passes ÷ min",
-    "wake-ups/s",
-];
-
-const TARGETS: [&str; 6] = ["", "target", "guest", "arm", "wanted", "measured"];
-
-/// The table of one guest, under its name.
-pub fn table(result: &CellResult) -> String {
+/// The figures of one guest, a row an arm.
+pub fn figures(result: &CellResult) -> Table {
     let best = result.best(Measured::stores_per_second);
-    let rows = result.arms.iter().map(|arm| row(arm, best));
-    let mut text = format!("### {result}\n\n{}", aligned(&ARMS, rows.collect()));
-    for arm in &result.arms {
-        let ArmResult { arm, overruns, .. } = arm;
+    Table::new(ARMS, result.arms.iter().map(|arm| row(arm, best)))
+}
+
+/// What spoils figures.
+pub fn remarks(result: &CellResult) -> Vec<String> {
+    let mut remarks = Vec::new();
+    for ArmResult { arm, overruns, .. } in &result.arms {
         if *overruns > 0 {
-            text += &format!(
-                "\n{arm}: rings were OVERRUN {overruns} times, its figures mean nothing\n"
-            );
+            remarks.push(format!(
+                "⚠ {arm}: rings were OVERRUN {overruns} times, its figures mean nothing"
+            ));
         }
     }
     if let Some(others) = result.others.filter(|_| result.is_disturbed()) {
         let percent = others * 100.0;
-        text += &format!("\nothers took {percent:.0} % of the machine: figures suffer\n");
+        remarks.push(format!(
+            "✗ others took {percent:.0} % of the machine: figures suffer"
+        ));
     }
     if let Some(load) = result.reset_load.filter(|_| result.is_crowded()) {
-        text += &format!("\nresets would take {load:.1} s of each second: no policy helps\n");
+        remarks.push(format!(
+            "✗ resets would take {load:.1} s of each second: no policy helps"
+        ));
     }
-    for arm in result.arms.iter().filter(|arm| arm.saturated > 0) {
-        text += &format!("\n{}: saturated, passes take most of its time\n", arm.arm);
+    let saturated = result.arms.iter().filter(|arm| arm.saturated > 0);
+    remarks.extend(
+        saturated.map(|arm| format!("✗ {}: saturated, passes take most of its time", arm.arm)),
+    );
+    remarks
+}
+
+/// All of that as text, under the guest's name.
+pub fn text(result: &CellResult) -> String {
+    let mut text = format!("### {result}\n\n{}", figures(result));
+    for remark in remarks(result) {
+        text += &format!("\n{remark}\n");
     }
     text
 }
 
-/// How the figures of these results compare to what is aimed at.
-pub fn verdicts(verdicts: &[Verdict], results: &[CellResult]) -> String {
+/// How many targets are met, and what spoils that.
+pub fn summary(verdicts: &[Verdict], results: &[CellResult]) -> String {
     let met = verdicts.iter().filter(|verdict| verdict.met).count();
-    let row = |verdict: &Verdict| {
-        let fate = if verdict.met { "met" } else { "MISSED" };
-        let measured = verdict.measured.map_or("without bound".into(), figure);
-        vec![
-            fate.into(),
-            verdict.target.into(),
-            verdict.guest.clone(),
-            verdict.arm.into(),
-            verdict.wanted.to_string(),
-            measured,
-        ]
+    let mut summary = match verdicts.len() {
+        0 => "Targets: none for these guests and arms".into(),
+        all => format!("Targets: {met} of {all} met"),
     };
-    let rows = verdicts.iter().map(row).collect();
-    if verdicts.is_empty() {
-        return "### Targets: none for these guests and arms\n".into();
-    }
-    let mut text = format!("### Targets: {met} of {} met\n", verdicts.len());
     let disturbed = results.iter().filter(|result| result.is_disturbed());
     let others = disturbed.filter_map(|result| result.others);
     if let Some(others) = others.reduce(f64::max) {
         let percent = others * 100.0;
-        text += &format!("\nothers took up to {percent:.0} % of the machine: figures suffer\n");
+        summary += &format!("; others took up to {percent:.0} % of the machine: figures suffer");
     }
-    text + "\n" + &aligned(&TARGETS, rows)
+    summary
+}
+
+/// How figures compare to what is aimed at.
+pub fn verdicts(verdicts: &[Verdict]) -> Table {
+    let row = |verdict: &Verdict| {
+        let fate = if verdict.met { "✓ met" } else { "✗ MISSED" };
+        let measured = verdict.measured.map_or("without bound".into(), figure);
+        vec![
+            verdict.guest.clone(),
+            verdict.target.into(),
+            verdict.arm.into(),
+            verdict.wanted.to_string(),
+            measured,
+            fate.into(),
+        ]
+    };
+    Table::new(TARGETS, verdicts.iter().map(row))
 }
 
 /// What look-first does with one of its numbers changed; a star marks the default.
@@ -99,7 +99,7 @@ pub fn constants(rows: impl Iterator<Item = constants::Row>) -> String {
             format!("{:.0}", row.wakeups),
         ]
     };
-    aligned(&CONSTANTS, rows.map(row).collect())
+    Table::new(CONSTANTS, rows.map(row)).to_string()
 }
 
 fn row(arm: &ArmResult, best: f64) -> Vec<String> {
@@ -175,76 +175,38 @@ mod tests {
 
     #[test]
     fn figures_are_those_measured() {
-        let text = table(&result());
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[0], "### constant, 1 vCPU, rings of 4096");
-        let cells = |line: &str| {
-            let cells = line.trim_matches('|').split('|');
-            cells
-                .map(|cell| cell.trim().to_string())
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(cells(lines[2]), ARMS);
-        let wanted = [
-            "poll", "1.50", "0.50", "1.15", "4000", "500.0 k", "-", "1.000", "625.0 k", "2.00",
-            "0.50", "50.0", "5.00",
-        ];
-        assert_eq!(cells(lines[4]), wanted);
-        let wanted = [
-            "no-reaper",
-            "0",
-            "0",
-            "-",
-            "0",
-            "250.0 k",
-            "-",
-            "0.500",
-            "-",
-            "0.00",
-            "0.00",
-            "0",
-            "-",
-        ];
-        assert_eq!(cells(lines[5]), wanted);
-        assert!(
-            text.contains("no-reaper: rings were OVERRUN 7 times"),
-            "{text}"
-        );
-        assert!(text.contains("poll: saturated"), "{text}");
+        let table = figures(&result());
+        let poll = "poll 1.50 0.50 1.15 4000 500_k - 1.000 625_k 2.00 0.50 50 5.00";
+        let none = "no-reaper 0 0 - 0 250_k - 0.500 - 0.00 0.00 0 -";
+        for (row, wanted) in table.rows.iter().zip([poll, none]) {
+            let row: Vec<_> = row.iter().map(|cell| cell.replace(' ', "_")).collect();
+            assert_eq!(row.join(" "), wanted);
+        }
     }
 
     #[test]
     fn what_spoils_figures_is_said() {
-        let remark = |others, reset_load| {
+        let said = |others, reset_load| {
             let result = CellResult {
                 others,
                 reset_load,
                 ..result()
             };
-            let text = table(&result);
-            (
-                text.contains("others took 12 %"),
-                text.contains("take 3.1 s"),
-            )
+            text(&result)
         };
-        assert_eq!(remark(None, None), (false, false));
-        assert_eq!(remark(Some(0.02), Some(0.2)), (false, false));
-        assert_eq!(remark(Some(0.12), Some(3.07)), (true, true));
-    }
-
-    #[test]
-    fn columns_line_up() {
-        let text = table(&result());
-        let table: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
-        assert_eq!(table.len(), 4);
-        let bars = |line: &str| {
-            let bars = line.chars().enumerate().filter(|&(_, c)| c == '|');
-            bars.map(|(at, _)| at).collect::<Vec<_>>()
-        };
-        for line in &table {
-            assert_eq!(bars(line), bars(table[0]), "{text}");
+        for (others, reset_load) in [(None, None), (Some(0.02), Some(0.2))] {
+            let text = said(others, reset_load);
+            assert!(text.starts_with("### constant, 1 vCPU, rings of 4096\n"));
+            assert!(text.contains("no-reaper: rings were OVERRUN 7 times"));
+            assert!(text.contains("poll: saturated"), "{text}");
+            assert!(
+                !text.contains("others") && !text.contains("resets"),
+                "{text}"
+            );
         }
-        assert!(table[1].starts_with("|-----------|") && table[1].ends_with("-:|"));
+        let text = said(Some(0.12), Some(3.07));
+        assert!(text.contains("others took 12 %"), "{text}");
+        assert!(text.contains("take 3.1 s"), "{text}");
     }
 
     #[test]
@@ -257,17 +219,14 @@ mod tests {
             measured,
             met,
         };
+        let all = [verdict(true, Some(1.25)), verdict(false, None)];
         let mut result = result();
         result.others = Some(0.4);
-        let text = verdicts(
-            &[verdict(true, Some(1.25)), verdict(false, None)],
-            &[result],
-        );
-        assert!(text.contains("others took up to 40 %"), "{text}");
-        assert!(text.starts_with("### Targets: 1 of 2 met\n"), "{text}");
-        let line = "| met    | idle   | idle, 2 vCPUs, rings of 4096 | look-first | ≤ 4    | 1.25";
-        assert!(text.contains(line), "{text}");
-        assert!(text.contains("| MISSED | idle   |"), "{text}");
-        assert!(verdicts(&[], &[]).contains("none"));
+        let summary = super::summary(&all, &[result]);
+        assert!(summary.starts_with("Targets: 1 of 2 met; others took up to 40 %"));
+        let rows = verdicts(&all).rows;
+        assert_eq!(rows[0][3..], ["≤ 4", "1.25", "✓ met"]);
+        assert_eq!(rows[1][3..], ["≤ 4", "without bound", "✗ MISSED"]);
+        assert!(super::summary(&[], &[]).contains("none"));
     }
 }

@@ -1,279 +1,235 @@
-//! What each chart of a cell shows.
+//! The charts of a cell.
 
 use std::ops::Range;
 
-use kvm_integration::guestperf::{CellResult, Migration, Sample};
-use plotters::style::RGBColor;
+use kvm_integration::charts::{
+    Arm, Axis, Chart, Key, LEVEL, LIMIT, Legend, Point, QUIET, SOME, STOPPED, Shape, Undrawn,
+    arm as key, extent, figure, outermost,
+};
+use kvm_integration::guestperf::{CellResult, Migration, Round, Sample};
+use kvm_integration::markdown;
 
-use super::axis::Axis;
-use super::frame::{Chart, Frame, LEVEL, LIMIT, Phase, Shade, Undrawn};
-use super::palette::{Paint, Palette};
-use super::points::{self, Point};
-use super::text::figure;
+use super::points;
 
 /// Of charts with a line for each arm.
 const SIZE: (u32, u32) = (600, 330);
 /// Of charts of one arm.
 const STRIP: (u32, u32) = (600, 170);
-
 const SECONDS: &str = "seconds since the migration began";
-const STILL: &str = "still";
+/// As many fit side by side.
+const TICKS: usize = 12;
+/// More points than this can't be told apart.
+const POINTS: usize = 360;
 
-/// What a cell's charts have in common: who is drawn, and on which axes.
-#[derive(Debug)]
-pub struct Charts<'a> {
-    /// The arms, each with the migration that stands for it.
-    arms: Vec<(Paint, &'a Migration)>,
+const STRIPS: &str = "<details open>\n<summary>Each arm by itself, every sample</summary>\n<p>ms/GB over seconds since the migration began. The thin line is the quiet \
+    median, the dotted one twice as much: above it the guest is in its drop, which is filled. Bars in \
+    the lane <i>still</i> are samples in which the guest did nothing. <span class=\"quiet\">Quiet \
+    phases</span> and <span class=\"stopped\">the time with the guest stopped</span> are shaded.</p>\n";
+
+type Shapes = Vec<(Key, Shape)>;
+
+/// What a cell's charts have in common.
+struct Charts<'a> {
+    legend: &'a Legend,
+    /// The arms by their numbers, each with the migration that stands for it.
+    arms: Vec<(usize, &'a Migration)>,
     time: Range<f64>,
-    pace: Range<f64>,
 }
 
-impl<'a> Charts<'a> {
-    /// Of a cell's arms; those without a migration are left out.
-    pub fn new(result: &'a CellResult, palette: &Palette) -> Self {
-        let arms = result.arms.iter();
-        let arms: Vec<_> = arms
-            .filter_map(|arm| Some((palette.paint(arm.arm)?, arm.typical()?)))
-            .collect();
-        let phases = || arms.iter().map(|(_, one)| one.phases);
-        let begin = phases().map(|phases| phases.begin).fold(0.0, f64::max);
-        let ends = phases().map(|phases| phases.end - phases.begin);
-        let paces = arms.iter().flat_map(|(_, one)| &one.samples);
-        Self {
-            time: -begin..ends.fold(1e-3, f64::max),
-            pace: range(paces.map(points::ms_per_gb)),
-            arms,
-        }
+/// All of them, where there is anything to draw.
+pub fn charts(result: &CellResult, legend: &Legend) -> Result<String, Undrawn> {
+    let arms = result.arms.iter();
+    let arms = arms.filter_map(|arm| Some((legend.number(arm.arm)?, arm.typical()?)));
+    let arms: Vec<_> = arms.collect();
+    if arms.is_empty() {
+        return Ok("<p>Nothing to draw.</p>\n".into());
     }
+    let phases = || arms.iter().map(|(_, one)| one.phases);
+    let begin = phases().map(|phases| phases.begin).fold(0.0, f64::max);
+    let ends = phases().map(|phases| phases.end - phases.begin);
+    let time = -begin..ends.fold(1e-3, f64::max);
+    let charts = Charts { legend, arms, time };
+    let (pace, delays) = (charts.pace()?, charts.delays()?);
+    let (full_exits, rounds) = (charts.full_exits()?, charts.rounds()?);
+    let all = pace + &delays + &full_exits + &rounds;
+    Ok(format!(
+        "<div class=\"charts\">\n{all}</div>\n{}",
+        charts.strips()?
+    ))
+}
 
-    /// Who is drawn, with the migration that is.
-    pub fn arms(&self) -> &[(Paint, &'a Migration)] {
-        &self.arms
-    }
-
-    /// How long the times are whose mean is a point of [`Self::pace`], in seconds.
-    pub fn window(&self) -> f64 {
-        points::window(self.span())
-    }
-
+impl Charts<'_> {
     /// The guest's pace, a line an arm.
-    pub fn pace(&self) -> Result<String, Undrawn> {
-        let label = "milliseconds a vCPU takes for a GB, over time, a line an arm";
-        let (lines, _) = self.lines(|one| points::mean_pace(one, self.span()));
-        let values = lines.iter().flat_map(|(_, points)| points);
-        let y = pace_axis(&range(values.map(|&(_, ms)| ms)), 0.35);
-        let rows = self.arms.len();
-        self.over_time(y).draw(label, |chart| {
-            for (row, ((paint, points), (_, one))) in lines.iter().zip(&self.arms).enumerate() {
-                for still in points::stills(one) {
-                    chart.bar(still, row, rows, paint.key)?;
-                }
-                moving(chart, points, paint.key, 2)?;
-                end_dot(chart, *paint, one, points)?;
-            }
-            Ok(())
-        })
+    fn pace(&self) -> Result<String, Undrawn> {
+        let window = points::window(self.time.end - self.time.start);
+        let shapes = self.shapes(|one| {
+            let points = points::mean_pace(one, window);
+            let end = seconds(one);
+            let mut after = points
+                .iter()
+                .filter(|(at, ms)| *at >= end && ms.is_finite());
+            let dot = after.next().map(|&(_, ms)| (end, ms));
+            [
+                Shape::Stills(points::stills(one)),
+                Shape::Line(points, 2),
+                Shape::Dots(dot.into_iter().collect(), 4),
+            ]
+        });
+        let caption = format!(
+            "Guest speed: milliseconds a vCPU takes for a GB, less is faster; the mean of every \
+             {window} s. A dot ends a migration. In the lane <i>still</i> each arm has a row, with \
+             bars where its guest stood still."
+        );
+        let y = Axis::log("ms/GB", extent(&shapes));
+        self.over_time(&caption, y, &shapes)
+    }
+
+    /// How long the reaper is to sleep, a line an arm; nothing if no arm has a reaper.
+    fn delays(&self) -> Result<String, Undrawn> {
+        let mut samples = self.arms.iter().flat_map(|(_, one)| &one.samples);
+        if samples.all(|sample| sample.delay_ms.is_none()) {
+            return Ok(String::new());
+        }
+        let shapes = self.steps(|sample| sample.delay_ms);
+        // Less than this nobody sleeps.
+        let range = extent(&shapes);
+        let y = Axis::log("delay chosen, ms", range.start.max(0.1)..range.end);
+        self.over_time("Delay that each policy chose for its reaper.", y, &shapes)
     }
 
     /// Full exits so far, a line an arm.
-    pub fn full_exits(&self) -> Result<String, Undrawn> {
-        let label = "full exits since the migration began, over time, a line an arm";
-        let exits = |sample: &Sample| Some(sample.full_exits as f64);
-        let (lines, most) = self.lines(|one| points::steps(one, exits));
-        let y = Axis::counts("full exits so far", most);
-        self.over_time(y)
-            .draw(label, |chart| step_lines(chart, &lines))
-    }
-
-    /// How long the reaper is to sleep, a line an arm; none if no arm has a reaper.
-    pub fn delays(&self) -> Result<Option<String>, Undrawn> {
-        let label = "delay chosen by each policy in milliseconds, over time, a line an arm";
-        let (lines, most) = self.lines(|one| points::steps(one, |sample| sample.delay_ms));
-        let values = lines.iter().flat_map(|(_, points)| points);
-        let least = values.map(|&(_, ms)| ms).fold(most, f64::min);
-        if lines.iter().all(|(_, points)| points.is_empty()) {
-            return Ok(None);
-        }
-        // Less than this nobody sleeps.
-        let y = Axis::log("delay chosen, ms", least.max(0.1), most);
-        self.over_time(y)
-            .draw(label, |chart| step_lines(chart, &lines))
-            .map(Some)
+    fn full_exits(&self) -> Result<String, Undrawn> {
+        let shapes = self.steps(|sample| Some(sample.full_exits as f64));
+        let y = Axis::counts("full exits so far", extent(&shapes));
+        self.over_time("Full exits, added up.", y, &shapes)
     }
 
     /// Pages sent in each round, a line an arm.
-    pub fn rounds(&self) -> Result<String, Undrawn> {
-        let points = |one: &Migration| {
-            let rounds = one.rounds.iter().enumerate();
-            let points = rounds.map(|(number, round)| (number as f64 + 1.0, round.pages as f64));
-            points.collect::<Vec<Point>>()
-        };
-        let (lines, most) = self.lines(points);
-        let last = lines.iter().map(|(_, points)| points.len()).max();
-        let frame = Frame {
+    fn rounds(&self) -> Result<String, Undrawn> {
+        let shapes = self.shapes(|one| {
+            let rounds = (1..).zip(&one.rounds);
+            let place = |(number, round): (u32, &Round)| (f64::from(number), round.pages as f64);
+            let stopped = rounds.clone().filter(|(_, round)| !round.running);
+            [
+                Shape::Line(rounds.clone().map(place).collect(), 2),
+                Shape::Dots(rounds.map(place).collect(), 2),
+                Shape::Dots(stopped.map(place).collect(), 5),
+            ]
+        });
+        let last = self.arms.iter().map(|(_, one)| one.rounds.len()).max();
+        let last = last.unwrap_or_default().max(2);
+        let chart = Chart {
             size: SIZE,
-            x: Axis::ordinal("round", last.unwrap_or(1), 14.0),
-            y: Axis::counts("pages sent", most),
-            shades: Vec::new(),
+            x: Axis::linear("round", 0.7..last as f64 + 0.3, last.min(TICKS)),
+            y: Axis::counts("pages sent", extent(&shapes)),
+            bands: &[],
+            shapes: &shapes,
         };
-        frame.draw("pages sent in each round, a line an arm", |chart| {
-            for ((paint, points), (_, one)) in lines.iter().zip(&self.arms) {
-                chart.line(points, paint.key, 2)?;
-                // Dots side by side would hide the line.
-                if points.len() <= 40 {
-                    chart.dots(points, paint.key, 2)?;
-                }
-                let stopped = points.iter().zip(&one.rounds);
-                let stopped = stopped.filter(|(_, round)| !round.running);
-                let stopped: Vec<Point> = stopped.map(|(point, _)| *point).collect();
-                chart.dots(&stopped, paint.key, 5)?;
-            }
-            Ok(())
-        })
+        let caption = "Pages sent per round. The large dot is the round with the guest stopped.";
+        figure("", caption, &chart)
+    }
+
+    /// Each arm's guest by itself, those of one policy side by side.
+    fn strips(&self) -> Result<String, Undrawn> {
+        let mut arms = self.arms.clone();
+        arms.sort_by_key(|(number, _)| {
+            let arm = self.legend.arms[*number];
+            (arm.hue, arm.dashed)
+        });
+        // All on one scale, so that they can be compared.
+        let paces = extent(&self.shapes(|one| [Shape::Line(points::pace(one), 1)]));
+        let mut html = format!("{STRIPS}<div class=\"charts strips\">\n");
+        for (number, one) in arms {
+            html += &self.strip(number, one, Axis::log("ms/GB", paces.clone()))?;
+        }
+        Ok(html + "</div>\n</details>\n")
     }
 
     /// One arm's guest, sample by sample.
-    pub fn strip(&self, paint: Paint, one: &Migration) -> Result<String, Undrawn> {
-        let phases = &one.phases;
-        let since = |at: f64| at - phases.begin;
-        let (stop, resume, end) = (since(phases.stop), since(phases.resume), since(phases.end));
-        let frame = Frame {
+    fn strip(&self, number: usize, one: &Migration, y: Axis) -> Result<String, Undrawn> {
+        let (key, Arm { name, dashed, .. }) = (key(number), self.legend.arms[number]);
+        let since = |at: f64| at - one.phases.begin;
+        let (stop, resume, end) = (since(one.phases.stop), seconds(one), since(one.phases.end));
+        let points = outermost(&points::pace(one), POINTS);
+        let during = points.iter().filter(|(at, _)| (0.0..=stop).contains(at));
+        let during: Vec<Point> = during.copied().collect();
+        let mut shapes = vec![(key, Shape::Stills(points::stills(one)))];
+        let quiet = one.figures.quiet_ms_per_gb;
+        if quiet.is_finite() && quiet > 0.0 {
+            let level = |ms| Shape::Line(vec![(since(0.0), ms), (end, ms)], 1);
+            shapes.push((key, Shape::Above(during, 2.0 * quiet)));
+            shapes.push((LEVEL, level(quiet)));
+            shapes.push((LIMIT, level(2.0 * quiet)));
+        }
+        shapes.push((key, Shape::Line(points, 1)));
+        let migration = format!("migration {} s", markdown::figure(resume));
+        let chart = Chart {
             size: STRIP,
-            x: Axis::linear("", self.time.start, self.time.end, 12.0),
-            y: pace_axis(&self.pace, 0.16),
-            shades: vec![
-                shade(Phase::Quiet, -phases.begin, 0.0, "quiet"),
-                shade(
-                    Phase::Migration,
-                    0.0,
-                    stop,
-                    &format!("migration {} s", figure(resume)),
-                ),
-                shade(Phase::Stopped, stop, resume, "stopped"),
-                shade(Phase::Quiet, resume, end, "quiet"),
+            x: Axis::linear("", self.time.clone(), TICKS),
+            y,
+            bands: &[
+                (Some(QUIET), since(0.0)..0.0, "quiet"),
+                (None, 0.0..stop, &migration),
+                (Some(STOPPED), stop..resume, "stopped"),
+                (Some(QUIET), resume..end, "quiet"),
             ],
+            shapes: &shapes,
         };
-        let label = format!(
-            "milliseconds a vCPU takes for a GB, over time: {}",
-            paint.arm
+        let of = &one.figures;
+        let figures = [of.drop_seconds, of.worst_ms_per_gb, of.longest_stall_ms];
+        let [drop, worst, stall] = figures.map(markdown::figure);
+        let mut caption = format!(
+            "<b>{}</b>: drop {drop} s, worst {worst} ms/GB, stall {stall} ms",
+            self.legend.named(name)
         );
-        frame.draw(&label, |chart| {
-            let quiet = one.figures.quiet_ms_per_gb;
-            let points = points::pace(one);
-            if quiet.is_finite() && quiet > 0.0 {
-                let during = points.iter().filter(|(at, _)| (0.0..=stop).contains(at));
-                let during: Vec<Point> = during.copied().collect();
-                chart.above(&during, 2.0 * quiet, paint.key)?;
-                chart.level(quiet, -phases.begin, end, LEVEL)?;
-                chart.level(2.0 * quiet, -phases.begin, end, LIMIT)?;
-            }
-            for still in points::stills(one) {
-                chart.bar(still, 0, 1, paint.key)?;
-            }
-            moving(chart, &points, paint.key, 1)?;
-            Ok(())
+        if !of.converged {
+            caption += ", did not converge";
+        }
+        if of.missed_pages > 0 {
+            let pages = of.missed_pages;
+            caption += &format!(", <span class=\"alarm\">⚠ {pages} pages missed</span>");
+        }
+        let dashed = if dashed { " dashed" } else { "" };
+        figure(&format!("of-arm-{number}{dashed}"), &caption, &chart)
+    }
+
+    /// What is drawn of each arm, in its colour.
+    fn shapes<const N: usize>(&self, of: impl Fn(&Migration) -> [Shape; N]) -> Shapes {
+        let arms = self.arms.iter();
+        let shapes = arms.flat_map(|(number, one)| of(one).map(|shape| (key(*number), shape)));
+        shapes.collect()
+    }
+
+    /// A line an arm, with a dot where the migration ends.
+    fn steps(&self, value: impl Fn(&Sample) -> Option<f64>) -> Shapes {
+        self.shapes(|one| {
+            let points = outermost(&points::steps(one, &value), POINTS);
+            let end = points.last().copied().into_iter().collect();
+            [Shape::Line(points, 2), Shape::Dots(end, 4)]
         })
     }
 
-    fn over_time(&self, y: Axis) -> Frame {
-        let ends = self.arms.iter().map(|(_, one)| migration_seconds(one));
-        let (first, last) = ends.fold((self.time.end, 0.0), |(first, last), end| {
-            (end.min(first), end.max(last))
-        });
-        Frame {
+    fn over_time(&self, caption: &str, y: Axis, shapes: &Shapes) -> Result<String, Undrawn> {
+        let ends = self.arms.iter().map(|(_, one)| seconds(one));
+        let first = ends.clone().fold(self.time.end, f64::min);
+        let last = ends.fold(0.0, f64::max);
+        let chart = Chart {
             size: SIZE,
-            x: Axis::linear(SECONDS, self.time.start, self.time.end, 12.0),
+            x: Axis::linear(SECONDS, self.time.clone(), TICKS),
             y,
-            shades: vec![
-                shade(Phase::Quiet, self.time.start, 0.0, "quiet"),
-                shade(Phase::Migration, 0.0, first, "all migrate"),
-                shade(Phase::Some, first, last, "some are done"),
-                shade(Phase::Quiet, last, self.time.end, "quiet"),
+            bands: &[
+                (Some(QUIET), self.time.start..0.0, "quiet"),
+                (None, 0.0..first, "all migrate"),
+                (Some(SOME), first..last, "some are done"),
+                (Some(QUIET), last..self.time.end, "quiet"),
             ],
-        }
-    }
-
-    /// A line an arm, and the highest value of all.
-    fn lines(&self, points: impl Fn(&Migration) -> Vec<Point>) -> (Vec<(Paint, Vec<Point>)>, f64) {
-        let lines = self.arms.iter().map(|(paint, one)| (*paint, points(one)));
-        let lines: Vec<_> = lines.collect();
-        let values = lines.iter().flat_map(|(_, points)| points);
-        let most = values.map(|&(_, value)| value).fold(0.0, f64::max);
-        (lines, most)
-    }
-
-    fn span(&self) -> f64 {
-        self.time.end - self.time.start
+            shapes,
+        };
+        figure("", caption, &chart)
     }
 }
 
-/// A line through the pace; while the guest stands still there is none, but bars in the lane.
-fn moving(
-    chart: &mut Chart<'_, '_, '_>,
-    points: &[Point],
-    key: RGBColor,
-    width: u32,
-) -> Result<(), Undrawn> {
-    for run in points.split(|(_, ms)| ms.is_infinite()) {
-        match run {
-            [] => {}
-            [alone] => chart.dots(&[*alone], key, 1)?,
-            run => chart.line(run, key, width)?,
-        }
-    }
-    Ok(())
-}
-
-/// Each with a dot where the migration ends.
-fn step_lines(chart: &mut Chart<'_, '_, '_>, lines: &[(Paint, Vec<Point>)]) -> Result<(), Undrawn> {
-    for (paint, points) in lines {
-        chart.line(points, paint.key, 2)?;
-        chart.dots(
-            points.last().map_or(&[], std::slice::from_ref),
-            paint.key,
-            4,
-        )?;
-    }
-    Ok(())
-}
-
-/// A dot on a line through the pace, where the migration ends.
-fn end_dot(
-    chart: &mut Chart<'_, '_, '_>,
-    paint: Paint,
-    one: &Migration,
-    points: &[Point],
-) -> Result<(), Undrawn> {
-    let end = migration_seconds(one);
-    let mut moving = points.iter().filter(|(_, ms)| ms.is_finite());
-    let Some(&(_, value)) = moving.find(|(at, _)| *at >= end) else {
-        return Ok(());
-    };
-    chart.dots(&[(end, value)], paint.key, 4)
-}
-
-fn pace_axis(range: &Range<f64>, lane: f64) -> Axis {
-    Axis::log("ms/GB", range.start, range.end).with_lane(STILL, lane)
-}
-
-/// From the least to the most of what is finite.
-fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
-    let finite = values.filter(|value| value.is_finite());
-    let ends = finite.map(|value| (value, value));
-    let ends = ends.reduce(|(low, high), (value, _)| (low.min(value), high.max(value)));
-    let (low, high) = ends.unwrap_or((1.0, 10.0));
-    low..high
-}
-
-fn migration_seconds(one: &Migration) -> f64 {
+/// How long the migration took.
+fn seconds(one: &Migration) -> f64 {
     one.phases.resume - one.phases.begin
-}
-
-fn shade(phase: Phase, from: f64, to: f64, label: &str) -> Shade {
-    Shade {
-        phase,
-        from,
-        to,
-        label: label.into(),
-    }
 }

@@ -1,60 +1,48 @@
-//! What is drawn of the samples: no more points than can be told apart.
+//! What is drawn of the samples.
 
+use kvm_integration::charts::Point;
 use kvm_integration::guestperf::{Migration, Sample};
 
-/// A place in time, in seconds since the migration began, and a value.
-pub type Point = (f64, f64);
-
-/// More points than this can't be told apart.
-const POINTS: usize = 360;
 /// So many steps has a line that shows the run of things, not each sample.
 const WINDOWS: f64 = 60.0;
 
 /// Milliseconds for a GB; infinite while the guest stood still.
-pub fn ms_per_gb(sample: &Sample) -> f64 {
+fn ms_per_gb(sample: &Sample) -> f64 {
     let moving = sample.ms_per_gb.filter(|ms| ms.is_finite() && *ms > 0.0);
     moving.unwrap_or(f64::INFINITY)
 }
 
-/// The guest's pace, sample by sample. Of samples too close to each other the fastest and the
-/// slowest count.
+/// The guest's pace, sample by sample.
 pub fn pace(migration: &Migration) -> Vec<Point> {
     let begin = migration.phases.begin;
-    let points = migration.samples.iter();
-    let points: Vec<Point> = points
-        .map(|sample| (sample.at - begin, ms_per_gb(sample)))
-        .collect();
-    outermost(&points)
+    let point = |sample: &Sample| (sample.at - begin, ms_per_gb(sample));
+    migration.samples.iter().map(point).collect()
 }
 
-/// The guest's pace on the average of short times, which are `span` in all. While it stands still
-/// for a part of such a time, it is slow; infinitely so while it is stopped in the end.
-pub fn mean_pace(migration: &Migration, span: f64) -> Vec<Point> {
+/// The guest's pace on the average of times of `window` seconds. While it stands still for a part of
+/// such a time, it is slow; infinitely so while it is stopped in the end.
+pub fn mean_pace(migration: &Migration, window: f64) -> Vec<Point> {
     let phases = &migration.phases;
-    let window = window(span);
     let group = |sample: &Sample| {
-        let number = ((sample.at - phases.begin) / window).floor();
         let stopped = phases.stop < sample.at && sample.at <= phases.resume;
-        (number, stopped)
+        (((sample.at - phases.begin) / window).floor(), stopped)
     };
-    let groups = migration
-        .samples
-        .chunk_by(|one, next| group(one) == group(next));
+    let samples = &migration.samples;
+    let groups = samples.chunk_by(|one, next| group(one) == group(next));
     let mean = |samples: &[Sample]| {
-        let (number, stopped) = group(samples.first()?);
         // Speeds have a mean, times per GB have not.
         let speed: f64 = samples.iter().map(|sample| ms_per_gb(sample).recip()).sum();
-        let pace = if stopped {
-            f64::INFINITY
-        } else {
-            samples.len() as f64 / speed
+        let (number, stopped) = group(&samples[0]);
+        let pace = match stopped {
+            true => f64::INFINITY,
+            false => samples.len() as f64 / speed,
         };
-        Some(((number + 0.5) * window, pace))
+        ((number + 0.5) * window, pace)
     };
-    groups.filter_map(mean).collect()
+    groups.map(mean).collect()
 }
 
-/// How long the times are over which [`mean_pace`] takes the mean.
+/// How long the times are over which [`mean_pace`] takes the mean, of `span` in all.
 pub fn window(span: f64) -> f64 {
     // Whole numbers of hundredths can be written down.
     (span / WINDOWS * 100.0).ceil().max(1.0) / 100.0
@@ -63,69 +51,41 @@ pub fn window(span: f64) -> f64 {
 /// One value of the samples of the migration itself: as steps, without the points in between.
 pub fn steps(migration: &Migration, value: impl Fn(&Sample) -> Option<f64>) -> Vec<Point> {
     let phases = &migration.phases;
+    let during = phases.begin..=phases.resume;
     let mut points: Vec<Point> = Vec::new();
-    let mut last = None;
-    let during = migration
+    for sample in migration
         .samples
         .iter()
-        .filter(|sample| (phases.begin..=phases.resume).contains(&sample.at));
-    for sample in during {
+        .filter(|sample| during.contains(&sample.at))
+    {
         let Some(value) = value(sample).filter(|value| value.is_finite()) else {
             continue;
         };
         let at = sample.at - phases.begin;
-        match last {
-            Some(before) if before == value => {}
-            Some(before) => points.extend([(at, before), (at, value)]),
+        match points.last() {
+            Some(&(_, before)) if before == value => {}
+            Some(&(_, before)) => points.extend([(at, before), (at, value)]),
             None => points.push((at, value)),
         }
-        last = Some(value);
     }
-    if let Some(value) = last {
-        points.push((phases.resume - phases.begin, value));
-    }
-    outermost(&points)
+    let end = phases.resume - phases.begin;
+    points.extend(points.last().map(|&(_, value)| (end, value)));
+    points
 }
 
 /// When the guest stood still: from, to.
-pub fn stills(migration: &Migration) -> Vec<(f64, f64)> {
-    let begin = migration.phases.begin;
-    let mut stills: Vec<(f64, f64)> = Vec::new();
-    let mut before = 0.0;
-    for sample in &migration.samples {
-        if ms_per_gb(sample).is_infinite() {
-            match stills.last_mut() {
-                Some((_, to)) if *to == before - begin => *to = sample.at - begin,
-                _ => stills.push((before - begin, sample.at - begin)),
-            }
+pub fn stills(migration: &Migration) -> Vec<Point> {
+    let mut stills: Vec<Point> = Vec::new();
+    let mut from = -migration.phases.begin;
+    for (to, ms) in pace(migration) {
+        match stills.last_mut() {
+            _ if ms.is_finite() => {}
+            Some((_, end)) if *end == from => *end = to,
+            _ => stills.push((from, to)),
         }
-        before = sample.at;
+        from = to;
     }
     stills
-}
-
-/// At most as many points as can be told apart: of each group the lowest and the highest.
-fn outermost(points: &[Point]) -> Vec<Point> {
-    if points.len() <= POINTS {
-        return points.to_vec();
-    }
-    let mut outermost = Vec::with_capacity(POINTS);
-    for group in points.chunks((2 * points.len()).div_ceil(POINTS)) {
-        let by_value = |a: &&Point, b: &&Point| a.1.total_cmp(&b.1);
-        let ends = (group.iter().min_by(by_value), group.iter().max_by(by_value));
-        if let (Some(&low), Some(&high)) = ends {
-            let (first, second) = if low.0 <= high.0 {
-                (low, high)
-            } else {
-                (high, low)
-            };
-            outermost.push(first);
-            if second != first {
-                outermost.push(second);
-            }
-        }
-    }
-    outermost
 }
 
 #[cfg(test)]
@@ -156,14 +116,6 @@ mod tests {
     }
 
     #[test]
-    fn peaks_are_kept() {
-        let peak = |number| Some(if number == 17_001 { 9e3 } else { 300.0 });
-        let points = pace(&migration(30_000, peak));
-        assert!(points.len() <= POINTS);
-        assert!(points.contains(&(17_001.0 / 50.0 - 2.0, 9e3)));
-    }
-
-    #[test]
     fn standing_still_is_seen() {
         let still = |number| (!(100..105).contains(&number)).then_some(300.0);
         let migration = migration(300, still);
@@ -179,14 +131,14 @@ mod tests {
     fn the_mean_is_one_of_speeds() {
         // Half of the time at 100 ms for a GB, half of it at none: 200 ms for a GB.
         let turns = |number: usize| (number % 2 == 0).then_some(100.0);
-        let points = mean_pace(&migration(300, turns), 24.0);
+        let points = mean_pace(&migration(300, turns), window(24.0));
         assert_eq!(window(24.0), 0.4);
         assert!(points.len() > 10);
         for (_, ms) in points {
             // A time may hold one sample more of the one kind than of the other.
             assert!(ms.is_infinite() || (ms - 200.0).abs() < 25.0, "{ms}");
         }
-        let never = mean_pace(&migration(300, |_| None), 24.0);
+        let never = mean_pace(&migration(300, |_| None), 0.4);
         assert!(never.iter().all(|(_, ms)| *ms == f64::INFINITY));
     }
 

@@ -1,74 +1,104 @@
 //! What must be so of every page.
 
+use std::collections::HashSet;
+
 use kvm_integration::Host;
-use kvm_integration::guestperf::CellResult;
+use kvm_integration::guestperf::{Arm, CellResult, Round, Sample};
 
-use super::synthetic::{ARMS, results};
-use super::{STYLE, page};
+use super::page;
+use crate::column::COLUMNS;
+use crate::tests::{cell_result, figures};
+use crate::verdict::verdicts;
 
-fn host() -> Host {
-    Host {
+/// Every arm, with three migrations of 100 samples; of those, five while the guest stood still.
+fn result() -> CellResult {
+    let arms = Arm::ALL.map(|arm| (arm.name, [figures(); 3]));
+    let arms: Vec<_> = arms.iter().map(|(arm, all)| (*arm, &all[..])).collect();
+    let mut result = cell_result(&arms);
+    for (seed, arm) in result.arms.iter_mut().enumerate() {
+        for one in &mut arm.migrations {
+            let sample = |number: usize| Sample {
+                at: (number + 1) as f64 / 25.0,
+                ms_per_gb: (!(40..45).contains(&number)).then_some(50.0 + (seed * number) as f64),
+                full_exits: number as u64 / 9,
+                delay_ms: (seed > 0).then_some(2.0 + (number % 7) as f64),
+            };
+            one.samples = (0..100).map(sample).collect();
+            let stopped = Round {
+                running: false,
+                ..one.rounds[0]
+            };
+            one.rounds.push(stopped);
+        }
+    }
+    result
+}
+
+fn drawn(results: &[CellResult]) -> String {
+    let host = Host {
         kvm_kind: "kvm_pvm".into(),
         kernel: "6.18.0".into(),
         cores: 8,
         cpu: "CPU <of> \"none\" & all".into(),
-    }
-}
-
-fn drawn(results: &[CellResult]) -> String {
+    };
     let facts = [("bandwidth", "<1 GB/s> & more".to_string())];
-    page(&host(), &facts, results, &[]).unwrap()
+    page(&host, &facts, results, &verdicts(results)).unwrap()
 }
 
 /// What lies between the opening and the closing tags of all charts.
 fn charts(html: &str) -> Vec<&str> {
     let charts = html.split("<svg role=\"img\"").skip(1);
-    charts
-        .map(|chart| chart.split("</svg>").next().unwrap())
-        .collect()
+    let ended = charts.map(|chart| chart.split("</svg>").next().unwrap());
+    ended.collect()
 }
 
-/// The part of the page about one cell.
-fn section(html: &str, number: usize) -> &str {
-    let section = html.split("<section class=\"cell\"").nth(number + 1);
-    section.unwrap().split("</section>").next().unwrap()
+/// The values of an attribute.
+fn values<'a>(html: &'a str, name: &str) -> HashSet<&'a str> {
+    let opening = format!(" {name}=\"");
+    let values = html.split(&opening).skip(1);
+    values.map(|rest| rest.split('"').next().unwrap()).collect()
 }
 
 #[test]
 fn every_arm_has_its_row_its_strip_and_its_switch() {
-    let results = results(2);
-    let html = drawn(&results);
-    for (number, result) in results.iter().enumerate() {
-        let section = section(&html, number);
-        assert!(section.contains(&result.cell.to_string()));
-        assert_eq!(charts(section).len(), 4 + ARMS.len());
-        for (number, arm) in ARMS.iter().enumerate() {
-            assert!(section.contains(&format!("</svg>{arm}</th>")), "{arm}");
-            assert!(section.contains(&format!("<b>{arm}</b>: drop")), "{arm}");
-            assert!(section.contains(&format!("of-arm-{number}\"")), "{arm}");
-        }
-    }
-    for number in 0..ARMS.len() {
+    let html = drawn(&[result()]);
+    assert_eq!(charts(&html).len(), 4 + Arm::ALL.len());
+    for (number, arm) in Arm::ALL.iter().enumerate() {
+        let name = arm.name;
+        assert!(html.contains(&format!("</svg>{name}</th><td>")), "{name}");
+        assert!(html.contains(&format!("</svg>{name}</b>: drop")), "{name}");
         assert!(html.contains(&format!("id=\"arm-{number}\" checked")));
         assert!(html.contains(&format!("body:has(#arm-{number}:not(:checked))")));
+        assert!(html.contains(&format!("class=\"of-arm-{number}")));
+        // A policy has one hue, and QEMU's shape is dashed.
+        let (key, qemu) = (format!("[stroke=\"#0001{number:02X}\"] {{"), number > 5);
+        let hue = if qemu { number - 5 } else { number };
+        assert!(html.contains(&format!("{key} stroke: var(--hue-{hue})")));
+        assert_eq!(html.contains(&format!("{key} stroke-dasharray")), qemu);
+    }
+    assert!(html.contains("<span class=\"good\">✓ bitmap: 1.50</span>"));
+    for column in COLUMNS {
+        assert!(
+            html.contains(&format!("<dt>{}</dt>", column.name)),
+            "{column:?}"
+        );
     }
 }
 
 #[test]
 fn the_host_and_the_facts_are_told_and_escaped() {
-    let html = drawn(&results(1));
+    let mut result = result();
+    let html = drawn(&[result.clone()]);
     assert!(html.contains("<dd>kvm_pvm, Linux 6.18.0, 8 cores</dd>"));
     assert!(html.contains("CPU &lt;of&gt; &quot;none&quot; &amp; all"));
     assert!(html.contains("<dt>bandwidth</dt><dd>&lt;1 GB/s&gt; &amp; more</dd>"));
-    let mut results = results(1);
-    results[0].arms[0].arm = "<script>";
-    assert!(!drawn(&results).contains("<script"));
+    result.arms[0].arm = "<script>";
+    assert!(!drawn(&[result]).contains("<script"));
 }
 
 #[test]
 fn it_needs_no_network() {
-    let html = drawn(&results(1));
-    let alone = html.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+    let alone = drawn(&[result()]).replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
     for foreign in [
         "http:", "https:", "//", "url(", "@import", "<script", "<link", " src=",
     ] {
@@ -77,131 +107,96 @@ fn it_needs_no_network() {
 }
 
 #[test]
-fn missed_pages_can_not_be_overlooked() {
-    let mut results = results(2);
-    let sound = drawn(&results);
-    assert!(sound.contains("66 migrations, 0 missed pages"));
-    assert!(!sound.contains("class=\"missed\""));
-    results[1].arms[3].migrations[2].figures.missed_pages = 17;
-    let html = drawn(&results);
+fn what_spoils_figures_can_not_be_overlooked() {
+    let mut result = result();
+    let sound = drawn(&[result.clone()]);
+    assert!(sound.contains("33 migrations, 0 missed pages"));
+    let not_converged = "<td><span class=\"bad\">✗ 2 of 3</span></td>";
+    assert!(!sound.contains("class=\"alarm\"") && !sound.contains(not_converged));
+    result.arms[1].migrations[0].figures.converged = false;
+    result.arms[3].migrations[2].figures.missed_pages = 17;
+    let html = drawn(&[result]);
     assert!(!html.contains("0 missed pages"));
     assert!(html.contains("role=\"alert\">⚠ 17 pages differ"));
-    assert!(!section(&html, 0).contains("class=\"missed\""));
-    let section = section(&html, 1);
-    assert!(section.contains("run-levels missed 17 pages"));
-    assert!(section.contains("<td class=\"missed\">⚠ 17 missed</td>"));
-}
-
-#[test]
-fn who_does_not_converge_is_marked() {
-    let mut results = results(1);
-    for arm in &mut results[0].arms {
-        for one in &mut arm.migrations {
-            one.figures.converged = true;
-        }
-    }
-    assert!(!drawn(&results).contains("class=\"not\""));
-    results[0].arms[1].migrations[0].figures.converged = false;
-    assert!(drawn(&results).contains("<td class=\"not\">2 of 3</td>"));
+    assert!(html.contains("<p class=\"alarm\">⚠ run-levels MISSED 17 pages"));
+    assert!(html.contains("<td><span class=\"alarm\">⚠ 17 pages</span></td>"));
+    assert!(html.contains(not_converged));
 }
 
 #[test]
 fn the_guests_standing_still_is_drawn() {
-    let mut results = results(1);
-    results[0].arms.truncate(1);
-    let still = results[0].arms[0].typical().unwrap().samples.iter();
-    assert!(still.clone().any(|sample| sample.ms_per_gb.is_none()));
-    let lanes = drawn(&results).matches("\nstill\n").count();
+    let mut result = result();
+    result.arms.truncate(1);
+    let html = drawn(&[result.clone()]);
     // In the chart of all arms and in the arm's own.
-    assert_eq!(lanes, 2);
-    let bars = |results: &[CellResult]| drawn(results).matches("fill=\"#6E6E6E\"").count();
-    let before = bars(&results);
-    for one in &mut results[0].arms[0].migrations {
-        for sample in &mut one.samples {
-            sample.ms_per_gb = sample.ms_per_gb.or(Some(300.0));
-        }
+    assert_eq!(html.matches("\nstill\n").count(), 2);
+    let bars = |html: &str| {
+        let rectangles = html.split("<rect ").skip(1);
+        let first = rectangles.filter_map(|rest| rest.split("/>").next());
+        first.filter(|one| one.contains("fill=\"#000100\"")).count()
+    };
+    assert_eq!(bars(&html), 2);
+    for sample in &mut result.arms[0].migrations[1].samples {
+        sample.ms_per_gb = Some(300.0);
     }
-    assert_eq!(bars(&results) + 2, before);
+    assert_eq!(bars(&drawn(&[result])), 0);
 }
 
 #[test]
 fn nonsense_is_drawn_as_nothing() {
-    let mut results = results(4);
-    results[0].arms.clear();
-    results[1].arms[0].migrations.clear();
-    for arm in &mut results[2].arms {
-        for one in &mut arm.migrations {
-            one.samples.clear();
-            one.rounds.clear();
-            one.phases = Default::default();
-            one.figures = Default::default();
+    let [mut bare, mut unmeasured, mut empty, mut odd] = [(); 4].map(|()| result());
+    bare.arms.clear();
+    unmeasured.arms[0].migrations.clear();
+    for one in empty.arms.iter_mut().flat_map(|arm| &mut arm.migrations) {
+        one.samples.clear();
+        one.rounds.clear();
+        one.phases = Default::default();
+        one.figures = Default::default();
+    }
+    for one in odd.arms.iter_mut().flat_map(|arm| &mut arm.migrations) {
+        one.figures.worst_ms_per_gb = f64::INFINITY;
+        one.figures.quiet_ms_per_gb = f64::NAN;
+        let nonsense = [f64::NAN, f64::INFINITY, 0.0, -1.0];
+        for (sample, odd) in one.samples.iter_mut().zip(nonsense) {
+            (sample.ms_per_gb, sample.delay_ms) = (Some(odd), Some(odd));
         }
     }
-    for arm in &mut results[3].arms {
-        for one in &mut arm.migrations {
-            one.figures.worst_ms_per_gb = f64::INFINITY;
-            one.figures.quiet_ms_per_gb = f64::NAN;
-            for (sample, odd) in one
-                .samples
-                .iter_mut()
-                .zip([f64::NAN, f64::INFINITY, 0.0, -1.0])
-            {
-                sample.ms_per_gb = Some(odd);
-                sample.delay_ms = Some(odd);
-            }
-        }
-    }
-    let html = drawn(&results);
-    for chart in charts(&html) {
-        for text in ["NaN", "inf"] {
-            assert!(!chart.contains(text), "{text}: {chart}");
+    let html = drawn(&[bare, unmeasured, empty, odd]);
+    assert_eq!(charts(&html).len(), 14 + 14 + 15);
+    for chart in charts(&(html + &drawn(&[result()]))) {
+        assert!(!chart.contains("NaN") && !chart.contains("inf"), "{chart}");
+        let [width, height] = ["width", "height"].map(|name| -> f64 {
+            let rest = chart.split(&format!(" {name}=\"")).nth(1).unwrap();
+            rest.split('"').next().unwrap().parse().unwrap()
+        });
+        // And no line leaves its chart.
+        let places = values(chart, "points")
+            .into_iter()
+            .flat_map(str::split_whitespace);
+        for (x, y) in places.filter_map(|place| place.split_once(',')) {
+            assert!((0.0..=width).contains(&x.parse().unwrap()), "{x}");
+            assert!((0.0..=height).contains(&y.parse().unwrap()), "{y}");
         }
     }
     drawn(&[]);
 }
 
 #[test]
-fn lines_stay_within_their_charts() {
-    let html = drawn(&results(3));
-    let charts = charts(&html);
-    for chart in charts {
-        let number = |name: &str| -> i32 {
-            let rest = chart.split(&format!("{name}=\"")).nth(1).unwrap();
-            rest.split('"').next().unwrap().parse().unwrap()
-        };
-        let (width, height) = (number(" width"), number(" height"));
-        for points in chart.split("points=\"").skip(1) {
-            for point in points.split('"').next().unwrap().split_whitespace() {
-                let (x, y) = point.split_once(',').unwrap();
-                let (x, y): (i32, i32) = (x.parse().unwrap(), y.parse().unwrap());
-                assert!((0..=width).contains(&x), "{point}");
-                assert!((0..=height).contains(&y), "{point}");
-            }
-        }
-    }
-}
-
-#[test]
 fn a_long_run_is_a_small_file() {
-    let size = drawn(&results(18)).len();
+    let size = drawn(&vec![result(); 18]).len();
     assert!(size < 4 << 20, "{size}");
 }
 
 #[test]
 fn the_style_knows_the_keys() {
-    let html = drawn(&results(1));
-    let arms = super::Palette::of(&results(1)).css();
+    let html = drawn(&[result()]);
     for chart in charts(&html) {
         for name in ["fill", "stroke"] {
-            for key in chart.split(&format!(" {name}=\"")).skip(1) {
-                let key = key.split('"').next().unwrap();
-                let rule = format!("[{name}=\"{key}\"]");
+            for key in values(chart, name) {
                 // The ink of all text has a rule of its own.
                 let known = matches!(key, "none" | "#000000");
-                assert!(
-                    known || STYLE.contains(&rule) || arms.contains(&rule),
-                    "{rule}"
-                );
+                let rule = format!("[{name}=\"{key}\"] {{");
+                assert!(known || html.contains(&rule), "{rule}");
             }
         }
     }
