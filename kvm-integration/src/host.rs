@@ -7,12 +7,14 @@ use std::thread;
 
 use kvm_dirty_ring::HostSupport;
 use kvm_ioctls::Kvm;
+use serde::Serialize;
 
 /// The machine a figure was measured on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Host {
     /// The KVM module in use: `kvm_intel`, `kvm_amd`, `kvm_pvm`, …; `kvm` where KVM has no
     /// vendor module (arm64), `no kvm` where there is none at all.
+    #[serde(rename = "kvm")]
     pub kvm_kind: String,
     /// The kernel release, as `uname -r` prints it.
     pub kernel: String,

@@ -69,7 +69,8 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn 
         say(&format!("### {summary}\n\n{table}"))?;
     }
     if let Some(json) = json {
-        json.write(&report::json(&host, &plan, &results, &verdicts)?)?;
+        let report = report::json(&host, &plan, &results, &verdicts);
+        json.write(&format!("{report}\n"))?;
     }
     if let Some(html) = html {
         html.write(&html::page(&host, &plan.facts(), &results, &verdicts)?)?;

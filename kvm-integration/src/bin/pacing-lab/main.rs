@@ -77,8 +77,8 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
         say(&table::verdicts(&verdicts).to_string())?;
     }
     if let Some(json) = json {
-        let report = report::Report::new(options, slice_ms, &results, &skipped, &verdicts);
-        json.write(&report.json()?)?;
+        let report = report::json(options, slice_ms, &results, &skipped, &verdicts);
+        json.write(&format!("{report:#}\n"))?;
     }
     if let Some(html) = html {
         let guests = if options.sim { "simulated" } else { "real" };
