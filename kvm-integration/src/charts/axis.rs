@@ -73,10 +73,10 @@ impl Axis {
     }
 }
 
-/// What is written beside a tick. No `0.30000000000000004`.
+/// What is written beside a tick. No `0.30000000000000004`, and no `-0`.
 pub(super) fn tick(value: f64) -> String {
     match value.abs() {
-        ..1000.0 => format!("{}", (value * 1e3).round() / 1e3),
+        ..1000.0 => format!("{}", (value * 1e3).round() / 1e3 + 0.0),
         _ => figure(value),
     }
 }

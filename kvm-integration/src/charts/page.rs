@@ -132,8 +132,8 @@ pub fn remarks(remarks: &[String]) -> String {
     remarks.iter().map(remark).collect()
 }
 
-/// A chart under its caption, which is HTML, and is there for those, too, who can't see the chart. One of a
-/// single arm is of the class `of-arm-NUMBER`.
+/// A chart under its caption, which is HTML, and is there for those, too, who can't see the chart.
+/// One of a single arm is of the class `of-arm-NUMBER`.
 ///
 /// # Errors
 /// It can't be drawn.
@@ -152,8 +152,8 @@ pub fn figure(class: &str, caption: &str, chart: &Chart<'_>) -> Result<String, U
     ))
 }
 
-/// A table, whose cells are marked as their signs say. What is in parentheses, or after a stroke, stands
-/// below. Guests, if rows are theirs, link to their sections.
+/// A table, whose cells are marked as their signs say. What is in parentheses, or after a stroke,
+/// stands below. Guests, if rows are theirs, link to their sections.
 pub fn table(table: &Table, legend: &Legend) -> String {
     let mut html = String::from("<div class=\"wide\">\n<table>\n<thead><tr>");
     for head in &table.head {

@@ -2,7 +2,7 @@ use super::axis::tick;
 use super::*;
 
 #[test]
-fn ticks_of_logarithms_are_round_numbers() {
+fn ticks_are_round_numbers() {
     let labels = |axis: Axis| axis.ticks().into_iter().map(tick).collect::<Vec<_>>();
     let log = |from, to| labels(Axis::log("ms", from..to));
     assert_eq!(log(150.0, 680.0), ["150", "200", "300", "500", "700"]);
@@ -11,6 +11,7 @@ fn ticks_of_logarithms_are_round_numbers() {
     let counts = |most| labels(Axis::counts("exits", 0.0..most));
     assert_eq!(counts(150.0), ["0", "1", "10", "100"]);
     assert_eq!(counts(0.0), ["0", "1", "10"]);
+    assert_eq!([-1e-17, 0.1 + 0.2, -1.5].map(tick), ["0", "0.3", "-1.5"]);
 }
 
 fn drawn(y: Axis, points: impl Iterator<Item = Point>) -> String {
