@@ -12,7 +12,7 @@
 //! | `r9` | bit 0: exit after each `rbx` stores; bit 1: exit after each pass |
 //! | `r13` | where in a page this vCPU stores |
 //! | `r11` | the stamp |
-//! | `r10` | turns of an empty loop after each `rbx` stores: see [`slowdown`](crate::slowdown) |
+//! | `r10` | turns of an empty loop after each `rbx` stores: see [`slowdown`] |
 //! | `rcx`, `rsi`, `rax`, `r8`, `r12`, `r15` | countdown, place in the list, page, stores, passes, turns left |
 //!
 //! A store takes three instructions, for the sake of `kvm_pvm`, which in [`Mode::Emulated`] takes
