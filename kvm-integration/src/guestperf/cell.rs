@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::memory::PAGE_SIZE;
-use crate::workload::Region;
+use crate::guest::memory::PAGE_SIZE;
+use crate::guest::workload::Region;
 
 /// One guest, which every arm migrates in turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]

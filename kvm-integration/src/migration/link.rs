@@ -1,15 +1,17 @@
 //! The way to the copy, and the copy.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use kvm_dirty_ring::{Run, SlotId};
 
-use super::{MigrationError, Observer};
+use super::outcome::Observer;
+use crate::cli::interrupt::go_on;
+use crate::guest::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::machine::GuestSlot;
-use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
-use crate::rate::TokenBucket;
+use crate::machine::rate::TokenBucket;
 
 /// Pages sent between two looks at the clock and at whether to go on.
 const PIECE: u64 = 64;
@@ -106,7 +108,7 @@ impl<'a> Link<'a> {
         pages: u64,
         running: bool,
         runs: impl Iterator<Item = Run>,
-    ) -> Result<Duration, MigrationError> {
+    ) -> Result<Duration> {
         let start = Instant::now();
         self.observer.begin(round, pages, running);
         for run in runs {
@@ -124,10 +126,10 @@ impl<'a> Link<'a> {
         Ok(start.elapsed())
     }
 
-    fn keep_pace(&mut self, pages: u64) -> Result<(), MigrationError> {
+    fn keep_pace(&mut self, pages: u64) -> Result<()> {
         let until = self.bucket.as_mut().and_then(|bucket| bucket.take(pages));
         loop {
-            self.go_on()?;
+            go_on(self.interrupted)?;
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             match left {
                 None | Some(Duration::ZERO) => return Ok(()),
@@ -136,21 +138,13 @@ impl<'a> Link<'a> {
         }
     }
 
-    fn go_on(&self) -> Result<(), MigrationError> {
-        // Relaxed: nothing comes with it.
-        match self.interrupted.load(Ordering::Relaxed) {
-            true => Err(MigrationError::Interrupted),
-            false => Ok(()),
-        }
-    }
-
     /// Compares every page of every slot, byte for byte: how many differ, and the first that does.
-    pub(super) fn compare(&self) -> Result<(u64, Option<(SlotId, u64)>), MigrationError> {
+    pub(super) fn compare(&self) -> Result<(u64, Option<(SlotId, u64)>)> {
         let (mut count, mut first) = (0, None);
         for (slot, copy) in self.slots.iter().zip(self.copies) {
             for page in 0..slot.memory.pages() {
                 if page % PIECE == 0 {
-                    self.go_on()?;
+                    go_on(self.interrupted)?;
                 }
                 if slot.memory.page_differs(page, copy) {
                     count += 1;

@@ -1,12 +1,13 @@
 //! One guest under one limit.
 
-use std::error::Error;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Priority, Reaper};
+use anyhow::Result;
+use kvm_dirty_ring::{DirtyPages, Limiter, Priority, Reaper};
+use kvm_integration::cli::interrupt::go_on;
 use kvm_integration::machine::Machine;
 
 use crate::options::Options;
@@ -64,7 +65,7 @@ pub fn run(
     options: &Options,
     limit: Option<NonZeroU64>,
     interrupted: &AtomicBool,
-) -> Result<Measured, Box<dyn Error>> {
+) -> Result<Measured> {
     let mut machine = start(options)?;
     let log = machine.log().clone();
     let mut dirty = DirtyPages::new();
@@ -83,7 +84,8 @@ pub fn run(
     let begin = Instant::now();
     while machine.stores() < options.setup().pages && begin.elapsed() < WARM_UP {
         thread::sleep(LOOK);
-        go_on(&mut *machine, interrupted)?;
+        go_on(interrupted)?;
+        machine.check()?;
     }
 
     log.set_dirty_limits(limit)?;
@@ -96,9 +98,11 @@ pub fn run(
         while Instant::now() < end {
             thread::sleep(LOOK);
             stops.look(machine.stores());
-            go_on(&mut *machine, interrupted)?;
+            go_on(interrupted)?;
+            machine.check()?;
         }
-        pages += sync(&log, &mut dirty)?;
+        log.sync(&mut dirty)?;
+        pages += dirty.page_count();
     }
     let after = Counts::read(&*machine);
     machine.pause()?;
@@ -120,19 +124,6 @@ pub fn run(
         longest_stop: stops.longest,
         full_exits: after.full_exits - before.full_exits,
     })
-}
-
-fn sync(log: &DirtyLog, dirty: &mut DirtyPages) -> Result<u64, Box<dyn Error>> {
-    log.sync(dirty)?;
-    Ok(dirty.page_count())
-}
-
-fn go_on(machine: &mut dyn Machine, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
-    // Relaxed: nothing comes with it.
-    if interrupted.load(Ordering::Relaxed) {
-        return Err("interrupted".into());
-    }
-    Ok(machine.check()?)
 }
 
 /// How long the guest stood still.
@@ -160,7 +151,7 @@ impl Stops {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn start(options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
+fn start(options: &Options) -> Result<Box<dyn Machine>> {
     use kvm_integration::kvm_available;
     use kvm_integration::machine::{KvmMachine, Logging};
     let machine = KvmMachine::start(&kvm_available()?, &options.setup(), Logging::Rings)?;
@@ -168,6 +159,6 @@ fn start(options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn start(_options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
-    Err("the guest is x86-64 code and this machine is not".into())
+fn start(_options: &Options) -> Result<Box<dyn Machine>> {
+    anyhow::bail!("the guest is x86-64 code and this machine is not")
 }

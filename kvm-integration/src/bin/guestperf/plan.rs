@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::{Result, ensure};
 use kvm_integration::guestperf::{Arm, Cell};
 use kvm_integration::migration::Limits;
 
@@ -59,33 +60,21 @@ pub struct Plan {
     pub limits: Limits,
 }
 
-/// No guest is left.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "no guest is left of those with {memory:?} MiB of memory and {stress:?} of it stressed: the \
-     stressed memory must not exceed the memory, and must have a page for each vCPU"
-)]
-pub struct NoGuest {
-    memory: Vec<u64>,
-    stress: Vec<u64>,
-}
-
 impl Plan {
     /// What the command line asks for.
     ///
     /// # Errors
     /// That is nothing.
-    pub fn new(options: &Options) -> Result<Self, NoGuest> {
-        let list = list(options);
-        let (memory, stress) = list.iter().map(|guest| (guest.1, guest.2)).unzip();
-        let cells: Vec<Cell> = list
-            .into_iter()
-            .map(cell)
-            .filter(Cell::is_possible)
-            .collect();
-        if cells.is_empty() {
-            return Err(NoGuest { memory, stress });
-        }
+    pub fn new(options: &Options) -> Result<Self> {
+        let mut cells: Vec<Cell> = list(options).into_iter().map(cell).collect();
+        let of = |number: fn(&Cell) -> u64| cells.iter().map(number).collect::<Vec<_>>();
+        let (memory, stress) = (of(|cell| cell.memory_mib), of(|cell| cell.stress_mib));
+        cells.retain(Cell::is_possible);
+        ensure!(
+            !cells.is_empty(),
+            "no guest is left of those with {memory:?} MiB of memory and {stress:?} of it stressed: \
+             the stressed memory must not exceed the memory, and must have a page for each vCPU"
+        );
         let arms = match (&options.arms[..], options.quick) {
             ([], false) => Arm::ALL.to_vec(),
             ([], true) => QUICK_ARMS
@@ -201,11 +190,12 @@ fn grid(options: &Options) -> Vec<Guest> {
         }
     }
     let full = options.full;
+    let ring_entries: Vec<u32> = options.ring_entries.iter().map(|size| size.get()).collect();
     let mut list = Vec::new();
     for &vcpus in &or(&options.vcpus, &VCPUS, 2, full) {
         for &memory in &or(&options.memory_mib, &MEMORY_MIB, 1024, full) {
             for &stress in &or(&options.stress_mib, &STRESS_MIB, 96, full) {
-                for &ring in &or(&options.ring_entries, &RING_ENTRIES, 4096, full) {
+                for &ring in &or(&ring_entries, &RING_ENTRIES, 4096, full) {
                     list.push((vcpus, memory, stress, ring));
                 }
             }

@@ -16,8 +16,8 @@
 //! said.
 
 use kvm_integration::Host;
-use kvm_integration::guestperf::{ArmResult, Cell, CellResult, Migration};
-use serde::Serialize;
+use kvm_integration::guestperf::{ArmResult, CellResult};
+use serde_json::{Value, json};
 
 use crate::plan::Plan;
 use crate::verdict::Verdict;
@@ -25,110 +25,52 @@ use crate::verdict::Verdict;
 /// Changes when the meaning of a key does.
 const SCHEMA: u32 = 1;
 
-#[derive(Debug, Serialize)]
-struct Report<'a> {
-    schema: u32,
-    host: HostFacts<'a>,
-    settings: Settings,
-    missed_pages: u64,
-    cells: Vec<CellFacts<'a>>,
-    verdicts: &'a [Verdict],
-}
-
-#[derive(Debug, Serialize)]
-struct HostFacts<'a> {
-    kvm: &'a str,
-    kernel: &'a str,
-    cores: usize,
-    cpu: &'a str,
-}
-
-#[derive(Debug, Serialize)]
-struct Settings {
-    repeat: u32,
-    quiet_ms: u128,
-    bandwidth_mib: u64,
-    downtime_ms: u128,
-    max_rounds: u32,
-}
-
-#[derive(Debug, Serialize)]
-struct CellFacts<'a> {
-    #[serde(flatten)]
-    cell: &'a Cell,
-    others: Option<f64>,
-    arms: Vec<ArmFacts<'a>>,
-}
-
-#[derive(Debug, Serialize)]
-struct ArmFacts<'a> {
-    arm: &'a str,
-    missed_pages: u64,
-    migrations: &'a [Migration],
-}
-
-impl<'a> CellFacts<'a> {
-    fn new(result: &'a CellResult) -> Self {
-        Self {
-            cell: &result.cell,
-            others: result.others,
-            arms: result.arms.iter().map(ArmFacts::new).collect(),
-        }
-    }
-}
-
-impl<'a> ArmFacts<'a> {
-    fn new(result: &'a ArmResult) -> Self {
-        Self {
-            arm: result.arm,
-            missed_pages: result.missed_pages(),
-            migrations: &result.migrations,
-        }
-    }
-}
-
 /// Pages that any migration missed.
 pub fn missed_pages(results: &[CellResult]) -> u64 {
     let arms = results.iter().flat_map(|cell| &cell.arms);
     arms.map(ArmResult::missed_pages).sum()
 }
 
-/// The file's text.
-///
-/// # Errors
-/// None that is known of.
-pub fn json(
-    host: &Host,
-    plan: &Plan,
-    results: &[CellResult],
-    verdicts: &[Verdict],
-) -> serde_json::Result<String> {
-    let report = Report {
-        schema: SCHEMA,
-        host: HostFacts {
-            kvm: &host.kvm_kind,
-            kernel: &host.kernel,
-            cores: host.cores,
-            cpu: &host.cpu,
+/// The object.
+pub fn json(host: &Host, plan: &Plan, results: &[CellResult], verdicts: &[Verdict]) -> Value {
+    json!({
+        "schema": SCHEMA,
+        "host": host,
+        "settings": {
+            "repeat": plan.repeat,
+            "quiet_ms": plan.quiet.as_millis() as u64,
+            "bandwidth_mib": plan.limits.bandwidth_mib,
+            "downtime_ms": plan.limits.downtime.as_millis() as u64,
+            "max_rounds": plan.limits.max_rounds,
         },
-        settings: Settings {
-            repeat: plan.repeat,
-            quiet_ms: plan.quiet.as_millis(),
-            bandwidth_mib: plan.limits.bandwidth_mib,
-            downtime_ms: plan.limits.downtime.as_millis(),
-            max_rounds: plan.limits.max_rounds,
-        },
-        missed_pages: missed_pages(results),
-        cells: results.iter().map(CellFacts::new).collect(),
-        verdicts,
-    };
-    serde_json::to_string(&report).map(|text| text + "\n")
+        "missed_pages": missed_pages(results),
+        "cells": results.iter().map(cell).collect::<Vec<_>>(),
+        "verdicts": verdicts,
+    })
+}
+
+fn cell(result: &CellResult) -> Value {
+    let cell = &result.cell;
+    json!({
+        "vcpus": cell.vcpus,
+        "memory_mib": cell.memory_mib,
+        "stress_mib": cell.stress_mib,
+        "ring_entries": cell.ring_entries,
+        "others": result.others,
+        "arms": result.arms.iter().map(arm).collect::<Vec<_>>(),
+    })
+}
+
+fn arm(result: &ArmResult) -> Value {
+    json!({
+        "arm": result.arm,
+        "missed_pages": result.missed_pages(),
+        "migrations": result.migrations,
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
-
     use super::*;
     use crate::options::tests::parse;
     use crate::tests::{cell_result, figures};
@@ -142,8 +84,7 @@ mod tests {
             ("look-first", &[figures()]),
         ])];
         let plan = Plan::new(&parse("--quick --repeat 5").unwrap()).unwrap();
-        let text = super::json(&Host::detect(), &plan, &results, &verdicts(&results)).unwrap();
-        let mut value: Value = serde_json::from_str(&text).unwrap();
+        let mut value = super::json(&Host::detect(), &plan, &results, &verdicts(&results));
         let host = value["host"].take();
         assert!(host["kvm"].is_string() && host["kernel"].is_string() && host["cpu"].is_string());
         assert!(host["cores"].is_u64());

@@ -1,7 +1,7 @@
 //! Tables for people.
 
+use kvm_integration::cli::markdown::{aligned, figure};
 use kvm_integration::guestperf::{ArmResult, CellResult, Figures, Spread};
-use kvm_integration::markdown::{aligned, figure};
 
 use crate::verdict::{Best, Verdict};
 

@@ -13,7 +13,7 @@ mod simulated;
 use std::io::{Read, Write, stdin};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use kvm_dirty_ring::{DirtyPages, Reaper, pacing::LookFirst};
@@ -21,10 +21,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
-use machine::{COUNT, Machine, SLOT};
+use machine::{COUNT, MEMORY, Machine, Memory, PATIENCE, SLOT, Vcpu};
 
-/// How long the other process, or the guest, may be silent; and rounds may go on.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// The guest is stopped after a round of so few pages.
 const FEW_PAGES: u64 = 256;
 
@@ -51,10 +49,16 @@ fn main() -> Result<()> {
     sent
 }
 
+fn create(sim: bool) -> Result<(Machine, Vcpu)> {
+    let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)])?;
+    let (set_logged, log, vcpu) = simulated::create_unless_kvm(sim, &memory)?;
+    Ok((Machine::new(memory, set_logged, log)?, vcpu))
+}
+
 fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    let (machine, vcpu) = Machine::new(sim)?;
+    let (machine, vcpu) = create(sim)?;
     let thread = machine.start(vcpu, Value::Null)?;
 
     let log = &machine.log;
@@ -92,7 +96,7 @@ fn send_dirty(socket: &mut UnixStream, machine: &Machine, dirty: &mut DirtyPages
 
 fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (machine, vcpu) = Machine::new(sim)?;
+    let (machine, vcpu) = create(sim)?;
     while let (address, bytes @ 1..) = receive(&mut socket)? {
         // Whoever sends it does not decide where it goes: a slice is within one region.
         let mut slice = machine.memory.get_slice(GuestAddress(address), bytes)?;

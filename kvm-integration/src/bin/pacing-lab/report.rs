@@ -29,8 +29,8 @@
 //! | `wakeups`, `reaper_passes` | of the reaper |
 
 use kvm_integration::Host;
-use kvm_integration::lab::{ArmResult, CellResult, Measured};
-use serde::Serialize;
+use kvm_integration::lab::{ArmResult, CellResult};
+use serde_json::{Value, json};
 
 use crate::options::Options;
 use crate::run::Skipped;
@@ -39,160 +39,57 @@ use crate::targets::Verdict;
 /// Changes when the meaning of a key does.
 const SCHEMA: u32 = 1;
 
-/// All there is to say.
-#[derive(Debug, Serialize)]
-pub struct Report<'a> {
-    schema: u32,
-    simulated: bool,
-    host: HostFacts,
-    settings: Settings,
-    guests: Vec<Guest>,
-    skipped: &'a [Skipped],
-    targets: &'a [Verdict],
+/// The object. `slice_ms` is what turns were to take.
+pub fn json(
+    options: &Options,
+    slice_ms: u64,
+    results: &[CellResult],
+    skipped: &[Skipped],
+    targets: &[Verdict],
+) -> Value {
+    let (real, simulated) = (!options.sim, options.sim);
+    json!({
+        "schema": SCHEMA,
+        "simulated": simulated,
+        "host": Host::detect(),
+        "settings": {
+            "rounds": real.then_some(options.rounds),
+            "slice_ms": real.then_some(slice_ms),
+            "seconds": simulated.then_some(options.seconds),
+            "seed": simulated.then_some(options.seed),
+        },
+        "guests": results.iter().map(guest).collect::<Vec<_>>(),
+        "skipped": skipped,
+        "targets": targets,
+    })
 }
 
-#[derive(Debug, Serialize)]
-struct HostFacts {
-    kvm: String,
-    kernel: String,
-    cores: usize,
-    cpu: String,
+fn guest(result: &CellResult) -> Value {
+    json!({
+        "workload": result.workload,
+        "vcpus": result.vcpus,
+        "ring_entries": result.ring_entries,
+        "others": result.others,
+        "reset_load": result.reset_load,
+        "arms": result.arms.iter().map(arm).collect::<Vec<_>>(),
+    })
 }
 
-#[derive(Debug, Serialize)]
-struct Settings {
-    rounds: Option<u32>,
-    slice_ms: Option<u64>,
-    seconds: Option<u64>,
-    seed: Option<u64>,
-}
-
-#[derive(Debug, Serialize)]
-struct Guest {
-    workload: String,
-    vcpus: u32,
-    ring_entries: u32,
-    others: Option<f64>,
-    reset_load: Option<f64>,
-    arms: Vec<Arm>,
-}
-
-#[derive(Debug, Serialize)]
-struct Arm {
-    arm: &'static str,
-    overruns: u64,
-    saturated: u32,
-    total: Figures,
-    rounds: Vec<Figures>,
-}
-
-#[derive(Debug, Serialize)]
-struct Figures {
-    seconds: f64,
-    full_exits: u64,
-    stall_ms: f64,
-    passes: u64,
-    minimum_passes: f64,
-    entries: u64,
-    stores: u64,
-    vcpu_cpu_ms: f64,
-    reaper_cpu_ms: f64,
-    pass_ms: f64,
-    wakeups: u64,
-    reaper_passes: u64,
-}
-
-impl<'a> Report<'a> {
-    /// Sums up. `slice_ms` is what turns were to take.
-    pub fn new(
-        options: &Options,
-        slice_ms: u64,
-        results: &[CellResult],
-        skipped: &'a [Skipped],
-        targets: &'a [Verdict],
-    ) -> Self {
-        let host = Host::detect();
-        let (real, simulated) = (!options.sim, options.sim);
-        Self {
-            schema: SCHEMA,
-            simulated,
-            host: HostFacts {
-                kvm: host.kvm_kind,
-                kernel: host.kernel,
-                cores: host.cores,
-                cpu: host.cpu,
-            },
-            settings: Settings {
-                rounds: real.then_some(options.rounds),
-                slice_ms: real.then_some(slice_ms),
-                seconds: simulated.then_some(options.seconds),
-                seed: simulated.then_some(options.seed),
-            },
-            guests: results.iter().map(Guest::new).collect(),
-            skipped,
-            targets,
-        }
-    }
-
-    /// As text, with an end of line.
-    ///
-    /// # Errors
-    /// None that is known of.
-    pub fn json(&self) -> serde_json::Result<String> {
-        serde_json::to_string_pretty(self).map(|text| text + "\n")
-    }
-}
-
-impl Guest {
-    fn new(result: &CellResult) -> Self {
-        Self {
-            workload: result.workload.clone(),
-            vcpus: result.vcpus,
-            ring_entries: result.ring_entries,
-            others: result.others,
-            reset_load: result.reset_load,
-            arms: result.arms.iter().map(Arm::new).collect(),
-        }
-    }
-}
-
-impl Arm {
-    fn new(result: &ArmResult) -> Self {
-        Self {
-            arm: result.arm,
-            overruns: result.overruns,
-            saturated: result.saturated,
-            total: Figures::new(&result.total()),
-            rounds: result.rounds.iter().map(Figures::new).collect(),
-        }
-    }
-}
-
-impl Figures {
-    fn new(measured: &Measured) -> Self {
-        let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
-        Self {
-            seconds: measured.time.as_secs_f64(),
-            full_exits: measured.full_exits,
-            stall_ms: ms(measured.stall),
-            passes: measured.passes,
-            minimum_passes: measured.minimum,
-            entries: measured.entries,
-            stores: measured.stores,
-            vcpu_cpu_ms: ms(measured.vcpu_cpu),
-            reaper_cpu_ms: ms(measured.reaper_cpu),
-            pass_ms: ms(measured.pass_time),
-            wakeups: measured.wakeups,
-            reaper_passes: measured.reaper_passes,
-        }
-    }
+fn arm(result: &ArmResult) -> Value {
+    json!({
+        "arm": result.arm,
+        "overruns": result.overruns,
+        "saturated": result.saturated,
+        "total": result.total(),
+        "rounds": result.rounds,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use serde_json::{Value, json};
+    use kvm_integration::lab::Measured;
 
     use super::*;
     use crate::options::tests::parse;
@@ -241,8 +138,7 @@ mod tests {
             met: true,
         }];
         let options = parse("--rounds 3").unwrap();
-        let report = Report::new(&options, 700, &results, &skipped, &targets);
-        let mut value: Value = serde_json::from_str(&report.json().unwrap()).unwrap();
+        let mut value = super::json(&options, 700, &results, &skipped, &targets);
         let host = value["host"].take();
         for (key, is) in [
             ("kvm", host["kvm"].is_string()),
@@ -283,8 +179,7 @@ mod tests {
     #[test]
     fn simulated_runs_have_settings_of_their_own() {
         let options = parse("--sim --seconds 5 --seed 7").unwrap();
-        let report = Report::new(&options, 2000, &[], &[], &[]);
-        let value = serde_json::to_value(&report).unwrap();
+        let value = super::json(&options, 2000, &[], &[], &[]);
         let wanted = json!({"rounds": null, "slice_ms": null, "seconds": 5, "seed": 7});
         assert_eq!(value["settings"], wanted);
         assert_eq!(value["simulated"], true);

@@ -1,8 +1,8 @@
 //! Figures for people: tables that are aligned, and Markdown, too.
 
+use kvm_integration::cli::markdown::{aligned, figure};
 use kvm_integration::lab::sim::constants;
 use kvm_integration::lab::{ArmResult, CellResult, Measured};
-use kvm_integration::markdown::{aligned, figure};
 
 use crate::targets::Verdict;
 

@@ -30,7 +30,6 @@ mod scenario;
 mod sight;
 #[cfg(test)]
 mod tests;
-mod totals;
 mod vcpu;
 
 use kvm_dirty_ring::pacing::Pacing;
@@ -39,8 +38,8 @@ pub use costs::{Costs, Guest};
 pub use lateness::Lateness;
 pub use load::Load;
 pub use outcome::{FullExit, Outcome, RingTotals};
-pub use recording::{Fault, Recording, RecordingError};
-pub use scenario::{MOST_VCPUS, Scenario};
+pub use recording::{MOST_VCPUS, Recording};
+pub use scenario::Scenario;
 
 use super::{Arm, Shape};
 use machine::Machine;

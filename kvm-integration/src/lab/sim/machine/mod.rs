@@ -13,11 +13,12 @@ use super::outcome::{FullExit, Outcome, RingTotals};
 use super::queue::{Actor, Event, Queue};
 use super::random::Random;
 use super::reaper::Reaper;
-use super::scenario::{MOST_VCPUS, Scenario};
+use super::recording::MOST_VCPUS;
+use super::scenario::Scenario;
 use super::sight::Known;
-use super::totals::Totals;
 use super::vcpu::Vcpu;
-use crate::lab::{Sample, Shape};
+use crate::lab::measure::{Measured, Sample, Totals};
+use crate::reaping::Shape;
 
 /// Streams of random numbers for vCPUs' speeds begin here.
 const SPEEDS: u64 = 1 << 32;
@@ -108,7 +109,7 @@ impl<'a> Machine<'a> {
                 Event::End => break,
             }
         }
-        self.outcome.measured = self.totals().since(&at_first, self.scenario);
+        self.outcome.measured = self.totals().since(&at_first);
         self.outcome.rings = self.vcpus.iter().map(totals_of).collect();
         self.outcome
     }
@@ -216,7 +217,29 @@ impl<'a> Machine<'a> {
         for vcpu in &mut self.vcpus {
             vcpu.advance(self.now);
         }
-        Totals::of(self.now, &self.vcpus, self.reaper.as_ref(), self.passes)
+        let vcpus = self.vcpus.iter();
+        let of_reaper = |count: fn(&Reaper) -> u64| self.reaper.as_ref().map_or(0, count);
+        let reaper_passes = of_reaper(|reaper| reaper.passes);
+        Totals {
+            stores: vcpus.clone().map(|vcpu| vcpu.stores).sum(),
+            rings: vcpus
+                .clone()
+                .map(|vcpu| (vcpu.taken, self.scenario.soft_limit))
+                .collect(),
+            sums: Measured {
+                time: Duration::from_nanos(self.now),
+                full_exits: vcpus.clone().map(|vcpu| vcpu.full_exits).sum(),
+                stall: Duration::from_nanos(vcpus.clone().map(Vcpu::stall).sum()),
+                passes: self.passes + reaper_passes,
+                entries: vcpus.map(|vcpu| vcpu.taken).sum(),
+                reaper_cpu: Duration::from_nanos(of_reaper(|reaper| reaper.cpu)),
+                pass_time: Duration::from_nanos(of_reaper(|reaper| reaper.pass_time)),
+                wakeups: of_reaper(|reaper| reaper.wakeups),
+                reaper_passes,
+                // How much of the time a load leaves to others is not modelled.
+                ..Measured::default()
+            },
+        }
     }
 }
 
