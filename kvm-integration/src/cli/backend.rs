@@ -15,9 +15,6 @@ pub enum Wanted {
 }
 
 /// What was wanted of KVM, or `None` for the simulated kernel; and in one line what was chosen and why.
-///
-/// # Errors
-/// KVM is insisted on and cannot be had.
 pub fn choose<K>(wanted: Wanted, kvm: impl FnOnce() -> Result<K>) -> Result<(Option<K>, String)> {
     if wanted == Wanted::Sim {
         return Ok((None, "backend: sim, as asked for".into()));

@@ -11,9 +11,6 @@ use signal_hook::flag;
 pub(super) const INTERRUPTED: u8 = 130;
 
 /// A flag that SIGINT or SIGTERM sets; a second signal ends the program at once.
-///
-/// # Errors
-/// The kernel refused a signal's handler.
 pub(super) fn watch_signals() -> io::Result<Arc<AtomicBool>> {
     let interrupted = Arc::<AtomicBool>::default();
     for signal in [SIGINT, SIGTERM] {
@@ -31,9 +28,6 @@ pub(super) fn watch_signals() -> io::Result<Arc<AtomicBool>> {
 pub struct Interrupted;
 
 /// Whether nobody has.
-///
-/// # Errors
-/// Somebody has.
 pub fn go_on(interrupted: &AtomicBool) -> Result<(), Interrupted> {
     // Relaxed: nothing comes with it.
     match interrupted.load(Ordering::Relaxed) {

@@ -3,9 +3,6 @@
 use kvm_dirty_ring::RingEntries;
 
 /// The size of a ring.
-///
-/// # Errors
-/// There is none of that size.
 pub fn ring_entries(text: &str) -> Result<RingEntries, String> {
     let wanted = || "a power of two from 256 to 65536 is wanted".to_string();
     let entries = text.parse().map_err(|_| wanted())?;
@@ -13,9 +10,6 @@ pub fn ring_entries(text: &str) -> Result<RingEntries, String> {
 }
 
 /// The one of `all` that has this name.
-///
-/// # Errors
-/// None has.
 pub fn named<T: Clone>(
     all: &[T],
     name_of: fn(&T) -> &'static str,

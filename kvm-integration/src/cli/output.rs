@@ -26,9 +26,6 @@ pub struct Output {
 
 impl Output {
     /// Makes sure that there is such a place, now and not after minutes of work.
-    ///
-    /// # Errors
-    /// There is not.
     pub fn to(path: &Path) -> Result<Self> {
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
@@ -38,9 +35,6 @@ impl Output {
     }
 
     /// Writes it.
-    ///
-    /// # Errors
-    /// The kernel said no.
     pub fn write(self, text: &str) -> Result<()> {
         let written = fs::write(&self.part, text);
         let renamed = written.and_then(|()| fs::rename(&self.part, &self.path));
@@ -56,9 +50,6 @@ impl Drop for Output {
 }
 
 /// Writes a line, or several, to stdout.
-///
-/// # Errors
-/// It could not be written.
 pub fn say(text: &str) -> Result<()> {
     writeln!(io::stdout(), "{text}").with_context(|| unwritten("stdout"))
 }
@@ -97,9 +88,6 @@ pub struct Teller {
 
 impl Teller {
     /// Tells people.
-    ///
-    /// # Errors
-    /// It could not be written.
     pub fn tell(self, text: &str) -> Result<()> {
         match self.json {
             true => writeln!(io::stderr(), "{text}").with_context(|| unwritten("stderr")),
@@ -108,9 +96,6 @@ impl Teller {
     }
 
     /// Tells programs, if any wants to know.
-    ///
-    /// # Errors
-    /// It could not be written.
     pub fn end(self, object: &impl Serialize) -> Result<()> {
         if self.json {
             say(&serde_json::to_string(object)?)?;

@@ -14,9 +14,6 @@ pub struct Watchdog {
 
 impl Watchdog {
     /// Starts to watch; nothing is bounded yet.
-    ///
-    /// # Errors
-    /// There is no thread for it.
     pub fn start() -> io::Result<Self> {
         let (allowances, allowed) = mpsc::channel::<(Duration, String)>();
         let watch = move || {

@@ -4,11 +4,12 @@
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::kvm_run;
 use memmap2::{MmapOptions, MmapRaw};
+use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
 
 use super::parking::Barrier;
 
@@ -51,39 +52,10 @@ pub fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// Installs the handler that does nothing, once per process. Without `SA_RESTART`: interrupting is
-/// all the signal is for.
-pub(crate) fn install_handler() -> io::Result<()> {
-    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
-    extern "C" fn nothing(_signal: libc::c_int) {}
-
-    let installed = INSTALLED.get_or_init(|| {
-        // SAFETY: sigaction is made of integers, a pointer-sized handler and an optional function
-        // pointer, for which zeroes are valid values.
-        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
-        // SAFETY: both pointers are null or to a value of ours, and a handler that does nothing is
-        // safe in any context.
-        match unsafe { libc::sigaction(kick_signal(), &action, std::ptr::null_mut()) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)),
-        }
-    });
-    (*installed).map_err(io::Error::from_raw_os_error)
-}
-
-/// Lets the kick signal through to the calling thread, whatever mask it was born with.
-pub(crate) fn unblock_on_this_thread() -> io::Result<()> {
-    // SAFETY: sigset_t is an array of integers, for which zeroes are a valid value.
-    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `set` is ours, and the signal's number is valid, so that neither call can fail.
-    unsafe {
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, kick_signal());
-    }
-    // SAFETY: `set` is a valid set, and the old mask is not asked for.
-    match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut()) } {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno)),
-    }
+/// Has the calling thread interrupted by it, whatever mask the thread was born with, and nothing else:
+/// its handler does nothing, and without `SA_RESTART` interrupting is all that it is for.
+pub(crate) fn let_through() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(kick_signal(), nothing)?;
+    unblock_signal(kick_signal()).map_err(|error| io::Error::other(error.to_string()))
 }

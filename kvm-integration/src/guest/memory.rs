@@ -40,7 +40,8 @@ pub enum MemoryError {
 /// methods may be called while a guest runs; what they return is then as torn as the guest's
 /// stores make it.
 ///
-/// Offsets are in bytes and pages are counted from the start of the mapping.
+/// Offsets are in bytes and pages are counted from the start of the mapping. What is outside of it,
+/// a word at an offset that is no multiple of 8, and memories of two sizes are refused by a panic.
 #[derive(Debug)]
 pub struct GuestMemory {
     map: MmapRaw,
@@ -49,43 +50,25 @@ pub struct GuestMemory {
 
 impl GuestMemory {
     /// Maps `pages` pages that take room only once touched (`MAP_NORESERVE`).
-    ///
-    /// # Errors
-    /// The size is zero or absurd, or the kernel refuses the mapping.
     pub fn new(pages: u64) -> Result<Self, MemoryError> {
-        Self::map(pages, false)
-    }
-
-    /// Maps `pages` pages and touches all of them, so that a measurement has no first faults of
-    /// the host's own in it.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn prefaulted(pages: u64) -> Result<Self, MemoryError> {
-        Self::map(pages, true)
-    }
-
-    fn map(pages: u64, prefault: bool) -> Result<Self, MemoryError> {
         let bytes = match pages.checked_mul(PAGE_SIZE).map(usize::try_from) {
             Some(Ok(bytes)) if pages > 0 && pages <= 1 << 40 => bytes,
             _ => return Err(MemoryError::Size { pages }),
         };
-        let map = MmapOptions::new()
-            .len(bytes)
-            .no_reserve_swap()
-            .map_anon()
-            .map_err(|source| MemoryError::Map { pages, source })?;
-        let memory = Self {
-            map: MmapRaw::from(map),
-            pages,
-        };
+        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+        let map = MmapRaw::from(map.map_err(|source| MemoryError::Map { pages, source })?);
         // Huge pages would make sparse touches cost 2 MiB each, and make the guest's first faults
         // depend on the machine's settings. EINVAL where the kernel has no huge pages: as wanted.
-        let _ = memory.map.advise(Advice::NoHugePage);
-        if prefault {
-            for page in 0..pages {
-                memory.write_u64(page * PAGE_SIZE, 0);
-            }
+        let _ = map.advise(Advice::NoHugePage);
+        Ok(Self { map, pages })
+    }
+
+    /// Maps `pages` pages and touches all of them, so that a measurement has no first faults of
+    /// the host's own in it.
+    pub fn prefaulted(pages: u64) -> Result<Self, MemoryError> {
+        let memory = Self::new(pages)?;
+        for page in 0..pages {
+            memory.write_u64(page * PAGE_SIZE, 0);
         }
         Ok(memory)
     }
@@ -106,9 +89,6 @@ impl GuestMemory {
     }
 
     /// Reads the word at `offset`.
-    ///
-    /// # Panics
-    /// If `offset` is not a multiple of 8 or is out of bounds.
     pub fn read_u64(&self, offset: u64) -> u64 {
         let word = self.word(offset);
         // SAFETY: word() gives an aligned pointer to 8 mapped bytes, and the mapping lives as long
@@ -117,9 +97,6 @@ impl GuestMemory {
     }
 
     /// Writes the word at `offset`, as a device of the VMM would: no dirty log learns of it.
-    ///
-    /// # Panics
-    /// If `offset` is not a multiple of 8 or is out of bounds.
     pub fn write_u64(&self, offset: u64, value: u64) {
         let word = self.word(offset);
         // SAFETY: as in read_u64; the mapping is writable, and nobody holds a reference to it.
@@ -127,9 +104,6 @@ impl GuestMemory {
     }
 
     /// Takes the word at `offset` away, leaving 0, in one step beside a guest that writes it.
-    ///
-    /// # Panics
-    /// If `offset` is not a multiple of 8 or is out of bounds.
     pub fn take_u64(&self, offset: u64) -> u64 {
         let word = self.word(offset);
         // SAFETY: as in read_u64; the mapping is writable, and all accesses to a word that is taken
@@ -140,9 +114,6 @@ impl GuestMemory {
     }
 
     /// Copies bytes into the memory, as a loader would.
-    ///
-    /// # Panics
-    /// If they don't fit.
     pub fn write_bytes(&self, offset: u64, bytes: &[u8]) {
         let to = self.at(offset, bytes.len() as u64);
         // SAFETY: at() made sure that so many bytes are mapped there. No slice to a mapping of
@@ -151,18 +122,12 @@ impl GuestMemory {
     }
 
     /// Copies one page to the same place of `dest`.
-    ///
-    /// # Panics
-    /// If `page` is out of bounds of either.
     pub fn copy_page_to(&self, page: u64, dest: &GuestMemory) {
         self.copy_run(page, 1, dest);
     }
 
     /// Copies `pages` pages from `first_page` on to the same place of `dest`. A page the guest
     /// writes meanwhile arrives torn; it is for the dirty log to say so later.
-    ///
-    /// # Panics
-    /// If the run is out of bounds of either, or `dest` is `self`.
     pub fn copy_run(&self, first_page: u64, pages: u64, dest: &GuestMemory) {
         assert!(!ptr::eq(self, dest), "guest memory was copied onto itself");
         let from = self.run(first_page, pages);
@@ -173,31 +138,7 @@ impl GuestMemory {
         unsafe { ptr::copy_nonoverlapping(from, to, (pages * PAGE_SIZE) as usize) }
     }
 
-    /// The first byte in which the two differ. Call it when no vCPU runs.
-    ///
-    /// # Panics
-    /// If they are not of one size.
-    pub fn first_difference(&self, other: &GuestMemory) -> Option<u64> {
-        let page = self.differing(other).next()?;
-        (page * PAGE_SIZE..(page + 1) * PAGE_SIZE).find(|&offset| {
-            let (a, b) = (self.at(offset, 1), other.at(offset, 1));
-            // SAFETY: at() made sure that both bytes are mapped.
-            unsafe { a.read_volatile() != b.read_volatile() }
-        })
-    }
-
-    /// In how many pages the two differ, byte for byte. Call it when no vCPU runs.
-    ///
-    /// # Panics
-    /// If they are not of one size.
-    pub fn mismatched_pages(&self, other: &GuestMemory) -> u64 {
-        self.differing(other).count() as u64
-    }
-
     /// The pages in which the two differ, in order. Call it when no vCPU runs.
-    ///
-    /// # Panics
-    /// If they are not of one size.
     pub fn differing<'a>(&'a self, other: &'a GuestMemory) -> impl Iterator<Item = u64> + 'a {
         assert_eq!(
             self.pages, other.pages,
@@ -207,9 +148,6 @@ impl GuestMemory {
     }
 
     /// Whether the two differ in this page, byte for byte. Call it when no vCPU runs.
-    ///
-    /// # Panics
-    /// If `page` is out of bounds of either.
     pub fn page_differs(&self, page: u64, other: &GuestMemory) -> bool {
         let (a, b) = (self.run(page, 1), other.run(page, 1));
         // SAFETY: run() made sure that both pages are mapped. memcmp takes pointers, so no slice is
@@ -259,17 +197,17 @@ mod tests {
             GuestMemory::new(8).unwrap(),
             GuestMemory::prefaulted(8).unwrap(),
         );
-        assert_eq!(a.first_difference(&b), None);
+        let differing = || a.differing(&b).collect::<Vec<_>>();
+        assert_eq!(differing(), [0; 0]);
         a.write_u64(2 * PAGE_SIZE + 16, 0x0100);
         a.write_u64(7 * PAGE_SIZE + 4088, 1 << 56);
-        assert_eq!(a.first_difference(&b), Some(2 * PAGE_SIZE + 17));
-        assert_eq!(a.mismatched_pages(&b), 2);
+        assert_eq!(differing(), [2, 7]);
         a.copy_page_to(2, &b);
-        assert_eq!(a.first_difference(&b), Some(8 * PAGE_SIZE - 1));
+        assert_eq!(differing(), [7]);
         a.copy_run(6, 2, &b);
         assert_eq!(
-            (a.mismatched_pages(&b), b.read_u64(2 * PAGE_SIZE + 16)),
-            (0, 0x0100)
+            (differing(), b.read_u64(2 * PAGE_SIZE + 16)),
+            (vec![], 0x0100)
         );
     }
 

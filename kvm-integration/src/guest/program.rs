@@ -185,27 +185,23 @@ pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs, mode: Mode, places: &Places
     sregs.cr3 = places.page_tables;
 }
 
+/// Where the short jump at `at` leads.
+#[cfg(test)]
+pub(super) fn jump_target(code: &[u8], at: usize) -> usize {
+    let is_jump = matches!(code[at], 0x72 | 0x74..=0x76 | 0xe2 | 0xeb);
+    assert!(is_jump, "no jump at {at:#x}");
+    (at + 2).wrapping_add_signed(isize::from(code[at + 1] as i8))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn jumps_land_where_their_comments_say() {
-        let target = |at: usize| (at + 2).wrapping_add_signed(isize::from(CODE[at + 1] as i8));
-        let jumps = [
-            (0x0c, 0x06),
-            (0x19, 0x1d),
-            (0x20, 0x03),
-            (0x30, 0x34),
-            (0x34, 0x00),
-        ];
-        for (at, to) in jumps {
-            assert!(
-                matches!(CODE[at], 0x72 | 0x74 | 0xe2 | 0xeb),
-                "no jump at {at:#x}"
-            );
-            assert_eq!(target(at), to, "jump at {at:#x}");
-        }
+        let jumps = [0x0c, 0x19, 0x20, 0x30, 0x34];
+        let targets = [0x06, 0x1d, 0x03, 0x34, 0x00];
+        assert_eq!(jumps.map(|at| jump_target(CODE, at)), targets);
         assert_eq!(CODE.len(), 0x36);
     }
 

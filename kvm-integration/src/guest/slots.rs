@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use super::error::VmError;
-use super::memory::{GuestMemory, HIGHEST_GPA, LOWEST_GPA, PAGE_SIZE};
+use super::memory::{GuestMemory, HIGHEST_GPA, PAGE_SIZE};
 
 /// The slot of code, page tables, progress and lists.
 const BOOT_SLOT: u32 = 0;
@@ -61,22 +61,7 @@ impl Slots {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn add(
-        &self,
-        id: u32,
-        gpa: u64,
-        memory: Arc<GuestMemory>,
-        logged: bool,
-    ) -> Result<(), VmError> {
-        let end = gpa.checked_add(memory.bytes());
-        let fits = gpa >= LOWEST_GPA && end.is_some_and(|end| end <= HIGHEST_GPA);
-        if !fits || gpa % PAGE_SIZE != 0 {
-            return Err(VmError::SlotPlace { id, gpa });
-        }
-        self.insert(id, gpa, memory, logged)
-    }
-
-    fn insert(
+    pub(super) fn insert(
         &self,
         id: u32,
         gpa: u64,

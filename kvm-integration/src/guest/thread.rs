@@ -5,11 +5,12 @@
 //! when it is wanted to run. So a kick is never lost: before `KVM_RUN` the flag keeps the vCPU
 //! out, inside the signal throws it out, and after it the flag is still set.
 
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread::{Builder, JoinHandle};
+
+use vmm_sys_util::signal::Killable;
 
 use super::error::VcpuError;
 use super::kick::{self, ImmediateExit};
@@ -49,34 +50,29 @@ pub struct VcpuThread {
 impl VcpuThread {
     /// Runs `vcpu` on a thread of its own. `handler` is told of each exit of the guest's own, and
     /// of those that a [`Kicker`] causes; other signals are not its business.
-    ///
-    /// # Errors
-    /// The thread could not be started.
-    pub fn spawn<H>(vcpu: TinyVcpu, handler: H) -> Result<Self, VcpuError>
-    where
-        H: FnMut(Exit) -> Action + Send + 'static,
-    {
+    pub fn spawn(
+        vcpu: TinyVcpu,
+        handler: impl FnMut(Exit) -> Action + Send + 'static,
+    ) -> Result<Self, VcpuError> {
         Self::start(vcpu, None, handler)
     }
 
     /// The same on a thread that stays on CPU `cpu`.
-    ///
-    /// # Errors
-    /// The thread could not be started or pinned.
-    pub fn spawn_pinned<H>(vcpu: TinyVcpu, cpu: usize, handler: H) -> Result<Self, VcpuError>
-    where
-        H: FnMut(Exit) -> Action + Send + 'static,
-    {
+    pub fn spawn_pinned(
+        vcpu: TinyVcpu,
+        cpu: usize,
+        handler: impl FnMut(Exit) -> Action + Send + 'static,
+    ) -> Result<Self, VcpuError> {
         Self::start(vcpu, Some(cpu), handler)
     }
 
-    fn start<H>(vcpu: TinyVcpu, cpu: Option<usize>, handler: H) -> Result<Self, VcpuError>
-    where
-        H: FnMut(Exit) -> Action + Send + 'static,
-    {
+    fn start(
+        vcpu: TinyVcpu,
+        cpu: Option<usize>,
+        handler: impl FnMut(Exit) -> Action + Send + 'static,
+    ) -> Result<Self, VcpuError> {
         let index = vcpu.index();
         let failed = |source| VcpuError::Spawn { index, source };
-        kick::install_handler().map_err(failed)?;
         let progress = vcpu.progress().clone();
         // A vCPU that ran before was left with the flag set.
         let immediate_exit = Arc::clone(vcpu.immediate_exit());
@@ -144,9 +140,8 @@ impl VcpuThread {
     /// storm of them, call it often.
     pub fn interrupt(&self) {
         if let Some(thread) = &self.thread {
-            // SAFETY: the thread is not joined yet, so that its pthread_t is still valid, even if
-            // it has ended; the signal's handler does nothing.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), kick::kick_signal()) };
+            // One that has ended needs none.
+            let _ = thread.kill(kick::kick_signal());
         }
     }
 
@@ -194,18 +189,12 @@ impl VcpuThread {
     }
 
     /// Stops the vCPU, running or paused, and gives it back: to be looked at, or to be run again.
-    ///
-    /// # Errors
-    /// The thread had ended with an error.
     pub fn stop(self) -> Result<TinyVcpu, VcpuError> {
         self.request_stop();
         self.join()
     }
 
     /// Waits until the thread ends by itself: by its handler's wish, or by an error.
-    ///
-    /// # Errors
-    /// The thread ended with an error.
     pub fn join(mut self) -> Result<TinyVcpu, VcpuError> {
         let thread = self
             .thread
@@ -265,7 +254,7 @@ pub fn pause_all(threads: &[VcpuThread]) -> bool {
 
 /// Readies the calling thread, and tells its id when that went well.
 fn prepare(ready: Sender<libc::pid_t>, index: u32, cpu: Option<usize>) -> Result<(), VcpuError> {
-    kick::unblock_on_this_thread().map_err(|source| VcpuError::Spawn { index, source })?;
+    kick::let_through().map_err(|source| VcpuError::Spawn { index, source })?;
     if let Some(cpu) = cpu {
         confine(&[cpu]).map_err(|source| VcpuError::Pin { index, cpu, source })?;
     }

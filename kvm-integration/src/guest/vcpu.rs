@@ -120,18 +120,12 @@ impl TinyVcpu {
     }
 
     /// Its registers: see [`program`] for what they hold.
-    ///
-    /// # Errors
-    /// KVM refuses.
     pub fn registers(&self) -> Result<kvm_regs, VmError> {
         let failed = VmError::kvm("KVM_GET_REGS", format!("vCPU {}", self.index));
         self.fd.get_regs().map_err(failed)
     }
 
     /// Ticks a second of its time-stamp counter.
-    ///
-    /// # Errors
-    /// KVM refuses.
     pub fn tsc_hz(&self) -> Result<f64, VmError> {
         let failed = VmError::kvm("KVM_GET_TSC_KHZ", format!("vCPU {}", self.index));
         self.fd

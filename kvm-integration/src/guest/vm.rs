@@ -17,7 +17,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::error::VmError;
-use super::memory::{GuestMemory, LOWEST_GPA, PAGE_SIZE};
+use super::memory::{GuestMemory, HIGHEST_GPA, LOWEST_GPA, PAGE_SIZE};
 use super::program::{self, CODE, Load, Mode, Places};
 use super::slots::{PML4, Slots};
 use super::stamp::MAX_VCPUS;
@@ -48,9 +48,6 @@ pub struct TinyVm {
 impl TinyVm {
     /// Makes a machine for up to [`MAX_VCPUS`] vCPUs with lists of up to 2²⁰ entries. It has no vCPU
     /// yet, so that a dirty ring can still be enabled.
-    ///
-    /// # Errors
-    /// KVM or mmap refuses.
     pub fn new(kvm: &Kvm) -> Result<Self, VmError> {
         Self::with_capacity(kvm, MAX_VCPUS, LIST_CAPACITY)
     }
@@ -106,31 +103,27 @@ impl TinyVm {
         memory: Arc<GuestMemory>,
         logged: bool,
     ) -> Result<(), VmError> {
-        self.slots.add(id, gpa, memory, logged)
+        let end = gpa.checked_add(memory.bytes());
+        let fits = gpa >= LOWEST_GPA && end.is_some_and(|end| end <= HIGHEST_GPA);
+        if !fits || gpa % PAGE_SIZE != 0 {
+            return Err(VmError::SlotPlace { id, gpa });
+        }
+        self.slots.insert(id, gpa, memory, logged)
     }
 
     /// Takes slot `id` away, and lets go of its memory. A vCPU that stores to it later ends with
     /// [`VcpuError::UnexpectedExit`](super::error::VcpuError::UnexpectedExit).
-    ///
-    /// # Errors
-    /// There is no such slot, or KVM refuses.
     pub fn remove_slot(&self, id: u32) -> Result<(), VmError> {
         self.slots.remove(id)
     }
 
     /// Starts or stops the dirty log of slot `id`.
-    ///
-    /// # Errors
-    /// There is no such slot, or KVM refuses.
     pub fn set_logged(&self, id: u32, logged: bool) -> Result<(), VmError> {
         self.slots.set_logged(id, logged)
     }
 
     /// Protects all pages of slot `id` anew, which is logged. No vCPU may run: what it wrote meanwhile
     /// would not be logged.
-    ///
-    /// # Errors
-    /// There is no such slot, or KVM refuses.
     pub fn protect(&self, id: u32) -> Result<(), VmError> {
         self.set_logged(id, false)?;
         self.set_logged(id, true)

@@ -1,39 +1,17 @@
 //! The CPU time of one of this process's threads.
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::storm::thread_named;
-
-/// A thread of this process.
-#[derive(Debug, Clone)]
-pub(crate) struct CpuTime {
-    schedstat: PathBuf,
-}
-
-impl CpuTime {
-    /// The thread of that name, of which Linux keeps 15 bytes; `None` if there is none.
-    pub(crate) fn named(name: &str) -> Option<Self> {
-        thread_named(name).map(Self::of)
-    }
-
-    /// The thread of that kernel id.
-    pub(crate) fn of(tid: libc::pid_t) -> Self {
-        let schedstat = format!("/proc/self/task/{tid}/schedstat").into();
-        Self { schedstat }
-    }
-
-    /// What it has used so far, if it has not ended.
-    pub(crate) fn read(&self) -> Result<Duration> {
-        // Nanoseconds on a CPU, nanoseconds in a queue, turns.
-        let text = fs::read_to_string(&self.schedstat);
-        let text = text.context("no CPU time of a thread can be had from /proc/self/task")?;
-        let on_cpu = text.split_whitespace().next().unwrap_or_default();
-        Ok(Duration::from_nanos(on_cpu.parse()?))
-    }
+/// What the thread of that kernel id has used so far, if it has not ended.
+pub(crate) fn cpu_time(tid: libc::pid_t) -> Result<Duration> {
+    // Nanoseconds on a CPU, nanoseconds in a queue, turns.
+    let text = fs::read_to_string(format!("/proc/self/task/{tid}/schedstat"));
+    let text = text.context("no CPU time of a thread can be had from /proc/self/task")?;
+    let on_cpu = text.split_whitespace().next().unwrap_or_default();
+    Ok(Duration::from_nanos(on_cpu.parse()?))
 }
 
 #[cfg(test)]
@@ -42,6 +20,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::host::storm::thread_named;
 
     #[test]
     fn counts_work_and_not_sleep() {
@@ -61,19 +40,20 @@ mod tests {
         let worker = worker.unwrap();
         // Its first words say that it has its name.
         is_done.recv().unwrap();
-        let time = CpuTime::named("lab-worker").expect("a thread of that name");
+        let thread = thread_named("lab-worker").expect("a thread of that name");
+        let time = || cpu_time(thread).expect("a live thread's time");
         let spend = |ms| {
-            let before = time.read().expect("a live thread's time");
+            let before = time();
             ask.send(Duration::from_millis(ms)).unwrap();
             is_done.recv().unwrap();
             std::thread::sleep(Duration::from_millis(20));
-            time.read().expect("a live thread's time") - before
+            time() - before
         };
         assert!(spend(0) < Duration::from_millis(5));
         // On a machine with much else to do, a small part of that.
         assert!(spend(500) > Duration::from_millis(5));
         drop(ask);
         worker.join().unwrap();
-        assert!(CpuTime::named("lab-worker").is_none());
+        assert!(cpu_time(thread).is_err() && thread_named("lab-worker").is_none());
     }
 }

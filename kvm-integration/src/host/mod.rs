@@ -1,5 +1,6 @@
 //! What this machine is, and whether it can run the guest.
 
+pub mod background;
 pub mod bystanders;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod cores;
@@ -9,12 +10,11 @@ pub(crate) mod cpu_time;
 pub mod refusal;
 pub mod storm;
 
-use std::ffi::CStr;
 use std::fmt;
 use std::fs;
 use std::thread;
 
-use anyhow::bail;
+use anyhow::{Result, bail};
 use kvm_dirty_ring::HostSupport;
 use kvm_ioctls::Kvm;
 use serde::Serialize;
@@ -70,7 +70,6 @@ impl fmt::Display for Host {
 
 /// Why the guest cannot run on this machine.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum HostError {
     /// There are no dirty rings to be had.
     #[error(transparent)]
@@ -96,7 +95,7 @@ pub fn kvm_available() -> Result<Kvm, HostError> {
 ///
 /// # Errors
 /// As above; or the machine is no x86-64 one.
-pub fn kvm_for_guest(with_rings: bool) -> anyhow::Result<Kvm> {
+pub fn kvm_for_guest(with_rings: bool) -> Result<Kvm> {
     if !cfg!(target_arch = "x86_64") {
         bail!("the guest is x86-64 code and this machine is not");
     }
@@ -108,9 +107,8 @@ pub fn kvm_for_guest(with_rings: bool) -> anyhow::Result<Kvm> {
 }
 
 fn kvm_that_works() -> Result<Kvm, HostError> {
-    let kvm = Kvm::new().map_err(HostError::NoVm)?;
-    kvm.create_vm().map_err(HostError::NoVm)?;
-    Ok(kvm)
+    let made = Kvm::new().and_then(|kvm| kvm.create_vm().map(|_| kvm));
+    made.map_err(HostError::NoVm)
 }
 
 /// KVM for a test of this crate's own, for as long as the second is held: of guests that compete for
@@ -172,10 +170,7 @@ pub fn available_mib() -> Option<u64> {
 
 /// Whether so many MiB can be had: mapping more would succeed, and the kernel would end some process
 /// later.
-///
-/// # Errors
-/// They can't: says so of `what` takes them.
-pub fn check_available(what: &str, wanted: u64) -> anyhow::Result<()> {
+pub fn check_available(what: &str, wanted: u64) -> Result<()> {
     match available_mib() {
         Some(available) if available < wanted => {
             bail!("{what} {wanted} MiB, and {available} MiB are available")
@@ -192,15 +187,8 @@ fn available_of(meminfo: &str) -> Option<u64> {
 }
 
 fn kernel_release() -> String {
-    // SAFETY: utsname is made of arrays of bytes only, for which zeroes are a valid value.
-    let mut name: libc::utsname = unsafe { std::mem::zeroed() };
-    // SAFETY: uname writes one utsname to the pointer, which is to one of ours.
-    if unsafe { libc::uname(&mut name) } != 0 {
-        return "unknown".into();
-    }
-    // SAFETY: the kernel ends each field with a NUL inside its array, which is still borrowed.
-    let release = unsafe { CStr::from_ptr(name.release.as_ptr()) };
-    release.to_string_lossy().into_owned()
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
+    release.map_or("unknown".into(), |release| release.trim_end().into())
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
+
+use super::background::{Background, Ended};
 
 /// About what a reset of a thousand entries takes: the next one will be hit.
 const LULL: Duration = Duration::from_micros(10);
@@ -13,8 +13,7 @@ const LULL: Duration = Duration::from_micros(10);
 /// Signals rain on some threads until this is dropped.
 #[derive(Debug)]
 pub struct Storm {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    _thread: Background,
 }
 
 /// The calling thread's id in the kernel.
@@ -118,18 +117,16 @@ impl Storm {
         let mut sender = Command::new("sh");
         sender.args(["-c", SCRIPT, "storm"]).arg(&file);
         let mut sender = sender.arg(me.to_string()).spawn().expect("a shell");
-        Self::start(move |stop| {
-            while !stop.load(Ordering::Relaxed) {
-                thread::park_timeout(Duration::from_millis(1));
-            }
+        Self::start(move |ended| {
+            while !ended.within(Duration::from_secs(1)) {}
             fs::remove_file(&file).expect("the file that was just made");
             sender.wait().expect("the child that was just started");
         })
     }
 
     fn of(mut gust: impl FnMut() + Send + 'static) -> Self {
-        Self::start(move |stop| {
-            while !stop.load(Ordering::Relaxed) {
+        Self::start(move |ended| {
+            while !ended.within(Duration::ZERO) {
                 gust();
                 // In a storm without a lull nobody gets from one signal to the next.
                 let lull = Instant::now();
@@ -140,24 +137,9 @@ impl Storm {
         })
     }
 
-    fn start(weather: impl FnOnce(&AtomicBool) + Send + 'static) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let thread = thread::spawn({
-            let stop = Arc::clone(&stop);
-            move || weather(&stop)
-        });
+    fn start(weather: impl FnOnce(&Ended) + Send + 'static) -> Self {
         Self {
-            stop,
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for Storm {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            _thread: Background::spawn("storm", weather).expect("a thread"),
         }
     }
 }

@@ -38,9 +38,6 @@ pub struct KvmMachine {
 
 impl KvmMachine {
     /// Makes it and lets it run.
-    ///
-    /// # Errors
-    /// KVM, the log or the kernel's memory management refused something.
     pub fn start(kvm: &Kvm, setup: &Setup, logging: Logging) -> Result<Self> {
         let vm = TinyVm::with_capacity(kvm, setup.vcpus, setup.list_length())?;
         let log = match logging {

@@ -43,24 +43,15 @@ pub trait Guest {
     fn stores(&self) -> u64;
 
     /// Looks whether every vCPU is still up.
-    ///
-    /// # Errors
-    /// What has ended one of them.
     fn check(&mut self) -> Result<()>;
 
     /// Takes every vCPU out of the guest, and waits until all are.
-    ///
-    /// # Errors
-    /// What has ended one of them.
     fn pause(&mut self) -> Result<()>;
 
     /// Lets paused vCPUs run again.
     fn resume(&mut self);
 
     /// Protects all pages of a slot anew, those too that KVM takes for protected. The vCPUs are paused.
-    ///
-    /// # Errors
-    /// KVM refuses.
     fn protect(&mut self, slot: SlotId) -> Result<()>;
 }
 

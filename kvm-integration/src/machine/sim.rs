@@ -36,9 +36,6 @@ struct Thread {
 
 impl SimMachine {
     /// Makes it and lets it run.
-    ///
-    /// # Errors
-    /// There is no memory for it, or no thread.
     pub fn start(setup: &Setup) -> Result<Self> {
         let mut config = SimConfig::default();
         config.ring_entries = setup.ring_entries.get();

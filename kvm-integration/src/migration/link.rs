@@ -25,20 +25,13 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(20);
 pub struct Destination(Vec<GuestMemory>);
 
 impl Destination {
-    /// For these slots. A page takes room when it arrives.
-    ///
-    /// # Errors
-    /// There is no memory.
-    pub fn new(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
-        Self::made(slots, GuestMemory::new)
-    }
-
-    /// The same with all room taken, so that none of it shows when pages arrive.
-    ///
-    /// # Errors
-    /// There is no memory.
-    pub fn prefaulted(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
-        Self::made(slots, GuestMemory::prefaulted)
+    /// For these slots, as `make` makes memory of so many pages.
+    pub fn new(
+        slots: &[GuestSlot],
+        make: fn(u64) -> Result<GuestMemory, MemoryError>,
+    ) -> Result<Self, MemoryError> {
+        let copies = slots.iter().map(|slot| make(slot.region.pages));
+        copies.collect::<Result<_, _>>().map(Self)
     }
 
     /// Writes nonsense into each page, so that one which is not sent can't be right from before.
@@ -48,14 +41,6 @@ impl Destination {
                 copy.write_u64(page * PAGE_SIZE, POISON ^ page);
             }
         }
-    }
-
-    fn made(
-        slots: &[GuestSlot],
-        make: fn(u64) -> Result<GuestMemory, MemoryError>,
-    ) -> Result<Self, MemoryError> {
-        let copies = slots.iter().map(|slot| make(slot.region.pages));
-        copies.collect::<Result<_, _>>().map(Self)
     }
 }
 

@@ -104,7 +104,7 @@ fn try_run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let mut rings = Rings::start(machine.log(), Fixed::default()).unwrap();
-    let destination = Destination::new(machine.slots()).unwrap();
+    let destination = Destination::new(machine.slots(), GuestMemory::new).unwrap();
     migrate(
         machine,
         &mut rings,
@@ -161,7 +161,7 @@ fn a_guest_that_outruns_the_link_ends_at_the_round_limit() {
         bandwidth_mib: 100,
         max_rounds: 4,
         downtime: Duration::from_micros(10),
-        converge: false,
+        ..LIMITS
     };
     let mut machine = busy();
     let outcome = run(&mut machine, &limits);

@@ -28,9 +28,6 @@ pub trait Tracker {
 
     /// Calls `protect` for each slot that has such pages; it protects all pages of the slot anew. The
     /// vCPUs stand still.
-    ///
-    /// # Errors
-    /// One could not be.
     fn rearm(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
         let _ = protect;
         Ok(())
@@ -38,18 +35,12 @@ pub trait Tracker {
 
     /// The guest is to dirty no more than so many pages a second, all vCPUs together. What each of
     /// them may.
-    ///
-    /// # Errors
-    /// It can't be limited.
     fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64> {
         let _ = pages_per_second;
         Err(LimitError::Bitmap.into())
     }
 
     /// The vCPUs stand still, and one last sync will come: nothing needs to be emptied any more.
-    ///
-    /// # Errors
-    /// Whoever emptied something had failed.
     fn quiesce(&mut self) -> Result<()>;
 }
 
@@ -63,9 +54,6 @@ pub struct Rings {
 
 impl Rings {
     /// Starts a reaper of that policy.
-    ///
-    /// # Errors
-    /// It does not start.
     pub fn start(log: &DirtyLog, policy: impl Pacing + 'static) -> Result<Self, ReaperError> {
         Ok(Self::with(log, Reaper::spawn(log, policy)?))
     }

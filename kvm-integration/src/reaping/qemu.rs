@@ -1,23 +1,22 @@
 //! A reaper of QEMU's shape: it sleeps, takes the lock, empties every ring, and sleeps again.
 
 use std::io;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Pacer, Pacing};
 
 use super::full::FullExits;
+use crate::host::background::{Background, Ended};
 use crate::host::cores::confine;
 
 /// The running thread; it stops when this is dropped.
 #[derive(Debug)]
 pub(super) struct QemuReaper {
+    thread: Background,
     state: Arc<Mutex<State>>,
-    stop: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// What a reaper has done so far.
@@ -49,29 +48,23 @@ impl QemuReaper {
         cpus: &[usize],
     ) -> io::Result<Self> {
         let state = Arc::<Mutex<State>>::default();
-        let (stop, stopped) = mpsc::channel::<()>();
         let (ready, is_ready) = mpsc::channel();
-        let thread = Builder::new().name(name.into()).spawn({
+        let thread = {
             let (state, full_exits) = (Arc::clone(&state), Arc::clone(full_exits));
             let cpus = cpus.to_vec();
-            move || {
+            Background::spawn(name, move |ended| {
                 let confined = confine(&cpus);
                 let runs = confined.is_ok();
                 // Whoever started it waits for it.
                 let _ = ready.send(confined);
                 if runs {
-                    run(&state, &full_exits, Pacer::new(policy), &stopped);
+                    run(&state, &full_exits, Pacer::new(policy), ended);
                 }
-            }
-        })?;
-        let this = Self {
-            state,
-            stop: Some(stop),
-            thread: Some(thread),
+            })?
         };
         let ready = is_ready.recv();
         ready.unwrap_or_else(|_| Err(io::Error::other("the thread has ended")))?;
-        Ok(this)
+        Ok(Self { thread, state })
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -79,20 +72,9 @@ impl QemuReaper {
     }
 
     /// Stops it, after the pass under way.
-    ///
-    /// # Errors
-    /// What went wrong since somebody asked.
-    pub(super) fn stop(mut self) -> Result<(), ReaperError> {
-        self.end();
-        self.take_error().map_or(Ok(()), Err)
-    }
-
-    fn end(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic of its policy is caught inside; it has nothing else to say.
-            let _ = thread.join();
-        }
+    pub(super) fn stop(self) -> Result<(), ReaperError> {
+        drop(self.thread);
+        lock(&self.state).error.take().map_or(Ok(()), Err)
     }
 
     pub(super) fn take_error(&self) -> Option<ReaperError> {
@@ -101,7 +83,7 @@ impl QemuReaper {
 }
 
 /// The thread's life.
-fn run(state: &Mutex<State>, full_exits: &FullExits, mut pacer: Pacer, stopped: &Receiver<()>) {
+fn run(state: &Mutex<State>, full_exits: &FullExits, mut pacer: Pacer, ended: &Ended) {
     let report = |error: ReaperError| lock(state).error = Some(error);
     let start = Instant::now();
     let mut rings = Vec::new();
@@ -126,14 +108,8 @@ fn run(state: &Mutex<State>, full_exits: &FullExits, mut pacer: Pacer, stopped: 
             counts.delay_ns = delay.as_nanos() as u64;
             counts.wakeups += 1;
         }
-        if stopped.recv_timeout(delay) != Err(RecvTimeoutError::Timeout) {
+        if ended.within(delay) {
             return;
         }
-    }
-}
-
-impl Drop for QemuReaper {
-    fn drop(&mut self) {
-        self.end();
     }
 }

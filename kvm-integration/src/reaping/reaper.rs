@@ -12,7 +12,8 @@ use kvm_dirty_ring::{Priority, Reaper};
 use super::Shape;
 use super::full::FullExits;
 use super::qemu::{Counts, QemuReaper};
-use crate::host::cpu_time::CpuTime;
+use crate::host::cpu_time::cpu_time;
+use crate::host::storm::thread_named;
 
 /// Reapers so far: each has a name of its own, by which its CPU time is found.
 static STARTED: AtomicU32 = AtomicU32::new(0);
@@ -21,7 +22,7 @@ static STARTED: AtomicU32 = AtomicU32::new(0);
 #[derive(Debug)]
 pub(crate) struct Reaping {
     who: Who,
-    cpu: CpuTime,
+    tid: libc::pid_t,
 }
 
 #[derive(Debug)]
@@ -49,8 +50,8 @@ impl Reaping {
             }
             Shape::AllRings => Who::Qemu(QemuReaper::spawn(&name, full_exits, policy, cpus)?),
         };
-        let cpu = CpuTime::named(&name).context("the reaper's thread can't be found")?;
-        Ok(Self { who, cpu })
+        let tid = thread_named(&name).context("the reaper's thread can't be found")?;
+        Ok(Self { who, tid })
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -70,7 +71,7 @@ impl Reaping {
 
     /// CPU time that it has taken.
     pub(crate) fn cpu(&self) -> Result<Duration> {
-        self.cpu.read()
+        cpu_time(self.tid)
     }
 
     /// What went wrong since somebody asked.
@@ -87,9 +88,6 @@ impl Reaping {
     }
 
     /// Stops it, after the pass under way.
-    ///
-    /// # Errors
-    /// What went wrong since somebody asked.
     pub(crate) fn stop(self) -> Result<(), ReaperError> {
         match self.who {
             Who::Own(reaper) => reaper.stop(),

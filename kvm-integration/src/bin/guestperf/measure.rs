@@ -26,9 +26,6 @@ const LOOK: &str = "[{bar:40}] {pos:>3} / {len} migrations, {eta} left: {msg}";
 pub type Report<'a> = dyn FnMut(CellResult) -> Result<()> + 'a;
 
 /// Runs the plan, and reports guest by guest.
-///
-/// # Errors
-/// KVM can't be had, a guest could not be made or migrated, or `interrupted` was set.
 pub fn measure(plan: &Plan, interrupted: &AtomicBool, report: &mut Report<'_>) -> Result<()> {
     // Now, not after hours.
     for cell in &plan.cells {

@@ -114,32 +114,4 @@ pub mod tests {
         }
         assert_eq!(parse("--help").unwrap_err().kind(), ErrorKind::DisplayHelp);
     }
-
-    #[test]
-    fn nonsense_is_refused() {
-        for args in [
-            "--vcpus 0",
-            "--vcpus 33",
-            "--memory-mib 0",
-            "--memory-mib 262145",
-            "--stress-mib 0",
-            "--ring-entries 1000",
-            "--ring-entries 131072",
-            "--ring-entries many",
-            "--arm quickest",
-            "--arm qemu-bitmap",
-            "--repeat 0",
-            "--repeat 101",
-            "--bandwidth-mib 1000001",
-            "--downtime-ms 60001",
-            "--max-rounds 0",
-            "--quiet-ms 100",
-            "--quick --full",
-            "--json",
-            "now",
-        ] {
-            let error = parse(args).unwrap_err();
-            assert_eq!(error.exit_code(), 2, "{args}: {error}");
-        }
-    }
 }

@@ -9,18 +9,25 @@ use kvm_integration::migration::Limits;
 use crate::options::Options;
 
 /// vCPUs, memory and stressed memory in MiB, entries of a ring.
-type Guest = (u32, u64, u64, u32);
+const fn cell(vcpus: u32, memory_mib: u64, stress_mib: u64, ring_entries: u32) -> Cell {
+    Cell {
+        vcpus,
+        memory_mib,
+        stress_mib,
+        ring_entries,
+    }
+}
 
 /// One whose pages pass through its rings again and again, and one whose pages fit.
-const QUICK: [Guest; 2] = [(2, 1024, 96, 4096), (2, 1024, 256, 65536)];
+const QUICK: [Cell; 2] = [cell(2, 1024, 96, 4096), cell(2, 1024, 256, 65536)];
 
-const DEFAULT: [Guest; 6] = [
-    (1, 1024, 96, 4096),
-    (1, 1024, 96, 65536),
-    (2, 1024, 96, 1024),
-    (2, 1024, 256, 4096),
-    (2, 1024, 256, 65536),
-    (8, 1024, 512, 65536),
+const DEFAULT: [Cell; 6] = [
+    cell(1, 1024, 96, 4096),
+    cell(1, 1024, 96, 65536),
+    cell(2, 1024, 96, 1024),
+    cell(2, 1024, 256, 4096),
+    cell(2, 1024, 256, 65536),
+    cell(8, 1024, 512, 65536),
 ];
 
 /// The grid of a full run, and of one where some numbers are asked for and others not.
@@ -62,11 +69,8 @@ pub struct Plan {
 
 impl Plan {
     /// What the command line asks for.
-    ///
-    /// # Errors
-    /// That is nothing.
     pub fn new(options: &Options) -> Result<Self> {
-        let mut cells: Vec<Cell> = list(options).into_iter().map(cell).collect();
+        let mut cells = list(options);
         let of = |number: fn(&Cell) -> u64| cells.iter().map(number).collect::<Vec<_>>();
         let (memory, stress) = (of(|cell| cell.memory_mib), of(|cell| cell.stress_mib));
         cells.retain(Cell::is_possible);
@@ -140,15 +144,6 @@ impl Plan {
     }
 }
 
-fn cell((vcpus, memory_mib, stress_mib, ring_entries): Guest) -> Cell {
-    Cell {
-        vcpus,
-        memory_mib,
-        stress_mib,
-        ring_entries,
-    }
-}
-
 /// The same without repetitions.
 fn distinct<T: Copy + PartialEq>(given: &[T]) -> Vec<T> {
     let mut distinct = Vec::new();
@@ -161,7 +156,7 @@ fn distinct<T: Copy + PartialEq>(given: &[T]) -> Vec<T> {
 }
 
 /// The guests: where numbers are asked for, all that have them; else the list's.
-fn list(options: &Options) -> Vec<Guest> {
+fn list(options: &Options) -> Vec<Cell> {
     let Options {
         vcpus,
         memory_mib,
@@ -180,7 +175,7 @@ fn list(options: &Options) -> Vec<Guest> {
     }
 }
 
-fn grid(options: &Options) -> Vec<Guest> {
+fn grid(options: &Options) -> Vec<Cell> {
     /// What is asked for; else what is typical, or everything.
     fn or<T: Copy + PartialEq>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
         match (given, full) {
@@ -196,7 +191,7 @@ fn grid(options: &Options) -> Vec<Guest> {
         for &memory in &or(&options.memory_mib, &MEMORY_MIB, 1024, full) {
             for &stress in &or(&options.stress_mib, &STRESS_MIB, 96, full) {
                 for &ring in &or(&ring_entries, &RING_ENTRIES, 4096, full) {
-                    list.push((vcpus, memory, stress, ring));
+                    list.push(cell(vcpus, memory, stress, ring));
                 }
             }
         }
@@ -237,15 +232,11 @@ mod tests {
 
     #[test]
     fn filters_choose_or_multiply() {
-        let cells = |args| {
-            let cells = plan(args).cells.into_iter();
-            let cells = cells.map(|c| (c.vcpus, c.memory_mib, c.stress_mib, c.ring_entries));
-            cells.collect::<Vec<_>>()
-        };
-        assert_eq!(cells("--vcpus 3"), [(3, 1024, 96, 4096)]);
+        let cells = |args| plan(args).cells;
+        assert_eq!(cells("--vcpus 3"), [cell(3, 1024, 96, 4096)]);
         assert_eq!(
             cells("--stress-mib 8 --stress-mib 16 --ring-entries 512"),
-            [(2, 1024, 8, 512), (2, 1024, 16, 512)]
+            [cell(2, 1024, 8, 512), cell(2, 1024, 16, 512)]
         );
         // What can't be stressed is left out.
         assert_eq!(
@@ -266,15 +257,7 @@ mod tests {
     #[test]
     fn a_migration_is_bounded_by_its_rounds() {
         let plan = plan("--max-rounds 3 --bandwidth-mib 100 --quiet-ms 500");
-        let cell = Cell {
-            vcpus: 1,
-            memory_mib: 400,
-            stress_mib: 200,
-            ring_entries: 256,
-        };
-        assert_eq!(
-            plan.longest(&cell),
-            Duration::from_millis(10_000 + 1000 + 600)
-        );
+        let longest = plan.longest(&cell(1, 400, 200, 256));
+        assert_eq!(longest, Duration::from_millis(10_000 + 1000 + 600));
     }
 }

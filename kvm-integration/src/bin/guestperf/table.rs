@@ -5,29 +5,37 @@ use kvm_integration::guestperf::{ArmResult, CellResult, Figures, Spread};
 
 use crate::verdict::{Best, Verdict};
 
-const HEAD: [&str; 16] = [
-    "arm",
-    "drop s",
-    "worst ms/GB",
-    "median",
-    "quiet",
-    "longest stall ms",
-    "full exits",
-    "in them ms",
-    "resets",
-    "entries",
-    "a reset",
-    "reaper CPU ms",
-    "pages sent",
-    "downtime ms",
-    "total s",
-    "converged",
+/// What is told of each arm, between its name and how often it converged.
+const FIGURES: [(&str, fn(&Figures) -> f64); 14] = [
+    ("drop s", |f| f.drop_seconds),
+    ("worst ms/GB", |f| f.worst_ms_per_gb),
+    ("median", |f| f.median_ms_per_gb),
+    ("quiet", |f| f.quiet_ms_per_gb),
+    ("longest stall ms", |f| f.longest_stall_ms),
+    ("full exits", |f| f.full_exits as f64),
+    ("in them ms", |f| f.full_exit_ms),
+    ("resets", |f| f.resets as f64),
+    ("entries", |f| f.entries as f64),
+    ("a reset", Figures::entries_per_reset),
+    ("reaper CPU ms", |f| f.reaper_cpu_ms),
+    ("pages sent", |f| f.pages_sent as f64),
+    ("downtime ms", |f| f.downtime_ms),
+    ("total s", |f| f.total_seconds),
 ];
+
+fn head() -> Vec<&'static str> {
+    let figures = FIGURES.iter().map(|(name, _)| *name);
+    ["arm"]
+        .into_iter()
+        .chain(figures)
+        .chain(["converged"])
+        .collect()
+}
 
 /// The table of one guest, under its name: medians, and what they range over.
 pub fn table(result: &CellResult) -> String {
     let rows = result.arms.iter().map(row).collect();
-    let mut text = format!("### {}\n\n{}", result.cell, aligned(&HEAD, rows));
+    let mut text = format!("### {}\n\n{}", result.cell, aligned(&head(), rows));
     for arm in result.arms.iter().filter(|arm| arm.missed_pages() > 0) {
         let (pages, arm) = (arm.missed_pages(), arm.arm);
         text += &format!("\n{arm}: {pages} PAGES WERE MISSED\n");
@@ -42,26 +50,11 @@ pub fn table(result: &CellResult) -> String {
 }
 
 fn row(arm: &ArmResult) -> Vec<String> {
-    let of = |get: fn(&Figures) -> f64| arm.spread(get).map_or("-".into(), spread);
     let converged = arm.migrations.iter().filter(|one| one.figures.converged);
-    vec![
-        arm.arm.into(),
-        of(|f| f.drop_seconds),
-        of(|f| f.worst_ms_per_gb),
-        of(|f| f.median_ms_per_gb),
-        of(|f| f.quiet_ms_per_gb),
-        of(|f| f.longest_stall_ms),
-        of(|f| f.full_exits as f64),
-        of(|f| f.full_exit_ms),
-        of(|f| f.resets as f64),
-        of(|f| f.entries as f64),
-        of(Figures::entries_per_reset),
-        of(|f| f.reaper_cpu_ms),
-        of(|f| f.pages_sent as f64),
-        of(|f| f.downtime_ms),
-        of(|f| f.total_seconds),
-        format!("{} of {}", converged.count(), arm.migrations.len()),
-    ]
+    let mut row = vec![arm.arm.into()];
+    row.extend(FIGURES.map(|(_, get)| arm.spread(get).map_or("-".into(), spread)));
+    row.push(format!("{} of {}", converged.count(), arm.migrations.len()));
+    row
 }
 
 /// The median, and the range if there is one to speak of.
@@ -173,7 +166,7 @@ mod tests {
             let line = text.lines().nth(line).unwrap().trim_matches('|');
             line.split('|').map(|cell| cell.trim().into()).collect()
         };
-        assert_eq!(cells(2), HEAD);
+        assert_eq!(cells(2), head());
         let wanted = [
             "bitmap", "1.50", "900", "400", "50.0", "7.00", "12.0", "3.00", "5.00", "1000", "200",
             "20.0", "30.0 k", "250", "2.80", "1 of 1",

@@ -24,31 +24,25 @@ pub const DROP_NOISE: f64 = 0.02;
 pub const STALL_NOISE: f64 = 4.0;
 
 const MEASURES: [Measure; 4] = [
+    Measure::new("drop s", |figures| figures.drop_seconds, DROP_NOISE),
+    Measure::new("worst ms/GB", |figures| figures.worst_ms_per_gb, 0.0),
+    Measure::new("longest stall ms", |f| f.longest_stall_ms, STALL_NOISE),
     Measure {
-        name: "drop s",
-        of: |figures| figures.drop_seconds,
-        noise: DROP_NOISE,
-        needs_convergence: false,
-    },
-    Measure {
-        name: "worst ms/GB",
-        of: |figures| figures.worst_ms_per_gb,
-        noise: 0.0,
-        needs_convergence: false,
-    },
-    Measure {
-        name: "longest stall ms",
-        of: |figures| figures.longest_stall_ms,
-        noise: STALL_NOISE,
-        needs_convergence: false,
-    },
-    Measure {
-        name: "total s",
-        of: |figures| figures.total_seconds,
-        noise: 0.0,
         needs_convergence: true,
+        ..Measure::new("total s", |figures| figures.total_seconds, 0.0)
     },
 ];
+
+impl Measure {
+    const fn new(name: &'static str, of: fn(&Figures) -> f64, noise: f64) -> Self {
+        Self {
+            name,
+            of,
+            noise,
+            needs_convergence: false,
+        }
+    }
+}
 
 /// How the crate's own way compares with others in a cell, by one measure.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -21,9 +21,6 @@ pub enum Backend {
 
 impl Backend {
     /// Chooses, and says in one line what was chosen and why.
-    ///
-    /// # Errors
-    /// KVM is insisted on and cannot be had.
     pub fn choose(choice: BackendChoice) -> Result<(Self, String)> {
         let (wanted, with_rings) = match choice {
             BackendChoice::Auto => (Wanted::Auto, false),
@@ -68,9 +65,6 @@ impl Backend {
     }
 
     /// Makes the guest and lets it run.
-    ///
-    /// # Errors
-    /// What the machine said.
     pub fn start(&self, setup: &Setup) -> Result<Box<dyn Machine>> {
         Ok(match self {
             #[cfg(target_arch = "x86_64")]

@@ -18,6 +18,7 @@ use anyhow::{Result, bail};
 use clap::Parser;
 use kvm_dirty_ring::error::LimitError;
 use kvm_dirty_ring::{Limiter, Mode};
+use kvm_integration::GuestMemory;
 use kvm_integration::cli::output;
 use kvm_integration::migration::{Destination, Limits, Observer, Outcome, Rings, migrate};
 
@@ -51,7 +52,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome> {
         downtime: Duration::from_millis(options.downtime_ms),
         converge: options.converge,
     };
-    let destination = Destination::new(machine.slots())?;
+    let destination = Destination::new(machine.slots(), GuestMemory::new)?;
     let log = machine.log().clone();
     options.teller.tell(&backend.tell_mode(log.mode()))?;
     let mut rings = Rings::start(&log, options.pacing.make())?;

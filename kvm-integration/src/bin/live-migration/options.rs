@@ -120,9 +120,6 @@ impl Options {
 
     /// Whether guest and copy fit into memory: mapping them would succeed anyway, and the kernel
     /// would end some process later.
-    ///
-    /// # Errors
-    /// They don't.
     pub fn check_memory(&self) -> Result<()> {
         self.check_against(available_mib())
     }
@@ -142,8 +139,6 @@ impl Options {
 
 #[cfg(test)]
 mod tests {
-    use clap::error::ErrorKind;
-
     use super::*;
 
     fn parse(args: &str) -> Result<Options, clap::Error> {
@@ -161,39 +156,6 @@ mod tests {
         assert_eq!((setup.vcpus, setup.pages), (2, 131_072));
         assert_eq!(setup.ring_entries.get(), 4096);
         assert_eq!(options.pacing, Policy::LookFirst);
-    }
-
-    #[test]
-    fn bad_values_are_refused() {
-        for args in [
-            "--vcpus 0",
-            "--vcpus 33",
-            "--vcpus 1000",
-            "--vcpus two",
-            "--memory-mib 0",
-            "--memory-mib -5",
-            "--memory-mib 262145",
-            "--memory-mib 99999999999999999999",
-            "--ring-entries 1000",
-            "--ring-entries 0",
-            "--ring-entries 128",
-            "--ring-entries 131072",
-            "--ring-entries many",
-            "--workload stroll",
-            "--write-rate 1000000001",
-            "--bandwidth-mib 1000001",
-            "--max-rounds 0",
-            "--downtime-ms 60001",
-            "--seed x",
-            "--backend qemu",
-            "--pacing qemu",
-            "--pace 3",
-            "now",
-        ] {
-            let error = parse(args).unwrap_err();
-            assert_eq!(error.exit_code(), 2, "{args}: {error}");
-        }
-        assert_eq!(parse("--help").unwrap_err().kind(), ErrorKind::DisplayHelp);
     }
 
     #[test]

@@ -67,9 +67,6 @@ pub struct Plan {
 
 impl Plan {
     /// What is asked for.
-    ///
-    /// # Errors
-    /// There is no such thing.
     pub fn new(options: &Options) -> Result<Self> {
         if let Some(&vcpus) = options.vcpus.iter().find(|&&vcpus| vcpus > MAX_VCPUS) {
             bail!(

@@ -20,9 +20,6 @@ use crate::run::{Report, Skipped};
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// Runs the plan, and reports guest by guest. Arms that this machine refuses are skipped.
-///
-/// # Errors
-/// KVM can't be had, a vCPU or a reaper failed, or `interrupted` was set.
 pub fn measure(
     plan: &Plan,
     interrupted: &AtomicBool,

@@ -49,9 +49,6 @@ pub struct SimPlan {
 
 impl SimPlan {
     /// What is asked for.
-    ///
-    /// # Errors
-    /// There is no such thing.
     pub fn new(options: &Options) -> Result<Self> {
         let scenarios = |vcpus: &[u32], workload: &str, load: &dyn Fn(&Scenario) -> Load| {
             let rings: Vec<u64> = match &options.ring_entries[..] {
@@ -167,9 +164,6 @@ fn recording(path: &Path) -> Result<Recording> {
 }
 
 /// Runs the plan, and reports guest by guest.
-///
-/// # Errors
-/// A policy failed, or `interrupted` was set.
 pub fn simulate(plan: &SimPlan, interrupted: &AtomicBool, report: &mut Report<'_>) -> Result<()> {
     let guests = plan.cells.len();
     for (number, cell) in plan.cells.iter().enumerate() {

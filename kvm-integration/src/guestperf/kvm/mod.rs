@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use kvm_ioctls::Kvm;
 
-use super::analysis::{Felt, Reading, samples};
+use super::analysis::{Reading, samples};
 use super::arm::{Arm, Tracking};
 use super::cell::Cell;
 use super::result::{Figures, Migration, Phases, Round};
@@ -46,17 +46,11 @@ pub struct KvmCell<'a> {
 
 impl<'a> KvmCell<'a> {
     /// Whether there is memory for such a guest and its copy.
-    ///
-    /// # Errors
-    /// There is not.
     pub fn check_memory(cell: &Cell) -> Result<()> {
         check_available("the guest and its copy take", 2 * cell.memory_mib)
     }
 
     /// Makes the guests.
-    ///
-    /// # Errors
-    /// KVM, the log or the kernel's memory management refused something.
     pub fn new(kvm: &Kvm, cell: &Cell, interrupted: &'a AtomicBool) -> Result<Self> {
         Self::check_memory(cell)?;
         let cores = Cores::detect().context("sched_getaffinity failed")?;
@@ -70,7 +64,8 @@ impl<'a> KvmCell<'a> {
         }
         let guest = |with_rings| StressedGuest::new(kvm, cell, &memory, with_rings, &cores);
         let (ringed, plain) = (guest(true)?, guest(false)?);
-        let destination = Destination::prefaulted(ringed.slots()).context(no_memory)?;
+        let destination =
+            Destination::new(ringed.slots(), GuestMemory::prefaulted).context(no_memory)?;
         Ok(Self {
             ringed,
             plain,
@@ -81,9 +76,6 @@ impl<'a> KvmCell<'a> {
     }
 
     /// A quiet phase, a migration as `arm` tracks it, and a quiet phase again.
-    ///
-    /// # Errors
-    /// A vCPU, the reaper or the migration failed, or `interrupted` was set.
     pub fn migrate(&mut self, arm: &Arm, quiet: Duration, limits: &Limits) -> Result<Migration> {
         let guest = match arm.tracking {
             Tracking::Bitmap => &mut self.plain,
@@ -260,7 +252,7 @@ impl Done {
             })
         };
         let readings: Vec<Reading> = raw.iter().filter_map(read).collect();
-        let felt = Felt::new(&readings, &phases)?;
+        let felt = Figures::felt(&readings, &phases)?;
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let rounds = outcome.rounds.iter().map(|round| Round {
             pages: round.pages,
@@ -270,22 +262,17 @@ impl Done {
         });
         Some(Migration {
             figures: Figures {
-                quiet_ms_per_gb: felt.quiet_ms_per_gb,
-                median_ms_per_gb: felt.median_ms_per_gb,
-                worst_ms_per_gb: felt.worst_ms_per_gb,
-                drop_seconds: felt.drop_seconds,
-                longest_stall_ms: felt.longest_stall_ms,
                 full_exits: self.counts.full_exits,
                 full_exit_ms: ms(self.counts.full_exit_time),
                 resets: self.counts.resets,
                 entries: self.counts.entries,
-                guest_pages_per_second: felt.pages_per_second,
                 reaper_cpu_ms: ms(self.reaper_cpu),
                 pages_sent: outcome.pages_sent(),
                 downtime_ms: ms(outcome.downtime),
                 total_seconds: (arrived - self.begun).as_secs_f64(),
                 converged: outcome.converged,
                 missed_pages: outcome.mismatched_pages,
+                ..felt
             },
             rounds: rounds.collect(),
             phases,

@@ -16,7 +16,7 @@ use crate::guest::vm::TinyVm;
 use crate::guest::workload::{Region, Workload};
 use crate::host::check_available;
 use crate::host::cores::Cores;
-use crate::host::cpu_time::CpuTime;
+use crate::host::cpu_time::cpu_time;
 use crate::lab::cell::Cell;
 use crate::lab::rhythm::Gait;
 use crate::machine::rate::Dormitory;
@@ -130,8 +130,8 @@ impl Guest {
 
     /// CPU time of all vCPUs' threads so far.
     pub(super) fn cpu(&self) -> Result<Duration> {
-        let cpu = |thread: &VcpuThread| CpuTime::of(thread.tid()).read();
-        self.vcpus.0.iter().map(cpu).sum()
+        let tids = self.vcpus.0.iter().map(VcpuThread::tid);
+        tids.map(cpu_time).sum()
     }
 }
 

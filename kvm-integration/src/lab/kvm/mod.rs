@@ -53,9 +53,6 @@ pub struct Outcome {
 impl<'a> KvmCell<'a> {
     /// Makes the guest, and lets it run until each vCPU has been to all its pages: the first store
     /// to a page costs more than the first one after a reset.
-    ///
-    /// # Errors
-    /// KVM, the log or the kernel's memory management refused something, or `interrupted` was set.
     pub fn start(kvm: &Kvm, cell: Cell, interrupted: &'a AtomicBool) -> Result<Self> {
         let cores = Cores::detect().context("sched_getaffinity failed")?;
         let mut guest = Guest::start(kvm, &cell, &cores)?;

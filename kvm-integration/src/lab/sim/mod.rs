@@ -23,7 +23,6 @@ mod load;
 mod machine;
 mod outcome;
 mod queue;
-mod random;
 mod reaper;
 mod recording;
 mod scenario;

@@ -21,9 +21,6 @@ pub enum Backend {
 
 impl Backend {
     /// Chooses, and says in one line what was chosen and why.
-    ///
-    /// # Errors
-    /// KVM is insisted on and cannot be had.
     pub fn choose(wanted: Wanted) -> Result<(Self, String)> {
         let (kvm, why) = choose(wanted, || kvm_for_guest(true))?;
         #[cfg(target_arch = "x86_64")]

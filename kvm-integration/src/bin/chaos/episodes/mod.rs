@@ -67,9 +67,6 @@ impl Chaos {
     }
 
     /// Makes episode `number`.
-    ///
-    /// # Errors
-    /// It did not come to its end.
     pub fn episode(&self, number: u64) -> Result<Episode> {
         let plan = Plan::draw(&self.backend, self.seed, number);
         let counts = &self.counts;

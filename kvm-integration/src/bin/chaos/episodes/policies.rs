@@ -55,14 +55,8 @@ impl PolicyPlan {
             Self::Lazy => Box::new(Fixed::new(LONGEST_LOOK)),
             Self::Moody { seed } => Box::new(Moody(SplitMix64(seed))),
             Self::Idle => Box::new(Idle),
-            Self::Unbounded => Box::new(Unbounded {
-                looks: 0,
-                counts: Arc::clone(counts),
-            }),
-            Self::Panicking => Box::new(Panicking {
-                looks: 0,
-                counts: Arc::clone(counts),
-            }),
+            Self::Unbounded => Box::new(Unbounded(0, Arc::clone(counts))),
+            Self::Panicking => Box::new(Panicking(0, Arc::clone(counts))),
         }
     }
 }
@@ -86,15 +80,13 @@ impl Pacing for Idle {
     }
 }
 
-struct Unbounded {
-    looks: u32,
-    counts: Arc<Counts>,
-}
+/// With the looks so far.
+struct Unbounded(u32, Arc<Counts>);
 
 impl Pacing for Unbounded {
     fn decide(&mut self, _: &Observation<'_>, reap: &mut [bool]) -> Duration {
-        self.looks += 1;
-        reap.fill(self.looks % 2 == 0);
+        self.0 += 1;
+        reap.fill(self.0 % 2 == 0);
         Duration::ZERO
     }
 }
@@ -102,22 +94,20 @@ impl Pacing for Unbounded {
 impl Drop for Unbounded {
     fn drop(&mut self) {
         // The reaper's patience ends after 64 looks.
-        if self.looks >= 64 {
-            self.counts.add(Fault::PoliciesFailed);
+        if self.0 >= 64 {
+            self.1.add(Fault::PoliciesFailed);
         }
     }
 }
 
-struct Panicking {
-    looks: u32,
-    counts: Arc<Counts>,
-}
+/// With the looks so far.
+struct Panicking(u32, Arc<Counts>);
 
 impl Pacing for Panicking {
     fn decide(&mut self, _: &Observation<'_>, reap: &mut [bool]) -> Duration {
-        self.looks += 1;
-        if self.looks > SOUND_LOOKS {
-            self.counts.add(Fault::PoliciesFailed);
+        self.0 += 1;
+        if self.0 > SOUND_LOOKS {
+            self.1.add(Fault::PoliciesFailed);
             // As `panic!`, without its message on stderr, and without memory: the pacer leaks payloads.
             std::panic::resume_unwind(Box::new(()));
         }

@@ -8,18 +8,20 @@ use kvm_dirty_ring::pacing::Pacing;
 
 use super::clock::{Nanos, nanos, seconds};
 use super::demand::Demand;
-use super::gate::{Gate, Lock};
+use super::gate::{Gate, Permits};
 use super::outcome::{FullExit, Outcome, RingTotals};
 use super::queue::{Actor, Event, Queue};
-use super::random::Random;
 use super::reaper::Reaper;
 use super::recording::MOST_VCPUS;
 use super::scenario::Scenario;
 use super::sight::Known;
 use super::vcpu::Vcpu;
 use crate::lab::measure::{Measured, Sample, Totals};
+use crate::random::SplitMix64;
 use crate::reaping::Shape;
 
+/// Passes that the crate makes at a time: it has so many shards.
+const SHARDS: usize = 4;
 /// Streams of random numbers for vCPUs' speeds begin here.
 const SPEEDS: u64 = 1 << 32;
 
@@ -31,8 +33,8 @@ pub(super) struct Machine<'a> {
     vcpus: Vec<Vcpu<'a>>,
     /// The highest rate that each vCPU's full exits have shown.
     known: Vec<Known>,
+    permits: Permits,
     gate: Gate,
-    lock: Lock,
     reaper: Option<Reaper>,
     /// Passes of full exits.
     passes: u64,
@@ -51,7 +53,7 @@ impl<'a> Machine<'a> {
                 load, guest, seed, ..
             } = scenario;
             let spread = scenario.spread();
-            let slower = Random::new(*seed, SPEEDS + index as u64).around_one(spread);
+            let slower = SplitMix64::stream(*seed, SPEEDS + index as u64).around_one(spread);
             let fastest = guest.fastest() / slower;
             let demand = Demand::new(load, index, *seed, spread, fastest);
             let sizes = [
@@ -68,8 +70,11 @@ impl<'a> Machine<'a> {
             queue: Queue::default(),
             vcpus: (0..count).map(vcpu).collect(),
             known: vec![Known::default(); count],
-            gate: Gate::new(),
-            lock: Lock::default(),
+            permits: Permits::new(match shape {
+                Shape::OwnRing => SHARDS,
+                Shape::AllRings => 1,
+            }),
+            gate: Gate::default(),
             reaper: policy.map(|policy| Reaper::new(policy, scenario)),
             passes: 0,
             outcome: Outcome::default(),
