@@ -21,3 +21,11 @@ pub fn named<T: Clone>(
         format!("choose one of {}", names.join(", "))
     })
 }
+
+/// What was given, or `default`.
+pub fn or<T: Clone>(given: &[T], default: &[T]) -> Vec<T> {
+    match given {
+        [] => default.to_vec(),
+        some => some.to_vec(),
+    }
+}

@@ -15,6 +15,8 @@ pub fn places(count: usize, round: usize) -> impl Iterator<Item = usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -26,18 +28,14 @@ mod tests {
                 sorted.sort_unstable();
                 assert_eq!(sorted, (0..count).collect::<Vec<_>>());
             }
-            let before = |round, arm| {
-                let order = order(round);
-                let at = order.iter().position(|&place| place == arm)?;
-                order.get(at.checked_sub(1)?).copied()
+            let pairs = |round| {
+                order(round)
+                    .windows(2)
+                    .map(|pair| [pair[0], pair[1]])
+                    .collect()
             };
-            for arm in 0..count {
-                let two = (before(0, arm), before(1, arm));
-                assert!(
-                    two.0 != two.1 || two.0.is_none(),
-                    "{arm} of {count}: {two:?}"
-                );
-            }
+            let [first, second]: [HashSet<_>; 2] = [pairs(0), pairs(1)];
+            assert!(first.is_disjoint(&second), "{count}: {first:?}, {second:?}");
         }
     }
 }

@@ -72,6 +72,11 @@ pub fn run(program: impl FnOnce(&AtomicBool) -> Result<ExitCode>) -> ExitCode {
     }
 }
 
+/// The exit status of a program that came to its end: whether anything it looked for was found.
+pub fn status(found: u64) -> ExitCode {
+    ExitCode::from(u8::from(found > 0))
+}
+
 /// Says what went wrong, and why. The exit status then.
 pub fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error:#}");
@@ -107,6 +112,14 @@ impl Teller {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_is_a_failure_and_so_are_256() {
+        for (found, wanted) in [(0, 0), (1, 1), (256, 1), (u64::MAX, 1)] {
+            let [status, wanted] = [status(found), ExitCode::from(wanted)];
+            assert_eq!(format!("{status:?}"), format!("{wanted:?}"));
+        }
+    }
 
     #[test]
     fn what_was_there_stays_until_all_is_written() {

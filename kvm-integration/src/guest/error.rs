@@ -8,37 +8,17 @@ use super::stamp::MAX_VCPUS;
 #[non_exhaustive]
 pub enum VmError {
     /// A call to KVM failed.
-    #[error("{call} failed for {what}: see the cause")]
-    Kvm {
-        /// The call.
-        call: &'static str,
-        /// What it was about.
-        what: String,
-        /// What KVM said.
-        source: kvm_ioctls::Error,
-    },
+    #[error("{0} failed for {1}: see the cause")]
+    Kvm(&'static str, String, #[source] kvm_ioctls::Error),
     /// There is no memory for the boot slot or a vCPU's run page.
     #[error("the machine's own memory could not be mapped")]
     Memory(#[from] MemoryError),
-    /// A mapping of a vCPU's run page failed.
-    #[error("the run page of vCPU {index} could not be mapped")]
-    MapRun {
-        /// The vCPU.
-        index: u32,
-        /// What mmap said.
-        source: std::io::Error,
-    },
     /// The lists' capacity does not fit into the boot slot.
     #[error(
-        "lists of {entries} entries for {vcpus} vCPUs don't fit below {LOWEST_GPA:#x}: ask for \
+        "lists of {1} entries for {0} vCPUs don't fit below {LOWEST_GPA:#x}: ask for \
          at least one vCPU, at most {MAX_VCPUS}, and fewer entries"
     )]
-    Capacity {
-        /// The vCPUs asked for.
-        vcpus: u32,
-        /// The entries asked for.
-        entries: usize,
-    },
+    Capacity(u32, usize),
     /// A slot's place is not for tests, or not page-aligned.
     #[error(
         "slot {id} can't be at {gpa:#x}: give it a page-aligned address such that it lies within \
@@ -93,7 +73,7 @@ impl VmError {
         what: impl Into<String>,
     ) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         let what = what.into();
-        move |source| Self::Kvm { call, what, source }
+        move |source| Self::Kvm(call, what, source)
     }
 }
 
@@ -117,21 +97,11 @@ pub enum VcpuError {
         stores: u64,
     },
     /// `KVM_RUN` failed.
-    #[error("KVM_RUN failed for vCPU {index}: see the cause")]
-    Run {
-        /// The vCPU.
-        index: u32,
-        /// What KVM said.
-        source: kvm_ioctls::Error,
-    },
+    #[error("KVM_RUN failed for vCPU {0}: see the cause")]
+    Run(u32, #[source] kvm_ioctls::Error),
     /// The handler said [`Action::Fail`](crate::guest::thread::Action::Fail).
-    #[error("the handler of vCPU {index} failed")]
-    Handler {
-        /// The vCPU.
-        index: u32,
-        /// What the handler said.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    #[error("the handler of vCPU {0} failed")]
+    Handler(u32, #[source] Box<dyn std::error::Error + Send + Sync>),
     /// The handler panicked.
     #[error("the handler of vCPU {index} panicked: {message}")]
     Panicked {
@@ -141,21 +111,9 @@ pub enum VcpuError {
         message: String,
     },
     /// The thread could not be started.
-    #[error("the thread of vCPU {index} could not be started: too many threads or signals?")]
-    Spawn {
-        /// The vCPU.
-        index: u32,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
+    #[error("the thread of vCPU {0} could not be started: too many threads or signals?")]
+    Spawn(u32, #[source] std::io::Error),
     /// The thread could not be pinned.
-    #[error("vCPU {index} could not be pinned to CPU {cpu}: choose one this process may run on")]
-    Pin {
-        /// The vCPU.
-        index: u32,
-        /// The CPU asked for.
-        cpu: usize,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
+    #[error("vCPU {0} could not be pinned to CPU {1}: choose one this process may run on")]
+    Pin(u32, usize, #[source] std::io::Error),
 }

@@ -18,19 +18,11 @@ pub const HIGHEST_GPA: u64 = 512 << 30;
 #[non_exhaustive]
 pub enum MemoryError {
     /// No pages, or more than the address space has.
-    #[error("a mapping of {pages} pages was asked for: ask for at least 1 and at most 2^40")]
-    Size {
-        /// The pages asked for.
-        pages: u64,
-    },
+    #[error("a mapping of {0} pages was asked for: ask for at least 1 and at most 2^40")]
+    Size(u64),
     /// mmap failed.
-    #[error("{pages} pages could not be mapped: ask for fewer or raise the limit (`ulimit -v`)")]
-    Map {
-        /// The pages asked for.
-        pages: u64,
-        /// What mmap said.
-        source: io::Error,
-    },
+    #[error("{0} pages could not be mapped: ask for fewer or raise the limit (`ulimit -v`)")]
+    Map(u64, #[source] io::Error),
 }
 
 /// An anonymous mapping of whole pages, all zero at first; a page takes room once it is touched.
@@ -53,10 +45,10 @@ impl GuestMemory {
     pub fn new(pages: u64) -> Result<Self, MemoryError> {
         let bytes = match pages.checked_mul(PAGE_SIZE).map(usize::try_from) {
             Some(Ok(bytes)) if pages > 0 && pages <= 1 << 40 => bytes,
-            _ => return Err(MemoryError::Size { pages }),
+            _ => return Err(MemoryError::Size(pages)),
         };
         let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
-        let map = MmapRaw::from(map.map_err(|source| MemoryError::Map { pages, source })?);
+        let map = MmapRaw::from(map.map_err(|source| MemoryError::Map(pages, source))?);
         // Huge pages would make sparse touches cost 2 MiB each, and make the guest's first faults
         // depend on the machine's settings. EINVAL where the kernel has no huge pages: as wanted.
         let _ = map.advise(Advice::NoHugePage);

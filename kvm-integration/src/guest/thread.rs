@@ -72,7 +72,7 @@ impl VcpuThread {
         handler: impl FnMut(Exit) -> Action + Send + 'static,
     ) -> Result<Self, VcpuError> {
         let index = vcpu.index();
-        let failed = |source| VcpuError::Spawn { index, source };
+        let failed = |source| VcpuError::Spawn(index, source);
         let progress = vcpu.progress().clone();
         // A vCPU that ran before was left with the flag set.
         let immediate_exit = Arc::clone(vcpu.immediate_exit());
@@ -254,9 +254,9 @@ pub fn pause_all(threads: &[VcpuThread]) -> bool {
 
 /// Readies the calling thread, and tells its id when that went well.
 fn prepare(ready: Sender<libc::pid_t>, index: u32, cpu: Option<usize>) -> Result<(), VcpuError> {
-    kick::let_through().map_err(|source| VcpuError::Spawn { index, source })?;
+    kick::let_through().map_err(|source| VcpuError::Spawn(index, source))?;
     if let Some(cpu) = cpu {
-        confine(&[cpu]).map_err(|source| VcpuError::Pin { index, cpu, source })?;
+        confine(&[cpu]).map_err(|source| VcpuError::Pin(index, cpu, source))?;
     }
     // Whoever started it waits for it.
     let _ = ready.send(this_thread());
@@ -283,7 +283,7 @@ fn run(
             Action::Continue => {}
             Action::Pause => parking.tell(Want::Pause),
             Action::Stop => parking.tell(Want::Stop),
-            Action::Fail(source) => return Err(VcpuError::Handler { index, source }),
+            Action::Fail(source) => return Err(VcpuError::Handler(index, source)),
         }
     }
 }

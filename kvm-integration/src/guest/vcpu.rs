@@ -91,7 +91,8 @@ impl TinyVcpu {
         fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
         fd.set_regs(registers).map_err(failed("KVM_SET_REGS"))?;
         let immediate_exit = ImmediateExit::map(&fd, vm.fd.run_size())
-            .map_err(|source| VmError::MapRun { index, source })?;
+            .map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(0)))
+            .map_err(failed("mmap"))?;
         Ok(Self {
             fd,
             immediate_exit: Arc::new(immediate_exit),
@@ -151,12 +152,7 @@ impl TinyVcpu {
             Err(source) if matches!(source.errno(), libc::EINTR | libc::EAGAIN) => {
                 return Ok(Ran::Interrupted);
             }
-            Err(source) => {
-                return Err(VcpuError::Run {
-                    index: self.index,
-                    source,
-                });
-            }
+            Err(source) => return Err(VcpuError::Run(self.index, source)),
             Ok(VcpuExit::InternalError) => self.internal_error(),
             Ok(other) => format!("{other:x?}"),
         };

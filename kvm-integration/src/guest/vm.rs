@@ -64,10 +64,7 @@ impl TinyVm {
             .and_then(|pages| pages.checked_add(LISTS))
             .filter(|&pages| pages <= LOWEST_GPA / PAGE_SIZE)
             .filter(|_| (1..=MAX_VCPUS).contains(&vcpus))
-            .ok_or(VmError::Capacity {
-                vcpus,
-                entries: list_entries,
-            })?;
+            .ok_or(VmError::Capacity(vcpus, list_entries))?;
         let boot = Arc::new(GuestMemory::new(pages)?);
         boot.write_bytes(ENTRY * PAGE_SIZE, CODE);
         boot.write_bytes(ENTRY * PAGE_SIZE + STRESS_ENTRY, stress::CODE);

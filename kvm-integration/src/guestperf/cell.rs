@@ -40,17 +40,10 @@ impl Cell {
 
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            vcpus,
-            memory_mib,
-            stress_mib,
-            ring_entries,
-        } = self;
-        let noun = if *vcpus == 1 { "vCPU" } else { "vCPUs" };
-        write!(
-            f,
-            "{vcpus} {noun}, {memory_mib} MiB, {stress_mib} MiB stressed, rings of {ring_entries}"
-        )
+        let (vcpus, memory, stress) = (self.vcpus, self.memory_mib, self.stress_mib);
+        let noun = if vcpus == 1 { "vCPU" } else { "vCPUs" };
+        write!(f, "{vcpus} {noun}, {memory} MiB, {stress} MiB stressed, ")?;
+        write!(f, "rings of {}", self.ring_entries)
     }
 }
 

@@ -57,13 +57,8 @@ impl Host {
 /// One line for the head of a table: `kvm_intel, Linux 6.18.0, 8 cores`.
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            kvm_kind,
-            kernel,
-            cores,
-            ..
-        } = self;
-        let noun = if *cores == 1 { "core" } else { "cores" };
+        let (kvm_kind, kernel, cores) = (&self.kvm_kind, &self.kernel, self.cores);
+        let noun = if cores == 1 { "core" } else { "cores" };
         write!(f, "{kvm_kind}, Linux {kernel}, {cores} {noun}")
     }
 }

@@ -29,7 +29,7 @@ use report::Report;
 const LONGEST: Duration = Duration::from_secs(120);
 
 /// Failing episodes after which more would tell nothing new.
-const ENOUGH: usize = 10;
+const ENOUGH: u64 = 10;
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -70,5 +70,5 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode> {
     options.teller.tell(&report.table())?;
     options.teller.end(&report)?;
     go_on(interrupted)?;
-    Ok(ExitCode::from(u8::from(!report.is_well())))
+    Ok(output::status(report.failures()))
 }

@@ -72,13 +72,8 @@ impl Report {
     }
 
     /// Episodes with which something was wrong.
-    pub fn failures(&self) -> usize {
-        self.failed_episodes.len()
-    }
-
-    /// Whether all was well.
-    pub fn is_well(&self) -> bool {
-        self.failed_episodes.is_empty()
+    pub fn failures(&self) -> u64 {
+        self.failed_episodes.len() as u64
     }
 
     /// Sums up.

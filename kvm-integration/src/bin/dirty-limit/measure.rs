@@ -20,6 +20,7 @@ const ROUND: Duration = Duration::from_secs(1);
 const WARM_UP: Duration = Duration::from_secs(20);
 
 /// What came of it.
+#[derive(Default)]
 pub struct Measured {
     pub limit: Option<NonZeroU64>,
     pub time: Duration,
@@ -36,26 +37,20 @@ pub struct Measured {
     pub full_exits: u64,
 }
 
-/// What is counted.
-struct Counts {
-    at: Instant,
-    stores: u64,
-    logged: Vec<u64>,
-    asleep_ns: u64,
-    full_exits: u64,
-}
-
-impl Counts {
-    fn read(machine: &dyn Machine) -> Self {
+impl Measured {
+    /// What is counted by now, since `start` or the guest's making.
+    fn by_now(machine: &dyn Machine, start: Instant) -> Self {
         let stats = machine.log().stats();
         let mut rings = Vec::new();
         machine.log().observe(&mut rings);
+        let asleep = stats.vcpus.iter().map(|vcpu| vcpu.limited_ns).sum();
         Self {
-            at: Instant::now(),
+            time: start.elapsed(),
             stores: machine.stores(),
             logged: rings.iter().map(|ring| ring.taken + ring.waiting).collect(),
-            asleep_ns: stats.vcpus.iter().map(|vcpu| vcpu.limited_ns).sum(),
+            asleep: Duration::from_nanos(asleep),
             full_exits: stats.full_exits(),
+            ..Self::default()
         }
     }
 }
@@ -90,11 +85,12 @@ pub fn run(
 
     log.set_dirty_limits(limit)?;
     log.sync(&mut dirty)?;
-    let before = Counts::read(&*machine);
+    let start = Instant::now();
+    let before = Measured::by_now(&*machine, start);
     let mut pages = 0;
     let mut stops = Stops::new(before.stores);
     for round in 1..=options.seconds {
-        let end = before.at + ROUND * round as u32;
+        let end = start + ROUND * round as u32;
         while Instant::now() < end {
             thread::sleep(LOOK);
             stops.look(machine.stores());
@@ -104,7 +100,7 @@ pub fn run(
         log.sync(&mut dirty)?;
         pages += dirty.page_count();
     }
-    let after = Counts::read(&*machine);
+    let after = Measured::by_now(&*machine, start);
     machine.pause()?;
     drop(machine);
     if let Some(limiter) = limiter {
@@ -116,11 +112,11 @@ pub fn run(
     let logged = after.logged.iter().zip(&before.logged);
     Ok(Measured {
         limit,
-        time: after.at - before.at,
+        time: after.time - before.time,
         stores: after.stores - before.stores,
         pages,
         logged: logged.map(|(after, before)| after - before).collect(),
-        asleep: Duration::from_nanos(after.asleep_ns - before.asleep_ns),
+        asleep: after.asleep - before.asleep,
         longest_stop: stops.longest,
         full_exits: after.full_exits - before.full_exits,
     })

@@ -70,12 +70,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode> {
         html.write(&html::page(&host, &plan.facts(), &results, &verdicts)?)?;
     }
     measured?;
-    Ok(ExitCode::from(status(report::missed_pages(&results))))
-}
-
-/// The exit status of a run that came to its end.
-fn status(missed_pages: u64) -> u8 {
-    u8::from(missed_pages > 0)
+    Ok(output::status(report::missed_pages(&results)))
 }
 
 #[cfg(not(target_arch = "x86_64"))]

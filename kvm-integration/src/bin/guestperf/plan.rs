@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use kvm_integration::cli::options::or;
 use kvm_integration::guestperf::{Arm, Cell};
 use kvm_integration::migration::Limits;
 
@@ -79,17 +80,16 @@ impl Plan {
             "no guest is left of those with {memory:?} MiB of memory and {stress:?} of it stressed: \
              the stressed memory must not exceed the memory, and must have a page for each vCPU"
         );
-        let arms = match (&options.arms[..], options.quick) {
-            ([], false) => Arm::ALL.to_vec(),
-            ([], true) => QUICK_ARMS
+        let arms = match options.quick {
+            true => QUICK_ARMS
                 .iter()
                 .filter_map(|name| Arm::named(name))
                 .collect(),
-            (given, _) => distinct(given),
+            false => Arm::ALL.to_vec(),
         };
         Ok(Self {
             cells,
-            arms,
+            arms: distinct(&or(&options.arms, &arms)),
             repeat: options.repeat.unwrap_or(if options.quick { 2 } else { 3 }),
             quiet: Duration::from_millis(options.quiet_ms),
             limits: Limits {
@@ -103,22 +103,17 @@ impl Plan {
 
     /// What is to be known of it beside the results.
     pub fn facts(&self) -> [(&'static str, String); 4] {
-        let Limits {
-            bandwidth_mib,
-            max_rounds,
-            downtime,
-            converge: _,
-        } = self.limits;
-        let link = match bandwidth_mib {
+        let (rounds, downtime) = (self.limits.max_rounds, self.limits.downtime.as_millis());
+        let link = match self.limits.bandwidth_mib {
             0 => "as fast as it goes".into(),
             limit => format!("{limit} MiB/s"),
         };
         [
             ("link", link),
-            ("downtime limit", format!("{} ms", downtime.as_millis())),
+            ("downtime limit", format!("{downtime} ms")),
             (
                 "rounds at most",
-                format!("{max_rounds}, then the guest is stopped"),
+                format!("{rounds}, then the guest is stopped"),
             ),
             ("migrations", format!("{} of each arm", self.repeat)),
         ]
@@ -177,20 +172,17 @@ fn list(options: &Options) -> Vec<Cell> {
 
 fn grid(options: &Options) -> Vec<Cell> {
     /// What is asked for; else what is typical, or everything.
-    fn or<T: Copy + PartialEq>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
-        match (given, full) {
-            ([], true) => grid.to_vec(),
-            ([], false) => vec![typical],
-            _ => distinct(given),
-        }
+    fn numbers<T: Copy + PartialEq>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
+        let typical = [typical];
+        distinct(&or(given, if full { grid } else { &typical }))
     }
     let full = options.full;
     let ring_entries: Vec<u32> = options.ring_entries.iter().map(|size| size.get()).collect();
     let mut list = Vec::new();
-    for &vcpus in &or(&options.vcpus, &VCPUS, 2, full) {
-        for &memory in &or(&options.memory_mib, &MEMORY_MIB, 1024, full) {
-            for &stress in &or(&options.stress_mib, &STRESS_MIB, 96, full) {
-                for &ring in &or(&ring_entries, &RING_ENTRIES, 4096, full) {
+    for &vcpus in &numbers(&options.vcpus, &VCPUS, 2, full) {
+        for &memory in &numbers(&options.memory_mib, &MEMORY_MIB, 1024, full) {
+            for &stress in &numbers(&options.stress_mib, &STRESS_MIB, 96, full) {
+                for &ring in &numbers(&ring_entries, &RING_ENTRIES, 4096, full) {
                     list.push(cell(vcpus, memory, stress, ring));
                 }
             }

@@ -5,8 +5,11 @@ use kvm_integration::guestperf::{ArmResult, CellResult, Figures, Spread};
 
 use crate::verdict::{Best, Verdict};
 
+/// One number of a migration.
+type Figure = fn(&Figures) -> f64;
+
 /// What is told of each arm, between its name and how often it converged.
-const FIGURES: [(&str, fn(&Figures) -> f64); 14] = [
+const FIGURES: [(&str, Figure); 14] = [
     ("drop s", |f| f.drop_seconds),
     ("worst ms/GB", |f| f.worst_ms_per_gb),
     ("median", |f| f.median_ms_per_gb),
@@ -85,7 +88,7 @@ pub fn overview(results: &[CellResult]) -> String {
             cell.ring_entries
         )];
         row.extend(result.arms.iter().map(|arm| {
-            let median = |get: fn(&Figures) -> f64| {
+            let median = |get: Figure| {
                 let spread = arm.spread(get);
                 spread.map_or("-".into(), |spread| figure(spread.median))
             };

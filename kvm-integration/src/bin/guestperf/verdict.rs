@@ -73,17 +73,13 @@ pub struct Best {
 
 /// All verdicts. A cell without ours, or with nothing to compare it with, has none.
 pub fn verdicts(results: &[CellResult]) -> Vec<Verdict> {
-    results.iter().flat_map(of_cell).collect()
-}
-
-fn of_cell(result: &CellResult) -> Vec<Verdict> {
-    match result.arms.len() {
-        0 | 1 => Vec::new(),
-        _ => MEASURES
+    let compared = results.iter().filter(|result| result.arms.len() > 1);
+    let of_cell = |result| {
+        MEASURES
             .iter()
-            .filter_map(|measure| of(measure, result))
-            .collect(),
-    }
+            .filter_map(move |measure| of(measure, result))
+    };
+    compared.flat_map(of_cell).collect()
 }
 
 fn of(measure: &Measure, result: &CellResult) -> Option<Verdict> {

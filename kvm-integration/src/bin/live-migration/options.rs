@@ -150,15 +150,6 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_those_of_the_help() {
-        let options = parse("").unwrap();
-        let setup = options.setup();
-        assert_eq!((setup.vcpus, setup.pages), (2, 131_072));
-        assert_eq!(setup.ring_entries.get(), 4096);
-        assert_eq!(options.pacing, Policy::LookFirst);
-    }
-
-    #[test]
     fn memory_must_do_for_guest_and_copy() {
         let available = Some(2048);
         let enough = parse("--memory-mib 1024").unwrap();

@@ -75,20 +75,15 @@ impl Report<'_> {
 
     /// How the guest was limited.
     fn limits(&self) -> String {
-        let mut limits: Vec<(usize, u64)> = Vec::new();
-        for (number, round) in self.outcome.rounds.iter().enumerate() {
-            match round.limit.map(u64::from) {
-                Some(limit) if limits.last().is_none_or(|last| last.1 != limit) => {
-                    limits.push((number, limit));
-                }
-                _ => {}
-            }
-        }
+        let rounds = self.outcome.rounds.iter().enumerate();
+        let limits = rounds.filter_map(|(number, round)| Some((number, round.limit?.get())));
+        let mut limits: Vec<_> = limits.collect();
+        limits.dedup_by_key(|&mut (_, limit)| limit);
         if limits.is_empty() {
             return "none was needed".into();
         }
-        let tell = |(number, limit): &(usize, u64)| {
-            format!("{} pages/s a vCPU from round {number} on", grouped(*limit))
+        let tell = |&(number, limit): &(usize, u64)| {
+            format!("{} pages/s a vCPU from round {number} on", grouped(limit))
         };
         let limits: Vec<_> = limits.iter().map(tell).collect();
         let (limits, asleep) = (limits.join(", "), self.limited_ms());

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_integration::cli::interrupt::go_on;
+use kvm_integration::cli::options::or;
 use kvm_integration::lab::sim::{Guest, Load, Outcome, Recording, Scenario, constants, run};
 use kvm_integration::lab::{Arm, ArmResult, CellResult, Sample};
 
@@ -51,10 +52,8 @@ impl SimPlan {
     /// What is asked for.
     pub fn new(options: &Options) -> Result<Self> {
         let scenarios = |vcpus: &[u32], workload: &str, load: &dyn Fn(&Scenario) -> Load| {
-            let rings: Vec<u64> = match &options.ring_entries[..] {
-                [] => vec![RING_ENTRIES],
-                some => some.iter().map(|size| size.get().into()).collect(),
-            };
+            let rings = options.ring_entries.iter().map(|size| size.get().into());
+            let rings = or(&rings.collect::<Vec<_>>(), &[RING_ENTRIES]);
             let pairs = vcpus
                 .iter()
                 .flat_map(|&v| rings.iter().map(move |&r| (v, r)));
@@ -79,16 +78,9 @@ impl SimPlan {
                 scenarios(&[vcpus], "recorded", &|_| Load::Recorded(recording.clone()))
             }
             None => {
-                let vcpus = match &options.vcpus[..] {
-                    [] => &VCPUS,
-                    some => some,
-                };
-                let workloads: Vec<String> = match &options.workloads[..] {
-                    [] => WORKLOADS.map(String::from).to_vec(),
-                    some => some.to_vec(),
-                };
+                let vcpus = &or(&options.vcpus, &VCPUS);
                 let mut cells = Vec::new();
-                for name in workloads {
+                for name in or(&options.workloads, &WORKLOADS.map(String::from)) {
                     let known = load_name(&name).with_context(|| {
                         let names = Load::NAMES.join(", ");
                         format!(
@@ -111,10 +103,7 @@ impl SimPlan {
         };
         Ok(Self {
             cells,
-            arms: match &options.arms[..] {
-                [] => Arm::ALL.to_vec(),
-                some => some.to_vec(),
-            },
+            arms: or(&options.arms, &Arm::ALL),
             drawn: options.svg.is_some().then_some(Duration::from_secs(3)),
         })
     }
@@ -167,20 +156,12 @@ fn recording(path: &Path) -> Result<Recording> {
 pub fn simulate(plan: &SimPlan, interrupted: &AtomicBool, report: &mut Report<'_>) -> Result<()> {
     let guests = plan.cells.len();
     for (number, cell) in plan.cells.iter().enumerate() {
-        let Scenario {
-            vcpus,
-            ring_entries,
-            ..
-        } = cell.scenario;
+        let arms = plan.arms.iter();
         let mut result = CellResult {
             workload: cell.workload.clone(),
-            vcpus: vcpus as u32,
-            ring_entries: ring_entries as u32,
-            arms: plan
-                .arms
-                .iter()
-                .map(|arm| ArmResult::new(arm.name))
-                .collect(),
+            vcpus: cell.scenario.vcpus as u32,
+            ring_entries: cell.scenario.ring_entries as u32,
+            arms: arms.map(|arm| ArmResult::new(arm.name)).collect(),
             others: None,
             reset_load: cell.reset_load(),
         };

@@ -153,7 +153,7 @@ impl Run<'_> {
     ) -> Result<Done> {
         self.guest.vcpus.watch(quiet, self.interrupted)?;
         let mut tracker = ArmTracker::start(arm, self.guest, self.cpus, &self.delay)?;
-        let before = Counts::read(self.guest);
+        let before = counts(self.guest);
         let begun = sampler.read();
         self.guest.set_logged(true)?;
         let outcome = migrate(
@@ -165,9 +165,10 @@ impl Run<'_> {
             &mut sampler,
         );
         let outcome = outcome.context("the migration failed")?;
-        let mut counts = Counts::read(self.guest).since(before);
-        counts.resets += tracker.ioctls;
-        counts.entries += tracker.pages;
+        let after = counts(self.guest);
+        let mut counts: [u64; 4] = std::array::from_fn(|at| after[at] - before[at]);
+        counts[2] += tracker.ioctls;
+        counts[3] += tracker.pages;
         self.guest.set_logged(false)?;
         self.delay.store(0, Ordering::Relaxed);
         let resumed = Instant::now();
@@ -184,38 +185,15 @@ impl Run<'_> {
     }
 }
 
-/// What is counted since the guest was made.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counts {
-    full_exits: u64,
-    full_exit_time: Duration,
-    resets: u64,
-    entries: u64,
-}
-
-impl Counts {
-    fn read(guest: &StressedGuest) -> Self {
-        let Some(full_exits) = &guest.full_exits else {
-            return Self::default();
-        };
-        let stats = full_exits.log().stats();
-        let (full_exits, full_exit_time) = full_exits.counts();
-        Self {
-            full_exits,
-            full_exit_time,
-            resets: stats.resets,
-            entries: stats.entries,
-        }
-    }
-
-    fn since(&self, before: Self) -> Self {
-        Self {
-            full_exits: self.full_exits - before.full_exits,
-            full_exit_time: self.full_exit_time - before.full_exit_time,
-            resets: self.resets - before.resets,
-            entries: self.entries - before.entries,
-        }
-    }
+/// Full exits, nanoseconds spent on them, resets and entries since the guest was made.
+fn counts(guest: &StressedGuest) -> [u64; 4] {
+    let Some(full_exits) = &guest.full_exits else {
+        return [0; 4];
+    };
+    let stats = full_exits.log().stats();
+    let (full_exits, time) = full_exits.counts();
+    let time = time.as_nanos() as u64;
+    [full_exits, time, stats.resets, stats.entries]
 }
 
 /// All that is known of a migration when it is over.
@@ -224,7 +202,7 @@ struct Done {
     resumed: Instant,
     ended: Instant,
     outcome: Outcome,
-    counts: Counts,
+    counts: [u64; 4],
     reaper_cpu: Duration,
 }
 
@@ -252,6 +230,7 @@ impl Done {
             })
         };
         let readings: Vec<Reading> = raw.iter().filter_map(read).collect();
+        let [full_exits, full_exit_ns, resets, entries] = self.counts;
         let felt = Figures::felt(&readings, &phases)?;
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let rounds = outcome.rounds.iter().map(|round| Round {
@@ -262,10 +241,10 @@ impl Done {
         });
         Some(Migration {
             figures: Figures {
-                full_exits: self.counts.full_exits,
-                full_exit_ms: ms(self.counts.full_exit_time),
-                resets: self.counts.resets,
-                entries: self.counts.entries,
+                full_exits,
+                full_exit_ms: ms(Duration::from_nanos(full_exit_ns)),
+                resets,
+                entries,
                 reaper_cpu_ms: ms(self.reaper_cpu),
                 pages_sent: outcome.pages_sent(),
                 downtime_ms: ms(outcome.downtime),
@@ -283,6 +262,8 @@ impl Done {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::MutexGuard;
+
     use super::*;
     use crate::cli::interrupt::Interrupted;
     use crate::guestperf::arm::OURS;
@@ -304,13 +285,18 @@ mod tests {
     };
     const QUIET: Duration = Duration::from_millis(100);
 
+    /// A small guest, and what keeps others away; `None`, and a line about it, where there is no KVM.
+    fn cell(interrupted: &AtomicBool) -> Option<(KvmCell<'_>, MutexGuard<'_, ()>)> {
+        let (kvm, alone) = crate::host::kvm_for_test("guestperf")?;
+        Some((KvmCell::new(&kvm, &CELL, interrupted).unwrap(), alone))
+    }
+
     #[test]
     fn every_arm_brings_all_pages_and_tells_what_it_cost() {
-        let Some((kvm, _alone)) = crate::host::kvm_for_test("guestperf") else {
+        let interrupted = AtomicBool::new(false);
+        let Some((mut cell, _alone)) = cell(&interrupted) else {
             return;
         };
-        let interrupted = AtomicBool::new(false);
-        let mut cell = KvmCell::new(&kvm, &CELL, &interrupted).unwrap();
         for arm in Arm::ALL {
             let name = arm.name;
             let missed_none = |migration: &Migration| {
@@ -379,11 +365,10 @@ mod tests {
                 Ok(())
             }
         }
-        let Some((kvm, _alone)) = crate::host::kvm_for_test("guestperf") else {
+        let interrupted = AtomicBool::new(false);
+        let Some((mut cell, _alone)) = cell(&interrupted) else {
             return;
         };
-        let interrupted = AtomicBool::new(false);
-        let mut cell = KvmCell::new(&kvm, &CELL, &interrupted).unwrap();
         cell.plain.resume();
         let guest = &mut cell.plain;
         let outcome = migrate(
@@ -401,11 +386,10 @@ mod tests {
 
     #[test]
     fn an_interruption_ends_it_and_the_guest_stands_still() {
-        let Some((kvm, _alone)) = crate::host::kvm_for_test("guestperf") else {
+        let interrupted = AtomicBool::new(true);
+        let Some((mut cell, _alone)) = cell(&interrupted) else {
             return;
         };
-        let interrupted = AtomicBool::new(true);
-        let mut cell = KvmCell::new(&kvm, &CELL, &interrupted).unwrap();
         let arm = Arm::named(OURS).unwrap();
         let error = cell.migrate(&arm, QUIET, &LIMITS).unwrap_err();
         assert!(error.is::<Interrupted>(), "{error}");

@@ -125,7 +125,7 @@ impl World for KvmWorld {
         let ring =
             ring.with_context(|| format!("the ring of vCPU {index} could not be attached"))?;
         let handler = handler(ring, job.abandons, job.counts);
-        Ok(Box::new(KvmVcpu(VcpuThread::spawn(vcpu, handler)?)))
+        Ok(Box::new(VcpuThread::spawn(vcpu, handler)?))
     }
 }
 
@@ -156,27 +156,25 @@ fn handler(
     }
 }
 
-struct KvmVcpu(VcpuThread);
-
-impl Vcpu for KvmVcpu {
+impl Vcpu for VcpuThread {
     fn request_pause(&self) {
-        self.0.request_pause();
+        VcpuThread::request_pause(self);
     }
 
     fn wait_paused(&self) -> bool {
-        self.0.wait_paused()
+        VcpuThread::wait_paused(self)
     }
 
     fn resume(&self) {
-        self.0.resume();
+        VcpuThread::resume(self);
     }
 
     fn tid(&self) -> libc::pid_t {
-        self.0.tid()
+        VcpuThread::tid(self)
     }
 
     fn stop(self: Box<Self>) -> Result<()> {
-        drop(self.0.stop()?);
+        drop(VcpuThread::stop(*self)?);
         Ok(())
     }
 }

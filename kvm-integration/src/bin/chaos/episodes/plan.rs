@@ -83,9 +83,7 @@ pub enum Act {
     Sync,
     /// For so many acts.
     Storm(StormKind, u64),
-    Kick {
-        pick: u64,
-    },
+    Kick(u64),
     KickAll,
     /// With its writers running until it is retired, or not.
     Remove {
@@ -97,24 +95,16 @@ pub enum Act {
         pages: u64,
     },
     StartVcpu,
-    DropVcpu {
-        pick: u64,
-    },
+    DropVcpu(u64),
     StopReaper,
     StartReaper(PolicyPlan),
     PauseReaper,
     ResumeReaper,
     SwapPolicy(PolicyPlan),
-    Rearm {
-        pick: u64,
-    },
+    Rearm(u64),
     FailReset(i32),
-    ShortenReset {
-        after: u32,
-    },
-    Garble {
-        pick: u64,
-    },
+    ShortenReset(u32),
+    Garble(u64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -233,16 +223,16 @@ impl Act {
                 };
                 Self::Storm(kind, 1 + random.below(4))
             }
-            7..9 => Self::Kick { pick },
+            7..9 => Self::Kick(pick),
             9 => Self::KickAll,
             10 | 11 => Self::StartVcpu,
-            12 => Self::DropVcpu { pick },
+            12 => Self::DropVcpu(pick),
             13 => Self::StopReaper,
             14 | 15 => Self::StartReaper(PolicyPlan::draw(random)),
             16 => Self::PauseReaper,
             17 => Self::ResumeReaper,
             18 | 19 => Self::SwapPolicy(PolicyPlan::draw(random)),
-            20 => Self::Rearm { pick },
+            20 => Self::Rearm(pick),
             n if n < 21 + slots => {
                 let slot = random.below(goes.len() as u64) as usize;
                 match n % 2 {
@@ -261,10 +251,8 @@ impl Act {
                     let errors = [libc::EINTR, libc::ENOMEM, libc::EBADF];
                     Self::FailReset(errors[random.below(3) as usize])
                 }
-                2 | 3 => Self::ShortenReset {
-                    after: random.below(300) as u32,
-                },
-                _ => Self::Garble { pick },
+                2 | 3 => Self::ShortenReset(random.below(300) as u32),
+                _ => Self::Garble(pick),
             },
         }
     }

@@ -221,7 +221,7 @@ impl<'a> Conductor<'a> {
         match act {
             Act::Sync => self.copier.round()?,
             Act::Storm(kind, acts) => self.rain(kind, acts),
-            Act::Kick { pick } => {
+            Act::Kick(pick) => {
                 let which = pick as usize % self.vcpus.len();
                 self.kick(|place, _| place == which)?;
             }
@@ -229,7 +229,7 @@ impl<'a> Conductor<'a> {
             Act::Remove { slot, live } => self.remove(slot, live)?,
             Act::Add { slot, pages } => self.add(slot, pages)?,
             Act::StartVcpu => self.start_late()?,
-            Act::DropVcpu { pick } => {
+            Act::DropVcpu(pick) => {
                 // The first one stays.
                 if self.vcpus.len() > 1 {
                     self.drop_vcpu(1 + pick as usize % (self.vcpus.len() - 1))?;
@@ -265,13 +265,11 @@ impl<'a> Conductor<'a> {
                     self.counts.add(Fault::PoliciesSwapped);
                 }
             }
-            Act::Rearm { pick } => self.rearm(pick)?,
+            Act::Rearm(pick) => self.rearm(pick)?,
             Act::FailReset(number) => self.world.inject(ResetFault::Error(number))?,
-            Act::ShortenReset { after } if after % 4 == 0 => {
-                self.world.inject(ResetFault::AtEnd)?
-            }
-            Act::ShortenReset { after } => self.world.inject(ResetFault::Short { after })?,
-            Act::Garble { pick } => {
+            Act::ShortenReset(after) if after % 4 == 0 => self.world.inject(ResetFault::AtEnd)?,
+            Act::ShortenReset(after) => self.world.inject(ResetFault::Short { after })?,
+            Act::Garble(pick) => {
                 let which = pick as usize % self.vcpus.len();
                 let is_garbled = self.vcpus[which].vcpu.garble_next(pick >> 32);
                 self.garbled += u64::from(is_garbled);
