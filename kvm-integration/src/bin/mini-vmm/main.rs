@@ -21,7 +21,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
-use machine::{COUNT, MEMORY, Machine, Memory, PATIENCE, SLOT, Vcpu};
+use machine::{COUNT, Machine, PATIENCE, SLOT};
 
 /// The guest is stopped after a round of so few pages.
 const FEW_PAGES: u64 = 256;
@@ -49,16 +49,10 @@ fn main() -> Result<()> {
     sent
 }
 
-fn create(sim: bool) -> Result<(Machine, Vcpu)> {
-    let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)])?;
-    let (set_logged, log, vcpu) = simulated::create_unless_kvm(sim, &memory)?;
-    Ok((Machine::new(memory, set_logged, log)?, vcpu))
-}
-
 fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    let (machine, vcpu) = create(sim)?;
+    let (machine, vcpu) = simulated::create_unless_kvm(sim)?;
     let thread = machine.start(vcpu, Value::Null)?;
 
     let log = &machine.log;
@@ -96,7 +90,7 @@ fn send_dirty(socket: &mut UnixStream, machine: &Machine, dirty: &mut DirtyPages
 
 fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (machine, vcpu) = create(sim)?;
+    let (machine, vcpu) = simulated::create_unless_kvm(sim)?;
     while let (address, bytes @ 1..) = receive(&mut socket)? {
         // Whoever sends it does not decide where it goes: a slice is within one region.
         let mut slice = machine.memory.get_slice(GuestAddress(address), bytes)?;
