@@ -1,13 +1,21 @@
 //! A tiny guest on real KVM, for the integration suite and the programs of this workspace.
 //!
 //! [`TinyVm`] is a virtual machine without devices, firmware or operating system. Each of its
-//! vCPUs runs one short loop ([`program`]) that stores a stamp into every page of a list, over
-//! and over; [`workload`] makes the lists. The host pauses, resumes and stops the vCPUs through
+//! vCPUs runs one short loop ([`guest::program`]) that stores a stamp into every page of a list, over
+//! and over; [`guest::workload`] makes the lists. The host pauses, resumes and stops the vCPUs through
 //! [`VcpuThread`], reads their progress while they run, and compares [`GuestMemory`] byte for
 //! byte when they stand still.
 //!
-//! On top of it, [`machine`] makes such a guest, or one on the simulated kernel, ready to be
-//! migrated, and [`migration`] migrates it.
+//! | room | holds | for |
+//! |---|---|---|
+//! | [`guest`] | the tiny guest and its virtual machine | tests, benchmarks and all programs but `mini-vmm` |
+//! | [`host`] | the machine that it runs on: what it is, its CPUs, signals, refused system calls | as above |
+//! | [`machine`] | a guest to be migrated, on KVM or on the simulated kernel | `live-migration`, `dirty-limit`, `guestperf`, `chaos` |
+//! | [`reaping`] | who empties rings: policies by name, and QEMU's way | `pacing-lab`, `guestperf` |
+//! | [`migration`] | pre-copy rounds and the comparison after them | `live-migration`, `guestperf` |
+//! | [`cli`] | what programs have in common: options, output, signals | all programs but `mini-vmm` |
+//! | [`guestperf`] | migrations that are measured | `guestperf` |
+//! | [`lab`] | arms and loads, on KVM and in a simulation | `pacing-lab`, `tests/pacing_sim.rs` |
 //!
 //! The guest is x86-64 code, so the machine itself is there on x86-64 only; everything else builds
 //! everywhere.
@@ -37,63 +45,30 @@
 //! # fn main() {}
 //! ```
 
-pub mod bystanders;
-pub mod chaos;
 pub mod charts;
-#[cfg(target_arch = "x86_64")]
-mod cores;
-#[cfg(target_arch = "x86_64")]
-mod cpu_time;
+pub mod cli;
+pub mod guest;
 pub mod guestperf;
 pub mod host;
-pub mod interrupt;
 pub mod lab;
 pub mod machine;
-pub mod markdown;
-pub mod memory;
 pub mod migration;
-pub mod order;
-pub mod output;
-pub mod page_set;
-mod parking;
-pub mod policy;
-mod random;
-pub mod rate;
-#[cfg(target_arch = "x86_64")]
-pub mod refusal;
-pub mod shape;
-pub mod stamp;
-pub mod storm;
-pub mod watchdog;
-pub mod workload;
+pub mod random;
+pub mod reaping;
+
+pub use guest::memory::{GuestMemory, MemoryError, PAGE_SIZE};
+pub use guest::workload::{Region, Workload};
+pub use host::{Host, HostError, kvm_available, storm};
+pub use reaping::policy::Policy;
 
 #[cfg(target_arch = "x86_64")]
-pub mod kick;
+pub use guest::{
+    error::{VcpuError, VmError},
+    program::{self, Load, Mode},
+    stress::Stress,
+    thread::{Action, Kicker, VcpuThread, pause_all},
+    vcpu::{Exit, Progress, TinyVcpu},
+    vm::TinyVm,
+};
 #[cfg(target_arch = "x86_64")]
-pub mod program;
-#[cfg(target_arch = "x86_64")]
-pub mod slowdown;
-#[cfg(target_arch = "x86_64")]
-pub mod stress;
-#[cfg(target_arch = "x86_64")]
-pub mod thread;
-#[cfg(target_arch = "x86_64")]
-pub mod vcpu;
-#[cfg(target_arch = "x86_64")]
-pub mod vm;
-
-pub use host::{Host, HostError, kvm_available};
-pub use memory::{GuestMemory, MemoryError, PAGE_SIZE};
-pub use policy::Policy;
-pub use workload::{Region, UnknownWorkload, Workload};
-
-#[cfg(target_arch = "x86_64")]
-pub use program::{Load, Mode};
-#[cfg(target_arch = "x86_64")]
-pub use stress::Stress;
-#[cfg(target_arch = "x86_64")]
-pub use thread::{Action, Kicker, VcpuThread, pause_all};
-#[cfg(target_arch = "x86_64")]
-pub use vcpu::{Exit, Progress, TinyVcpu, VcpuError};
-#[cfg(target_arch = "x86_64")]
-pub use vm::{TinyVm, VmError};
+pub use host::refusal;

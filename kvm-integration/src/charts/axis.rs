@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::markdown::figure;
+use crate::cli::markdown::figure;
 
 /// One axis of a chart.
 #[derive(Debug)]

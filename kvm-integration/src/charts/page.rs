@@ -3,7 +3,7 @@
 use plotters::style::Color;
 
 use super::{Chart, Undrawn};
-use crate::markdown::Table;
+use crate::cli::markdown::Table;
 
 /// Readable in light and dark, narrow and wide, and on paper.
 const STYLE: &str = include_str!("style.css");

@@ -1,6 +1,6 @@
 //! From what was read of a running guest to what it felt.
 
-use super::result::{Phases, Sample, Spread};
+use super::result::{Figures, Phases, Sample, Spread};
 
 /// Pages of a GB.
 const GB: f64 = (1u64 << 18) as f64;
@@ -22,21 +22,11 @@ pub(crate) struct Reading {
     pub(crate) delay: Option<f64>,
 }
 
-/// What the guest felt during a migration.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Felt {
-    pub(crate) quiet_ms_per_gb: f64,
-    pub(crate) median_ms_per_gb: f64,
-    pub(crate) worst_ms_per_gb: f64,
-    pub(crate) drop_seconds: f64,
-    pub(crate) longest_stall_ms: f64,
-    pub(crate) pages_per_second: f64,
-}
-
-impl Felt {
-    /// From readings in order of time, among them one at the migration's begin and one when the
-    /// guest is to stop; `None` if there is no other one of the quiet phase before.
-    pub(crate) fn new(readings: &[Reading], phases: &Phases) -> Option<Self> {
+impl Figures {
+    /// What the guest felt, and nothing else yet. From readings in order of time, among them one at
+    /// the migration's begin and one when the guest is to stop; `None` if there is no other one of the
+    /// quiet phase before.
+    pub(crate) fn felt(readings: &[Reading], phases: &Phases) -> Option<Self> {
         // From the last reading that is not later than `from` on.
         let between = |from: f64, to: f64| -> &[Reading] {
             let begin = readings.partition_point(|reading| reading.at <= from);
@@ -62,7 +52,8 @@ impl Felt {
             worst_ms_per_gb: worst(migration)?,
             drop_seconds: dropped.fold(0.0, |sum, step| sum + step.seconds),
             longest_stall_ms: stall * 1e3,
-            pages_per_second: pages as f64 / (last.at - first.at),
+            guest_pages_per_second: pages as f64 / (last.at - first.at),
+            ..Self::default()
         })
     }
 }
@@ -206,10 +197,10 @@ mod tests {
     };
 
     /// Of one vCPU.
-    fn felt(steps: &[u64]) -> Felt {
+    fn felt(steps: &[u64]) -> Figures {
         let steps: Vec<_> = steps.iter().map(|step| [*step]).collect();
         let steps: Vec<&[u64]> = steps.iter().map(|step| &step[..]).collect();
-        Felt::new(&readings(&steps), &PHASES).unwrap()
+        Figures::felt(&readings(&steps), &PHASES).unwrap()
     }
 
     fn near(a: f64, b: f64) {
@@ -229,7 +220,7 @@ mod tests {
         // Of 100, 200, 300, for ever, 100 and 100.
         near(felt.median_ms_per_gb, 150.0);
         near(felt.longest_stall_ms, 100.0);
-        near(felt.pages_per_second, (3.0 + 5.0 / 6.0) * GB / 0.6);
+        near(felt.guest_pages_per_second, (3.0 + 5.0 / 6.0) * GB / 0.6);
     }
 
     #[test]
@@ -248,7 +239,7 @@ mod tests {
         let both: &[u64] = &[gb, gb];
         let one: &[u64] = &[gb + gb / 2, gb / 2];
         let steps = [both, both, both, one, one, one, one, one, one];
-        let felt = Felt::new(&readings(&steps), &PHASES).unwrap();
+        let felt = Figures::felt(&readings(&steps), &PHASES).unwrap();
         near(felt.drop_seconds, 0.0);
         near(felt.median_ms_per_gb, 100.0);
         near(felt.worst_ms_per_gb, 200.0);
@@ -267,9 +258,9 @@ mod tests {
     #[test]
     fn too_few_readings_tell_nothing() {
         let gb: &[u64] = &[GB as u64];
-        assert_eq!(Felt::new(&[], &PHASES), None);
-        assert_eq!(Felt::new(&readings(&[gb]), &PHASES), None);
-        assert_eq!(Felt::new(&readings(&[gb, gb]), &PHASES), None);
+        assert_eq!(Figures::felt(&[], &PHASES), None);
+        assert_eq!(Figures::felt(&readings(&[gb]), &PHASES), None);
+        assert_eq!(Figures::felt(&readings(&[gb, gb]), &PHASES), None);
     }
 
     #[test]

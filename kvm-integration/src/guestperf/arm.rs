@@ -1,7 +1,9 @@
 //! What is compared: ways to track what a guest writes.
 
-use crate::policy::Policy;
-use crate::shape::Shape;
+use crate::reaping::Shape::{self, AllRings, OwnRing};
+use crate::reaping::policy::Policy::{
+    self, Fixed, HalveAndCreep, LookFirst, RunLevels, RunLevelsAsPosted,
+};
 
 /// One way to track.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,28 +33,16 @@ impl Arm {
             name: "bitmap",
             tracking: Tracking::Bitmap,
         },
-        Self::rings("fixed", Shape::OwnRing, Policy::Fixed),
-        Self::rings(
-            "run-levels-as-posted",
-            Shape::OwnRing,
-            Policy::RunLevelsAsPosted,
-        ),
-        Self::rings("run-levels", Shape::OwnRing, Policy::RunLevels),
-        Self::rings("halve-and-creep", Shape::OwnRing, Policy::HalveAndCreep),
-        Self::rings(OURS, Shape::OwnRing, Policy::LookFirst),
-        Self::rings("qemu-fixed", Shape::AllRings, Policy::Fixed),
-        Self::rings(
-            "qemu-run-levels-as-posted",
-            Shape::AllRings,
-            Policy::RunLevelsAsPosted,
-        ),
-        Self::rings("qemu-run-levels", Shape::AllRings, Policy::RunLevels),
-        Self::rings(
-            "qemu-halve-and-creep",
-            Shape::AllRings,
-            Policy::HalveAndCreep,
-        ),
-        Self::rings("qemu-look-first", Shape::AllRings, Policy::LookFirst),
+        Self::rings("fixed", OwnRing, Fixed),
+        Self::rings("run-levels-as-posted", OwnRing, RunLevelsAsPosted),
+        Self::rings("run-levels", OwnRing, RunLevels),
+        Self::rings("halve-and-creep", OwnRing, HalveAndCreep),
+        Self::rings(OURS, OwnRing, LookFirst),
+        Self::rings("qemu-fixed", AllRings, Fixed),
+        Self::rings("qemu-run-levels-as-posted", AllRings, RunLevelsAsPosted),
+        Self::rings("qemu-run-levels", AllRings, RunLevels),
+        Self::rings("qemu-halve-and-creep", AllRings, HalveAndCreep),
+        Self::rings("qemu-look-first", AllRings, LookFirst),
     ];
 
     const fn rings(name: &'static str, shape: Shape, policy: Policy) -> Self {
@@ -81,7 +71,7 @@ mod tests {
                     Shape::OwnRing => "",
                     Shape::AllRings => "qemu-",
                 };
-                assert_eq!(arm.name, format!("{prefix}{}", policy.name()));
+                assert_eq!(arm.name, format!("{prefix}{}", <&str>::from(policy)));
             }
         }
         assert!(Arm::named(OURS).is_some());

@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::memory::PAGE_SIZE;
-use crate::workload::Region;
+use crate::guest::memory::PAGE_SIZE;
+use crate::guest::workload::Region;
 
 /// One guest, which every arm migrates in turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -40,17 +40,10 @@ impl Cell {
 
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            vcpus,
-            memory_mib,
-            stress_mib,
-            ring_entries,
-        } = self;
-        let noun = if *vcpus == 1 { "vCPU" } else { "vCPUs" };
-        write!(
-            f,
-            "{vcpus} {noun}, {memory_mib} MiB, {stress_mib} MiB stressed, rings of {ring_entries}"
-        )
+        let (vcpus, memory, stress) = (self.vcpus, self.memory_mib, self.stress_mib);
+        let noun = if vcpus == 1 { "vCPU" } else { "vCPUs" };
+        write!(f, "{vcpus} {noun}, {memory} MiB, {stress} MiB stressed, ")?;
+        write!(f, "rings of {}", self.ring_entries)
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kvm_dirty_ring::pacing::{Fixed, HalveAndCreep, LookFirst, Observation, Pacing, RunLevels};
 
-use crate::shape::Shape;
+use crate::reaping::Shape;
 
 /// One way to keep rings from filling up.
 #[derive(Debug, Clone, Copy)]

@@ -18,6 +18,6 @@ pub struct Cell {
 
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        describe(f, self.pattern.name(), self.vcpus, self.ring_entries)
+        describe(f, self.pattern.into(), self.vcpus, self.ring_entries)
     }
 }

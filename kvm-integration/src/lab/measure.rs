@@ -1,36 +1,53 @@
 //! What is measured of an arm under a load.
 
-use std::iter::Sum;
+use std::iter::{Sum, repeat};
+use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// What one arm did under one load, from the end of the warm-up on.
-#[derive(Debug, Clone, Default, PartialEq)]
+use serde::{Serialize, Serializer};
+
+/// What one arm did under one load, from the end of the warm-up on; with the names of `--json`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Measured {
     /// How long it was watched.
+    #[serde(rename = "seconds", serialize_with = "seconds")]
     pub time: Duration,
     /// Exits for a full ring, of all vCPUs.
     pub full_exits: u64,
     /// Time that vCPUs spent on them, summed up.
+    #[serde(rename = "stall_ms", serialize_with = "ms")]
     pub stall: Duration,
     /// Passes: the reaper's and those of full exits.
     pub passes: u64,
     /// The fewest passes that could have done: entries ÷ soft limit of the ring for which that is
     /// most.
+    #[serde(rename = "minimum_passes")]
     pub minimum: f64,
     /// Entries harvested, of all rings.
     pub entries: u64,
     /// Page stores of the guest, logged or not.
     pub stores: u64,
     /// CPU time of the vCPUs' threads, in the guest or not; zero if nobody knows.
+    #[serde(rename = "vcpu_cpu_ms", serialize_with = "ms")]
     pub vcpu_cpu: Duration,
     /// CPU time of the reaper's thread.
+    #[serde(rename = "reaper_cpu_ms", serialize_with = "ms")]
     pub reaper_cpu: Duration,
     /// How much of it went into passes.
+    #[serde(rename = "pass_ms", serialize_with = "ms")]
     pub pass_time: Duration,
     /// The reaper's wake-ups.
     pub wakeups: u64,
     /// Its passes.
     pub reaper_passes: u64,
+}
+
+fn seconds<S: Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_f64(time.as_secs_f64())
+}
+
+fn ms<S: Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_f64(time.as_secs_f64() * 1e3)
 }
 
 /// The rings at one moment.
@@ -46,27 +63,64 @@ pub struct Sample {
     pub full_exits: u64,
 }
 
+/// All that was counted up to one moment.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    /// Without `minimum` and `stores`.
+    pub(super) sums: Measured,
+    pub(super) stores: f64,
+    /// Entries of each ring, and its soft limit.
+    pub(super) rings: Vec<(u64, u64)>,
+}
+
+impl Totals {
+    /// What has come since `first`.
+    pub(super) fn since(&self, first: &Self) -> Measured {
+        let before = first.rings.iter().copied().chain(repeat((0, 0)));
+        let fills = self.rings.iter().zip(before);
+        let fills = fills.map(|(now, before)| (now.0 - before.0) as f64 / now.1.max(1) as f64);
+        Measured {
+            minimum: fills.fold(0.0, f64::max),
+            stores: (self.stores - first.stores) as u64,
+            ..self.sums.with(&first.sums, u64::sub, Duration::sub)
+        }
+    }
+}
+
 impl<'a> Sum<&'a Measured> for Measured {
     /// As if all of them were one watch.
     fn sum<I: Iterator<Item = &'a Measured>>(all: I) -> Self {
         all.fold(Self::default(), |sum, one| Self {
-            time: sum.time + one.time,
-            full_exits: sum.full_exits + one.full_exits,
-            stall: sum.stall + one.stall,
-            passes: sum.passes + one.passes,
             minimum: sum.minimum + one.minimum,
-            entries: sum.entries + one.entries,
-            stores: sum.stores + one.stores,
-            vcpu_cpu: sum.vcpu_cpu + one.vcpu_cpu,
-            reaper_cpu: sum.reaper_cpu + one.reaper_cpu,
-            pass_time: sum.pass_time + one.pass_time,
-            wakeups: sum.wakeups + one.wakeups,
-            reaper_passes: sum.reaper_passes + one.reaper_passes,
+            ..sum.with(one, u64::add, Duration::add)
         })
     }
 }
 
 impl Measured {
+    /// Each count and time together with the other's.
+    fn with(
+        &self,
+        other: &Self,
+        count: fn(u64, u64) -> u64,
+        time: fn(Duration, Duration) -> Duration,
+    ) -> Self {
+        Self {
+            time: time(self.time, other.time),
+            full_exits: count(self.full_exits, other.full_exits),
+            stall: time(self.stall, other.stall),
+            passes: count(self.passes, other.passes),
+            minimum: 0.0,
+            entries: count(self.entries, other.entries),
+            stores: count(self.stores, other.stores),
+            vcpu_cpu: time(self.vcpu_cpu, other.vcpu_cpu),
+            reaper_cpu: time(self.reaper_cpu, other.reaper_cpu),
+            pass_time: time(self.pass_time, other.pass_time),
+            wakeups: count(self.wakeups, other.wakeups),
+            reaper_passes: count(self.reaper_passes, other.reaper_passes),
+        }
+    }
+
     fn per_second(&self, count: f64) -> f64 {
         count / self.time.as_secs_f64().max(1e-9)
     }

@@ -13,7 +13,7 @@ pub mod turn;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 
-pub use crate::shape::Shape;
+pub use crate::reaping::Shape;
 pub use arm::Arm;
 pub use cell::Cell;
 pub use measure::{Measured, Sample};

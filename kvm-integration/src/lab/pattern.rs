@@ -1,8 +1,8 @@
 //! What the guest does.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
+
+use strum::VariantArray;
 
 use super::rhythm::Rhythm;
 
@@ -10,7 +10,19 @@ use super::rhythm::Rhythm;
 const TRICKLE: f64 = 2000.0;
 
 /// What the vCPUs of a guest do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    strum::Display,
+    strum::EnumString,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
+#[strum(serialize_all = "kebab-case", parse_err_ty = String, parse_err_fn = unknown)]
 pub enum Pattern {
     /// Each vCPU walks pages of its own, as fast as it goes, and leaves the guest for nothing.
     Constant,
@@ -32,42 +44,15 @@ pub enum Pattern {
     FastBursts,
 }
 
-/// A name that is no pattern's.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no workload is called `{name}`: choose one of {}", names())]
-pub struct UnknownPattern {
-    name: String,
+fn unknown(name: &str) -> String {
+    let names: Vec<&str> = Pattern::VARIANTS.iter().map(Into::into).collect();
+    format!(
+        "no workload is called `{name}`: choose one of {}",
+        names.join(", ")
+    )
 }
 
 impl Pattern {
-    /// Every pattern.
-    pub const ALL: [Self; 9] = [
-        Self::Constant,
-        Self::Trickle,
-        Self::Bursts,
-        Self::Ramp,
-        Self::Skew,
-        Self::HotSet,
-        Self::Idle,
-        Self::Fast,
-        Self::FastBursts,
-    ];
-
-    /// The name, as [`FromStr`] reads it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Constant => "constant",
-            Self::Trickle => "trickle",
-            Self::Bursts => "bursts",
-            Self::Ramp => "ramp",
-            Self::Skew => "skew",
-            Self::HotSet => "hot-set",
-            Self::Idle => "idle",
-            Self::Fast => "fast",
-            Self::FastBursts => "fast-bursts",
-        }
-    }
-
     /// Whether the guest is of the kind that `kvm_pvm` emulates.
     pub fn is_emulated(self) -> bool {
         matches!(self, Self::Fast | Self::FastBursts)
@@ -139,41 +124,13 @@ impl Pattern {
     }
 }
 
-impl fmt::Display for Pattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Pattern {
-    type Err = UnknownPattern;
-
-    fn from_str(name: &str) -> Result<Self, UnknownPattern> {
-        let found = Self::ALL.into_iter().find(|pattern| pattern.name() == name);
-        found.ok_or_else(|| UnknownPattern { name: name.into() })
-    }
-}
-
-fn names() -> String {
-    Pattern::ALL.map(Pattern::name).join(", ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn names_round_trip() {
-        for pattern in Pattern::ALL {
-            assert_eq!(pattern.to_string().parse(), Ok(pattern));
-        }
-        let error = "stroll".parse::<Pattern>().unwrap_err().to_string();
-        assert!(error.contains("constant, trickle"), "{error}");
-    }
-
-    #[test]
     fn walks_are_longer_than_rings_and_hot_sets_shorter() {
-        for pattern in Pattern::ALL {
+        for &pattern in Pattern::VARIANTS {
             let pages = pattern.pages_per_vcpu(1024);
             assert_eq!(pattern == Pattern::HotSet, pages < 1024, "{pattern}");
             assert_eq!(pages % u64::from(pattern.chunk().max(1)), 0, "{pattern}");
@@ -182,7 +139,7 @@ mod tests {
 
     #[test]
     fn whoever_is_held_back_leaves_the_guest_to_be() {
-        for pattern in Pattern::ALL {
+        for &pattern in Pattern::VARIANTS {
             if pattern.rhythm() != Rhythm::Unlimited || pattern.is_emulated() {
                 assert_ne!(pattern.chunk(), 0, "{pattern}");
             }

@@ -28,7 +28,7 @@ pub struct CellResult {
 const CROWDED: f64 = 0.25;
 
 /// What came of one arm.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ArmResult {
     /// Its name.
     pub arm: &'static str,
@@ -50,10 +50,7 @@ impl ArmResult {
     pub fn new(arm: &'static str) -> Self {
         Self {
             arm,
-            rounds: Vec::new(),
-            overruns: 0,
-            saturated: 0,
-            samples: Vec::new(),
+            ..Self::default()
         }
     }
 

@@ -19,11 +19,7 @@ impl Turn {
     /// The turn of `arm`, measured for `wanted` if that is enough. The guest has once taken `tour`
     /// to store to all its pages: so much for how fast it is.
     pub fn new(cell: &Cell, arm: &Arm, wanted: Duration, tour: Duration) -> Self {
-        let Cell {
-            pattern,
-            ring_entries,
-            ..
-        } = *cell;
+        let (pattern, ring_entries) = (cell.pattern, cell.ring_entries);
         let pages = pattern.pages_per_vcpu(ring_entries);
         let fill = tour.mul_f64(f64::from(ring_entries) / pages as f64);
         let (begin, enough) = match pattern {

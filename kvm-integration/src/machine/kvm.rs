@@ -1,17 +1,18 @@
 //! The tiny guest on KVM.
 
-use std::fmt;
 use std::sync::Arc;
 
+use anyhow::{Context, Result};
 use kvm_dirty_ring::{Awake, DirtyLog, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
-use super::{Guest, GuestSlot, Kick, Machine, MachineError, Setup};
-use crate::program::{Load, Mode};
-use crate::rate::{Dormitory, Throttle};
-use crate::thread::{Action, VcpuThread, pause_all};
-use crate::vcpu::Exit;
-use crate::vm::TinyVm;
+use super::rate::{Dormitory, Throttle};
+use super::vcpus::Vcpus;
+use super::{Guest, GuestSlot, Kick, Machine, Setup, unattached};
+use crate::guest::program::{Load, Mode};
+use crate::guest::thread::{Action, VcpuThread};
+use crate::guest::vcpu::Exit;
+use crate::guest::vm::TinyVm;
 
 /// How KVM is to log what the guest writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub struct KvmMachine {
     vm: TinyVm,
     log: DirtyLog,
     slots: Vec<GuestSlot>,
-    threads: Vec<VcpuThread>,
+    vcpus: Vcpus,
     dormitory: Arc<Dormitory>,
     /// While it is wanted out of the guest.
     awake: Option<Awake>,
@@ -37,45 +38,42 @@ pub struct KvmMachine {
 
 impl KvmMachine {
     /// Makes it and lets it run.
-    ///
-    /// # Errors
-    /// KVM, the log or the kernel's memory management refused something.
-    pub fn start(kvm: &Kvm, setup: &Setup, logging: Logging) -> Result<Self, MachineError> {
+    pub fn start(kvm: &Kvm, setup: &Setup, logging: Logging) -> Result<Self> {
         let vm = TinyVm::with_capacity(kvm, setup.vcpus, setup.list_length())?;
         let log = match logging {
-            Logging::Rings => DirtyLog::enable(vm.vm_fd(), setup.ring_entries)?,
-            Logging::Bitmap => DirtyLog::enable_bitmap(vm.vm_fd())?,
-            Logging::Auto => DirtyLog::enable_auto(vm.vm_fd(), setup.ring_entries)?,
+            Logging::Rings => DirtyLog::enable(vm.vm_fd(), setup.ring_entries),
+            Logging::Bitmap => DirtyLog::enable_bitmap(vm.vm_fd()),
+            Logging::Auto => DirtyLog::enable_auto(vm.vm_fd(), setup.ring_entries),
         };
-        let mut slots = Vec::new();
+        let mut this = Self {
+            vm,
+            log: log.context("the dirty log could not be enabled")?,
+            slots: Vec::new(),
+            vcpus: Vcpus::default(),
+            dormitory: Arc::default(),
+            awake: None,
+        };
         for (id, region) in setup.regions() {
             let slot = GuestSlot::new(id, region)?;
             // Before KVM has it, so that no entry can name a slot which the log doesn't know.
-            log.add_slot(id, region.pages)?;
-            vm.add_slot(id.raw(), region.gpa, Arc::clone(&slot.memory), true)?;
-            slots.push(slot);
+            this.log.add_slot(id, region.pages)?;
+            let memory = Arc::clone(&slot.memory);
+            this.vm.add_slot(id.raw(), region.gpa, memory, true)?;
+            this.slots.push(slot);
         }
         let chunk = setup.chunk();
         let mut vcpus = Vec::new();
         for index in 0..setup.vcpus {
             let load = Load::new(Mode::Native, setup.list(index)).chunk(chunk);
-            let vcpu = vm.create_vcpu(index, &load)?;
-            let ring = log.attach_vcpu(vcpu.fd());
-            let ring = ring.map_err(|source| MachineError::Attach { index, source })?;
+            let vcpu = this.vm.create_vcpu(index, &load)?;
+            let ring = this.log.attach_vcpu(vcpu.fd());
+            let ring = ring.with_context(|| unattached(index))?;
             vcpus.push((vcpu, ring));
         }
-        let mut this = Self {
-            vm,
-            log,
-            slots,
-            threads: Vec::new(),
-            dormitory: Arc::default(),
-            awake: None,
-        };
         for (vcpu, ring) in vcpus {
             let throttle = setup.throttle(&this.dormitory);
             let thread = VcpuThread::spawn(vcpu, handler(ring, throttle, chunk.into()))?;
-            this.threads.push(thread);
+            this.vcpus.0.push(thread);
         }
         Ok(this)
     }
@@ -110,7 +108,7 @@ impl Machine for KvmMachine {
     }
 
     fn kick(&self) -> Kick {
-        let kickers: Vec<_> = self.threads.iter().map(VcpuThread::kicker).collect();
+        let kickers: Vec<_> = self.vcpus.0.iter().map(VcpuThread::kicker).collect();
         Box::new(move |vcpu| kickers[vcpu].kick())
     }
 }
@@ -121,36 +119,27 @@ impl Guest for KvmMachine {
     }
 
     fn stores(&self) -> u64 {
-        self.threads.iter().map(VcpuThread::progress).sum()
+        self.vcpus.stores()
     }
 
-    fn check(&mut self) -> Result<(), MachineError> {
-        match self.threads.iter().position(VcpuThread::ended) {
-            None => Ok(()),
-            Some(ended) => {
-                self.threads.swap_remove(ended).join()?;
-                Err(MachineError::Ended)
-            }
-        }
+    fn check(&mut self) -> Result<()> {
+        self.vcpus.check()
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<()> {
         // A vCPU that sleeps is out of the guest, and its thread parks once it has woken.
         self.dormitory.wake();
         self.awake = Some(self.log.keep_awake());
-        if pause_all(&self.threads) {
-            return Ok(());
-        }
-        self.check().and(Err(MachineError::Ended))
+        self.vcpus.pause()
     }
 
     fn resume(&mut self) {
         self.dormitory.calm();
         self.awake = None;
-        self.threads.iter().for_each(VcpuThread::resume);
+        self.vcpus.resume();
     }
 
-    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError> {
+    fn protect(&mut self, slot: SlotId) -> Result<()> {
         Ok(self.vm.protect(slot.raw())?)
     }
 }
@@ -160,15 +149,6 @@ impl Drop for KvmMachine {
         // Threads are stopped one by one as they drop, each when it is awake.
         self.dormitory.wake();
         self.awake = Some(self.log.keep_awake());
-        self.threads.clear();
-    }
-}
-
-impl fmt::Debug for KvmMachine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KvmMachine")
-            .field("vcpus", &self.threads.len())
-            .field("slots", &self.slots)
-            .finish_non_exhaustive()
+        self.vcpus.0.clear();
     }
 }

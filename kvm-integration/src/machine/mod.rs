@@ -3,19 +3,23 @@
 
 #[cfg(target_arch = "x86_64")]
 mod kvm;
+pub(crate) mod page_set;
+pub mod rate;
 mod sim;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod vcpus;
 
 use std::sync::Arc;
 
-use kvm_dirty_ring::error::{AttachError, EnableError, FullError, SlotError};
+use anyhow::{Context, Result};
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId};
 
-use crate::memory::{GuestMemory, MemoryError};
-use crate::rate::{Dormitory, Throttle};
-use crate::workload::{Region, Workload};
+use crate::guest::memory::GuestMemory;
+use crate::guest::workload::{Region, Workload};
 
 #[cfg(target_arch = "x86_64")]
 pub use kvm::{KvmMachine, Logging};
+use rate::{Dormitory, Throttle};
 pub use sim::SimMachine;
 
 /// Where the two slots begin: below a hole, and far above it, as on a PC.
@@ -39,25 +43,16 @@ pub trait Guest {
     fn stores(&self) -> u64;
 
     /// Looks whether every vCPU is still up.
-    ///
-    /// # Errors
-    /// What has ended one of them.
-    fn check(&mut self) -> Result<(), MachineError>;
+    fn check(&mut self) -> Result<()>;
 
     /// Takes every vCPU out of the guest, and waits until all are.
-    ///
-    /// # Errors
-    /// What has ended one of them.
-    fn pause(&mut self) -> Result<(), MachineError>;
+    fn pause(&mut self) -> Result<()>;
 
     /// Lets paused vCPUs run again.
     fn resume(&mut self);
 
     /// Protects all pages of a slot anew, those too that KVM takes for protected. The vCPUs are paused.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError>;
+    fn protect(&mut self, slot: SlotId) -> Result<()>;
 }
 
 /// A guest with a dirty log.
@@ -84,66 +79,21 @@ pub struct GuestSlot {
 }
 
 impl GuestSlot {
-    pub(crate) fn new(id: SlotId, region: Region) -> Result<Self, MachineError> {
-        let memory = Arc::new(GuestMemory::new(region.pages)?);
+    fn new(id: SlotId, region: Region) -> Result<Self> {
+        let memory = GuestMemory::new(region.pages);
+        let memory = Arc::new(memory.context("no memory for the guest: make it smaller")?);
         Ok(Self { id, region, memory })
     }
 }
 
-/// A machine could not be made, or does not work.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MachineError {
-    /// There is no memory for the guest.
-    #[error("no memory for the guest: make it smaller")]
-    Memory(#[from] MemoryError),
-    /// The dirty log could not be enabled.
-    #[error("the dirty log could not be enabled")]
-    Enable(#[from] EnableError),
-    /// A slot could not be tracked.
-    #[error("a slot could not be tracked")]
-    Slot(#[from] SlotError),
-    /// A ring could not be attached.
-    #[error("the ring of vCPU {index} could not be attached")]
-    Attach {
-        /// The vCPU.
-        index: u32,
-        /// What the log said.
-        source: AttachError,
-    },
-    /// KVM refused the machine.
-    #[cfg(target_arch = "x86_64")]
-    #[error("the machine could not be made")]
-    Vm(#[from] crate::vm::VmError),
-    /// A vCPU on KVM failed.
-    #[cfg(target_arch = "x86_64")]
-    #[error("a vCPU failed")]
-    Vcpu(#[from] crate::vcpu::VcpuError),
-    /// A simulated vCPU failed: its full ring could not be emptied.
-    #[error("the full ring of vCPU {index} could not be emptied")]
-    SimVcpu {
-        /// The vCPU.
-        index: u32,
-        /// What the log said.
-        source: FullError,
-    },
-    /// A vCPU's thread could not be started.
-    #[error("the thread of vCPU {index} could not be started: too many threads?")]
-    Spawn {
-        /// The vCPU.
-        index: u32,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
-    /// A vCPU's thread has ended, and did not say why.
-    #[error("a vCPU's thread has ended for no reason it could give")]
-    Ended,
+fn unattached(index: u32) -> String {
+    format!("the ring of vCPU {index} could not be attached")
 }
 
 /// What kind of guest to make.
 #[derive(Debug, Clone)]
 pub struct Setup {
-    /// How many vCPUs, from 1 to [`MAX_VCPUS`](crate::stamp::MAX_VCPUS).
+    /// How many vCPUs, from 1 to [`MAX_VCPUS`](crate::guest::stamp::MAX_VCPUS).
     pub vcpus: u32,
     /// The size of each ring.
     pub ring_entries: RingEntries,
@@ -186,11 +136,7 @@ impl Setup {
         let chunk = self.chunk();
         let covering = self.workload.covering_length(self.pages, self.vcpus, chunk);
         // As long as that, random lists would have no page in common.
-        let times = if self.workload == Workload::Random {
-            2
-        } else {
-            1
-        };
+        let times = 1 + usize::from(self.workload == Workload::Random);
         let granule = chunk.max(1) as usize;
         let most = (MAX_LIST_ENTRIES / self.vcpus as usize).max(granule);
         (covering * times).min(most - most % granule)

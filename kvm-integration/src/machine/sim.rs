@@ -1,20 +1,20 @@
 //! A guest on the simulated kernel: threads that store into real memory, each store logged the
 //! way KVM logs it.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 
+use anyhow::{Context, Result, bail};
 use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{Awake, DirtyLog, SlotId, VcpuRing};
 
-use super::{Guest, GuestSlot, Kick, Machine, MachineError, Setup};
-use crate::memory::PAGE_SIZE;
-use crate::parking::{EndGuard, Parking, Want};
-use crate::rate::{Dormitory, Throttle};
-use crate::stamp::{stamp, stamp_offset};
+use super::rate::{Dormitory, Throttle};
+use super::{Guest, GuestSlot, Kick, Machine, Setup, unattached};
+use crate::guest::memory::PAGE_SIZE;
+use crate::guest::parking::{EndGuard, Parking, Want};
+use crate::guest::stamp::{stamp, stamp_offset};
 
 /// A guest on the simulated kernel.
 pub struct SimMachine {
@@ -36,10 +36,7 @@ struct Thread {
 
 impl SimMachine {
     /// Makes it and lets it run.
-    ///
-    /// # Errors
-    /// There is no memory for it, or no thread.
-    pub fn start(setup: &Setup) -> Result<Self, MachineError> {
+    pub fn start(setup: &Setup) -> Result<Self> {
         let mut config = SimConfig::default();
         config.ring_entries = setup.ring_entries.get();
         let vm = SimVm::new(config);
@@ -62,7 +59,7 @@ impl SimMachine {
             let ring = this.log.attach_ring(vcpu.ring_memory());
             let guest = Program {
                 index,
-                ring: ring.map_err(|source| MachineError::Attach { index, source })?,
+                ring: ring.with_context(|| unattached(index))?,
                 vcpu,
                 slots: this.slots.clone(),
                 list: setup.list(index),
@@ -113,20 +110,20 @@ impl Guest for SimMachine {
         self.threads.iter().map(stores).sum()
     }
 
-    fn check(&mut self) -> Result<(), MachineError> {
+    fn check(&mut self) -> Result<()> {
         let ended = |thread: &Thread| thread.parking.ended();
         let Some(ended) = self.threads.iter().position(ended) else {
             return Ok(());
         };
         let Thread { index, thread, .. } = self.threads.swap_remove(ended);
-        match thread.join() {
-            Ok(Err(source)) => Err(MachineError::SimVcpu { index, source }),
-            // A panic has been on stderr already.
-            Ok(Ok(())) | Err(_) => Err(MachineError::Ended),
+        if let Ok(ended) = thread.join() {
+            ended.with_context(|| format!("the full ring of vCPU {index} could not be emptied"))?;
         }
+        // A panic has been on stderr already.
+        bail!("a vCPU's thread has ended for no reason it could give")
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<()> {
         self.tell(Want::Pause);
         self.dormitory.wake();
         self.awake = Some(self.log.keep_awake());
@@ -142,7 +139,7 @@ impl Guest for SimMachine {
         self.tell(Want::Run);
     }
 
-    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError> {
+    fn protect(&mut self, slot: SlotId) -> Result<()> {
         self.vm.rearm_slot(slot);
         Ok(())
     }
@@ -160,24 +157,15 @@ impl Drop for SimMachine {
     }
 }
 
-impl fmt::Debug for SimMachine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SimMachine")
-            .field("vcpus", &self.threads.len())
-            .field("slots", &self.slots)
-            .finish_non_exhaustive()
-    }
-}
-
 impl Thread {
-    fn spawn(guest: Program) -> Result<Self, MachineError> {
+    fn spawn(guest: Program) -> Result<Self> {
         let index = guest.index;
         let parking = Arc::<Parking>::default();
         let stores = Arc::clone(&guest.stores);
         let end_guard = EndGuard(Arc::clone(&parking));
         let thread = Builder::new().name(format!("sim-vcpu-{index}"));
         let thread = thread.spawn(move || guest.run(&end_guard.0));
-        let thread = thread.map_err(|source| MachineError::Spawn { index, source })?;
+        let thread = thread.context("a vCPU's thread could not be started: too many threads?")?;
         Ok(Self {
             index,
             parking,
@@ -208,7 +196,7 @@ impl Program {
                 if parking.is_wanted_out() {
                     // What a kick does: the hardware's buffer reaches the ring.
                     self.vcpu.exit();
-                    if !parking.park() {
+                    if !parking.may_run() {
                         return Ok(());
                     }
                     self.ring.throttle();
@@ -255,7 +243,7 @@ mod tests {
     use kvm_dirty_ring::{DirtyPages, RingEntries};
 
     use super::*;
-    use crate::workload::Workload;
+    use crate::guest::workload::Workload;
 
     fn machine(vcpus: u32, write_rate: u64) -> SimMachine {
         let setup = Setup {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU64;
 
-use super::Round;
+use super::outcome::Round;
 
 /// The first limit lets the guest dirty a quarter of what the link sends meanwhile, so each round
 /// is a quarter of the one before.

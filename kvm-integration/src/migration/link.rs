@@ -1,15 +1,17 @@
 //! The way to the copy, and the copy.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use kvm_dirty_ring::{Run, SlotId};
 
-use super::{MigrationError, Observer};
+use super::outcome::Observer;
+use crate::cli::interrupt::go_on;
+use crate::guest::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::machine::GuestSlot;
-use crate::memory::{GuestMemory, MemoryError, PAGE_SIZE};
-use crate::rate::TokenBucket;
+use crate::machine::rate::TokenBucket;
 
 /// Pages sent between two looks at the clock and at whether to go on.
 const PIECE: u64 = 64;
@@ -23,20 +25,13 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(20);
 pub struct Destination(Vec<GuestMemory>);
 
 impl Destination {
-    /// For these slots. A page takes room when it arrives.
-    ///
-    /// # Errors
-    /// There is no memory.
-    pub fn new(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
-        Self::made(slots, GuestMemory::new)
-    }
-
-    /// The same with all room taken, so that none of it shows when pages arrive.
-    ///
-    /// # Errors
-    /// There is no memory.
-    pub fn prefaulted(slots: &[GuestSlot]) -> Result<Self, MemoryError> {
-        Self::made(slots, GuestMemory::prefaulted)
+    /// For these slots, as `make` makes memory of so many pages.
+    pub fn new(
+        slots: &[GuestSlot],
+        make: fn(u64) -> Result<GuestMemory, MemoryError>,
+    ) -> Result<Self, MemoryError> {
+        let copies = slots.iter().map(|slot| make(slot.region.pages));
+        copies.collect::<Result<_, _>>().map(Self)
     }
 
     /// Writes nonsense into each page, so that one which is not sent can't be right from before.
@@ -46,14 +41,6 @@ impl Destination {
                 copy.write_u64(page * PAGE_SIZE, POISON ^ page);
             }
         }
-    }
-
-    fn made(
-        slots: &[GuestSlot],
-        make: fn(u64) -> Result<GuestMemory, MemoryError>,
-    ) -> Result<Self, MemoryError> {
-        let copies = slots.iter().map(|slot| make(slot.region.pages));
-        copies.collect::<Result<_, _>>().map(Self)
     }
 }
 
@@ -106,7 +93,7 @@ impl<'a> Link<'a> {
         pages: u64,
         running: bool,
         runs: impl Iterator<Item = Run>,
-    ) -> Result<Duration, MigrationError> {
+    ) -> Result<Duration> {
         let start = Instant::now();
         self.observer.begin(round, pages, running);
         for run in runs {
@@ -124,10 +111,10 @@ impl<'a> Link<'a> {
         Ok(start.elapsed())
     }
 
-    fn keep_pace(&mut self, pages: u64) -> Result<(), MigrationError> {
+    fn keep_pace(&mut self, pages: u64) -> Result<()> {
         let until = self.bucket.as_mut().and_then(|bucket| bucket.take(pages));
         loop {
-            self.go_on()?;
+            go_on(self.interrupted)?;
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             match left {
                 None | Some(Duration::ZERO) => return Ok(()),
@@ -136,21 +123,13 @@ impl<'a> Link<'a> {
         }
     }
 
-    fn go_on(&self) -> Result<(), MigrationError> {
-        // Relaxed: nothing comes with it.
-        match self.interrupted.load(Ordering::Relaxed) {
-            true => Err(MigrationError::Interrupted),
-            false => Ok(()),
-        }
-    }
-
     /// Compares every page of every slot, byte for byte: how many differ, and the first that does.
-    pub(super) fn compare(&self) -> Result<(u64, Option<(SlotId, u64)>), MigrationError> {
+    pub(super) fn compare(&self) -> Result<(u64, Option<(SlotId, u64)>)> {
         let (mut count, mut first) = (0, None);
         for (slot, copy) in self.slots.iter().zip(self.copies) {
             for page in 0..slot.memory.pages() {
                 if page % PIECE == 0 {
-                    self.go_on()?;
+                    go_on(self.interrupted)?;
                 }
                 if slot.memory.page_differs(page, copy) {
                     count += 1;

@@ -3,12 +3,13 @@
 use std::io;
 use std::num::NonZeroU64;
 
-use kvm_dirty_ring::error::{LimitError, ReaperError, SlotError, SyncError};
+use anyhow::{Context, Result};
+use kvm_dirty_ring::error::{LimitError, ReaperError};
 use kvm_dirty_ring::pacing::Pacing;
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId};
 
 use super::converge::share;
-use crate::page_set::PageSet;
+use crate::machine::page_set::PageSet;
 
 /// Dirty tracking of one migration.
 pub trait Tracker {
@@ -17,7 +18,7 @@ pub trait Tracker {
     ///
     /// # Errors
     /// Pages may have been lost to this call, but not to a later one that succeeds.
-    fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError>;
+    fn sync(&mut self, dirty: &mut PageSet) -> Result<()>;
 
     /// Whether some pages may be unprotected, and so come with every sync until they are
     /// [re-armed](Self::rearm).
@@ -27,54 +28,20 @@ pub trait Tracker {
 
     /// Calls `protect` for each slot that has such pages; it protects all pages of the slot anew. The
     /// vCPUs stand still.
-    ///
-    /// # Errors
-    /// One could not be.
-    fn rearm(
-        &mut self,
-        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
-    ) -> Result<(), TrackerError> {
+    fn rearm(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
         let _ = protect;
         Ok(())
     }
 
     /// The guest is to dirty no more than so many pages a second, all vCPUs together. What each of
     /// them may.
-    ///
-    /// # Errors
-    /// It can't be limited.
-    fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64, TrackerError> {
+    fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64> {
         let _ = pages_per_second;
         Err(LimitError::Bitmap.into())
     }
 
     /// The vCPUs stand still, and one last sync will come: nothing needs to be emptied any more.
-    ///
-    /// # Errors
-    /// Whoever emptied something had failed.
-    fn quiesce(&mut self) -> Result<(), TrackerError>;
-}
-
-/// It can't be said what the guest has written.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TrackerError {
-    /// The log could not say what was written.
-    #[error("the dirty pages could not be had")]
-    Sync(#[from] SyncError),
-    /// Pages could not be protected anew.
-    #[error("pages that may be unprotected could not be protected anew")]
-    Rearm(#[from] SlotError),
-    /// The guest could not be limited.
-    #[error("the guest could not be limited")]
-    Limit(#[from] LimitError),
-    /// The reaper failed.
-    #[error("the reaper failed")]
-    Reaper(#[from] ReaperError),
-    /// An ioctl failed.
-    #[cfg(target_arch = "x86_64")]
-    #[error("KVM does not say what was written")]
-    Kvm(#[from] crate::vm::VmError),
+    fn quiesce(&mut self) -> Result<()>;
 }
 
 /// The crate's: dirty rings, and a reaper.
@@ -87,9 +54,6 @@ pub struct Rings {
 
 impl Rings {
     /// Starts a reaper of that policy.
-    ///
-    /// # Errors
-    /// It does not start.
     pub fn start(log: &DirtyLog, policy: impl Pacing + 'static) -> Result<Self, ReaperError> {
         Ok(Self::with(log, Reaper::spawn(log, policy)?))
     }
@@ -110,8 +74,9 @@ impl Rings {
 }
 
 impl Tracker for Rings {
-    fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError> {
-        self.log.sync(&mut self.found)?;
+    fn sync(&mut self, dirty: &mut PageSet) -> Result<()> {
+        let synced = self.log.sync(&mut self.found);
+        synced.context("the dirty pages could not be had")?;
         dirty.add(&self.found);
         Ok(())
     }
@@ -122,23 +87,22 @@ impl Tracker for Rings {
         stats.suspect_pages > 0 && stats.overruns == 0
     }
 
-    fn rearm(
-        &mut self,
-        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
-    ) -> Result<(), TrackerError> {
-        self.log.rearm(protect)?;
+    fn rearm(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
+        let rearmed = self.log.rearm(protect);
+        rearmed.context("pages that may be unprotected could not be protected anew")?;
         Ok(())
     }
 
-    fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64, TrackerError> {
+    fn limit(&mut self, pages_per_second: f64) -> Result<NonZeroU64> {
         let limit = share(pages_per_second, self.log.stats().vcpus.len());
-        self.log.set_dirty_limits(Some(limit))?;
+        let limited = self.log.set_dirty_limits(Some(limit));
+        limited.context("the guest could not be limited")?;
         Ok(limit)
     }
 
-    fn quiesce(&mut self) -> Result<(), TrackerError> {
+    fn quiesce(&mut self) -> Result<()> {
         match self.reaper.take() {
-            Some(reaper) => Ok(reaper.stop()?),
+            Some(reaper) => reaper.stop().context("the reaper failed"),
             None => Ok(()),
         }
     }

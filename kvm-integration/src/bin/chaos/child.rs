@@ -8,14 +8,15 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
-use kvm_integration::output::fail;
+use anyhow::anyhow;
+use kvm_integration::cli::output::fail;
 
 /// Runs the program there, with the same arguments, and ends as it does.
 pub fn run() -> ExitCode {
     match wait_for_it() {
         Ok(Some(code)) => ExitCode::from(code as u8),
-        Ok(None) => fail(&io::Error::other("killed by a signal")),
-        Err(error) => fail(&error),
+        Ok(None) => fail(&anyhow!("killed by a signal")),
+        Err(error) => fail(&error.into()),
     }
 }
 

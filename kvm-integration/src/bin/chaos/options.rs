@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use kvm_integration::cli::backend::Wanted;
+use kvm_integration::cli::output::Teller;
 
 /// Torments guests and their dirty logs, and looks whether a page gets lost.
 ///
@@ -32,23 +34,11 @@ pub struct Options {
     pub only_episode: Option<u64>,
 
     /// Who runs the guests
-    #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
-    pub backend: BackendChoice,
+    #[arg(long, value_enum, default_value_t = Wanted::Auto)]
+    pub backend: Wanted,
 
-    /// Ends stdout with one JSON object; everything for people goes to stderr
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Who is to run the guests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum BackendChoice {
-    /// KVM if /dev/kvm works, else the simulated kernel
-    Auto,
-    /// KVM
-    Kvm,
-    /// The simulated kernel, with threads for vCPUs
-    Sim,
+    #[command(flatten)]
+    pub teller: Teller,
 }
 
 impl Options {
@@ -85,35 +75,10 @@ fn minutes(text: &str) -> Result<f64, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     fn parse(args: &str) -> Result<Options, clap::Error> {
         Options::try_parse_from(["chaos"].into_iter().chain(args.split_whitespace()))
-    }
-
-    #[test]
-    fn is_a_sound_command() {
-        Options::command().debug_assert();
-    }
-
-    #[test]
-    fn bad_values_are_refused() {
-        for args in [
-            "--minutes 0",
-            "--minutes -1",
-            "--minutes nan",
-            "--minutes 10001",
-            "--episodes 0",
-            "--seed x",
-            "--only-episode -1",
-            "--backend qemu",
-            "now",
-        ] {
-            let error = parse(args).unwrap_err();
-            assert_eq!(error.exit_code(), 2, "{args}: {error}");
-        }
     }
 
     #[test]

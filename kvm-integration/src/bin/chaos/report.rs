@@ -1,32 +1,33 @@
 //! What came of it: a table for people, an object for programs.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::time::Duration;
 
 use kvm_integration::Host;
-use kvm_integration::chaos::{Chaos, Episode, Fault, Finding};
 use serde::Serialize;
+use strum::VariantArray;
+
+use crate::episodes::{Chaos, Episode, Fault, Finding};
 
 /// All there is to say, with the names of the JSON object.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Report {
     backend: &'static str,
     host: String,
     seed: u64,
-    /// Episodes that came to their end.
-    pub episodes: u64,
+    /// That came to their end.
+    episodes: u64,
     seconds: f64,
     slowest_episode: u64,
     slowest_seconds: f64,
-    /// Entries harvested.
-    pub entries: u64,
+    /// Harvested.
+    entries: u64,
     comparisons: u64,
     exact_comparisons: u64,
     faults: BTreeMap<&'static str, u64>,
     not_applicable: Vec<&'static str>,
-    /// Pages that were written and not reported.
-    pub missed_pages: u64,
+    /// Written and not reported.
+    missed_pages: u64,
     stray_pages: u64,
     strange_entries: u64,
     failed_episodes: Vec<u64>,
@@ -39,19 +40,7 @@ impl Report {
             backend: chaos.backend().name(),
             host: Host::detect().to_string(),
             seed,
-            episodes: 0,
-            seconds: 0.0,
-            slowest_episode: 0,
-            slowest_seconds: 0.0,
-            entries: 0,
-            comparisons: 0,
-            exact_comparisons: 0,
-            faults: BTreeMap::new(),
-            not_applicable: Vec::new(),
-            missed_pages: 0,
-            stray_pages: 0,
-            strange_entries: 0,
-            failed_episodes: Vec::new(),
+            ..Self::default()
         }
     }
 
@@ -83,65 +72,52 @@ impl Report {
     }
 
     /// Episodes with which something was wrong.
-    pub fn failures(&self) -> usize {
-        self.failed_episodes.len()
-    }
-
-    /// Whether all was well.
-    pub fn is_well(&self) -> bool {
-        self.failed_episodes.is_empty()
+    pub fn failures(&self) -> u64 {
+        self.failed_episodes.len() as u64
     }
 
     /// Sums up.
     pub fn end(&mut self, chaos: &Chaos, time: Duration) {
         self.seconds = seconds(time);
-        for fault in Fault::ALL {
+        for &fault in Fault::VARIANTS {
             match chaos.backend().can(fault) {
-                true => drop(self.faults.insert(fault.name(), chaos.counts().get(fault))),
-                false => self.not_applicable.push(fault.name()),
+                true => drop(self.faults.insert(fault.into(), chaos.counts().get(fault))),
+                false => self.not_applicable.push(fault.into()),
             }
         }
     }
 
-    /// One line of JSON.
-    ///
-    /// # Errors
-    /// None that is known of.
-    pub fn json(&self) -> serde_json::Result<String> {
-        serde_json::to_string(self)
+    /// How far it is, in one line.
+    pub fn progress(&self, time: Duration) -> String {
+        let (episodes, entries, missed) = (self.episodes, self.entries, self.missed_pages);
+        let seconds = time.as_secs();
+        format!("{episodes} episodes in {seconds} s, {entries} entries, {missed} pages missed")
     }
 
     /// Several lines, without the last line's end.
     pub fn table(&self) -> String {
-        let mut text = String::new();
-        self.write_table(&mut text)
-            .expect("a String takes all that is written to it");
-        text
-    }
-
-    fn write_table(&self, out: &mut String) -> std::fmt::Result {
-        writeln!(out, "{}; {}, seed {}", self.host, self.backend, self.seed)?;
-        for fault in Fault::ALL {
-            let name = fault.name();
-            match self.faults.get(name) {
-                Some(times) => writeln!(out, "{name:<26} {times:>12}")?,
-                None => writeln!(out, "{name:<26} {:>12}", "not here")?,
-            }
+        let mut lines = vec![format!(
+            "{}; {}, seed {}",
+            self.host, self.backend, self.seed
+        )];
+        let mut line = |name: &str, value: String| lines.push(format!("{name:<26} {value:>12}"));
+        for name in Fault::VARIANTS.iter().map(<&str>::from) {
+            let times = self.faults.get(name);
+            line(name, times.map_or("not here".into(), u64::to_string));
         }
-        for (name, value) in [
-            ("episodes", self.episodes),
-            ("comparisons", self.comparisons),
-            ("exact comparisons", self.exact_comparisons),
-            ("entries", self.entries),
-            ("strange entries", self.strange_entries),
-            ("stray pages", self.stray_pages),
-            ("missed pages", self.missed_pages),
-        ] {
-            writeln!(out, "{name:<26} {value:>12}")?;
-        }
-        writeln!(out, "{:<26} {:>12.1}", "seconds", self.seconds)?;
-        let slowest = "seconds of the slowest";
-        write!(out, "{slowest:<26} {:>12.1}", self.slowest_seconds)
+        line("episodes", self.episodes.to_string());
+        line("comparisons", self.comparisons.to_string());
+        line("exact comparisons", self.exact_comparisons.to_string());
+        line("entries", self.entries.to_string());
+        line("strange entries", self.strange_entries.to_string());
+        line("stray pages", self.stray_pages.to_string());
+        line("missed pages", self.missed_pages.to_string());
+        line("seconds", format!("{:.1}", self.seconds));
+        line(
+            "seconds of the slowest",
+            format!("{:.1}", self.slowest_seconds),
+        );
+        lines.join("\n")
     }
 }
 

@@ -7,43 +7,34 @@ mod measure;
 mod options;
 mod report;
 
-use std::error::Error;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use anyhow::Result;
 use clap::Parser;
-use kvm_integration::interrupt::watch_signals;
-use kvm_integration::output::{exit_status, fail, say, say_aside};
-use kvm_integration::watchdog::Watchdog;
+use kvm_integration::cli::output;
+use kvm_integration::cli::watchdog::Watchdog;
 
 use options::Options;
 use report::Report;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let interrupted = match watch_signals() {
-        Ok(interrupted) => interrupted,
-        Err(error) => return fail(&error),
-    };
-    exit_status(run(&options, &interrupted), &interrupted)
+    output::run(|interrupted| run(&options, interrupted))
 }
 
-fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode, Box<dyn Error>> {
-    // With --json nothing but the object is for stdout.
-    let tell = if options.json { say_aside } else { say };
+fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode> {
     let watchdog = Watchdog::start()?;
     let mut report = Report::new(options);
-    tell(&report.head())?;
+    options.teller.tell(&report.head())?;
     for limit in options.limits() {
         // A guest that is not limited comes to its end at once, others when they are woken.
         let longest = Duration::from_secs(60 + 2 * options.seconds);
         watchdog.allow(longest, &format!("the guest with the limit {limit:?}"));
         let measured = measure::run(options, limit, interrupted)?;
-        tell(&report.add(&measured))?;
+        options.teller.tell(&report.add(&measured))?;
     }
-    if options.json {
-        say(&report.json()?)?;
-    }
-    Ok(ExitCode::from(u8::from(!report.holds())))
+    options.teller.end(&report)?;
+    Ok(ExitCode::from(u8::from(!report.holds)))
 }

@@ -1,12 +1,13 @@
 //! One guest under one limit.
 
-use std::error::Error;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Priority, Reaper};
+use anyhow::Result;
+use kvm_dirty_ring::{DirtyPages, Limiter, Priority, Reaper};
+use kvm_integration::cli::interrupt::go_on;
 use kvm_integration::machine::Machine;
 
 use crate::options::Options;
@@ -19,6 +20,7 @@ const ROUND: Duration = Duration::from_secs(1);
 const WARM_UP: Duration = Duration::from_secs(20);
 
 /// What came of it.
+#[derive(Default)]
 pub struct Measured {
     pub limit: Option<NonZeroU64>,
     pub time: Duration,
@@ -35,26 +37,20 @@ pub struct Measured {
     pub full_exits: u64,
 }
 
-/// What is counted.
-struct Counts {
-    at: Instant,
-    stores: u64,
-    logged: Vec<u64>,
-    asleep_ns: u64,
-    full_exits: u64,
-}
-
-impl Counts {
-    fn read(machine: &dyn Machine) -> Self {
+impl Measured {
+    /// What is counted by now, since `start` or the guest's making.
+    fn by_now(machine: &dyn Machine, start: Instant) -> Self {
         let stats = machine.log().stats();
         let mut rings = Vec::new();
         machine.log().observe(&mut rings);
+        let asleep = stats.vcpus.iter().map(|vcpu| vcpu.limited_ns).sum();
         Self {
-            at: Instant::now(),
+            time: start.elapsed(),
             stores: machine.stores(),
             logged: rings.iter().map(|ring| ring.taken + ring.waiting).collect(),
-            asleep_ns: stats.vcpus.iter().map(|vcpu| vcpu.limited_ns).sum(),
+            asleep: Duration::from_nanos(asleep),
             full_exits: stats.full_exits(),
+            ..Self::default()
         }
     }
 }
@@ -64,7 +60,7 @@ pub fn run(
     options: &Options,
     limit: Option<NonZeroU64>,
     interrupted: &AtomicBool,
-) -> Result<Measured, Box<dyn Error>> {
+) -> Result<Measured> {
     let mut machine = start(options)?;
     let log = machine.log().clone();
     let mut dirty = DirtyPages::new();
@@ -83,24 +79,28 @@ pub fn run(
     let begin = Instant::now();
     while machine.stores() < options.setup().pages && begin.elapsed() < WARM_UP {
         thread::sleep(LOOK);
-        go_on(&mut *machine, interrupted)?;
+        go_on(interrupted)?;
+        machine.check()?;
     }
 
     log.set_dirty_limits(limit)?;
     log.sync(&mut dirty)?;
-    let before = Counts::read(&*machine);
+    let start = Instant::now();
+    let before = Measured::by_now(&*machine, start);
     let mut pages = 0;
     let mut stops = Stops::new(before.stores);
     for round in 1..=options.seconds {
-        let end = before.at + ROUND * round as u32;
+        let end = start + ROUND * round as u32;
         while Instant::now() < end {
             thread::sleep(LOOK);
             stops.look(machine.stores());
-            go_on(&mut *machine, interrupted)?;
+            go_on(interrupted)?;
+            machine.check()?;
         }
-        pages += sync(&log, &mut dirty)?;
+        log.sync(&mut dirty)?;
+        pages += dirty.page_count();
     }
-    let after = Counts::read(&*machine);
+    let after = Measured::by_now(&*machine, start);
     machine.pause()?;
     drop(machine);
     if let Some(limiter) = limiter {
@@ -112,27 +112,14 @@ pub fn run(
     let logged = after.logged.iter().zip(&before.logged);
     Ok(Measured {
         limit,
-        time: after.at - before.at,
+        time: after.time - before.time,
         stores: after.stores - before.stores,
         pages,
         logged: logged.map(|(after, before)| after - before).collect(),
-        asleep: Duration::from_nanos(after.asleep_ns - before.asleep_ns),
+        asleep: after.asleep - before.asleep,
         longest_stop: stops.longest,
         full_exits: after.full_exits - before.full_exits,
     })
-}
-
-fn sync(log: &DirtyLog, dirty: &mut DirtyPages) -> Result<u64, Box<dyn Error>> {
-    log.sync(dirty)?;
-    Ok(dirty.page_count())
-}
-
-fn go_on(machine: &mut dyn Machine, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
-    // Relaxed: nothing comes with it.
-    if interrupted.load(Ordering::Relaxed) {
-        return Err("interrupted".into());
-    }
-    Ok(machine.check()?)
 }
 
 /// How long the guest stood still.
@@ -160,7 +147,7 @@ impl Stops {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn start(options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
+fn start(options: &Options) -> Result<Box<dyn Machine>> {
     use kvm_integration::kvm_available;
     use kvm_integration::machine::{KvmMachine, Logging};
     let machine = KvmMachine::start(&kvm_available()?, &options.setup(), Logging::Rings)?;
@@ -168,6 +155,6 @@ fn start(options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn start(_options: &Options) -> Result<Box<dyn Machine>, Box<dyn Error>> {
-    Err("the guest is x86-64 code and this machine is not".into())
+fn start(_options: &Options) -> Result<Box<dyn Machine>> {
+    anyhow::bail!("the guest is x86-64 code and this machine is not")
 }

@@ -5,9 +5,11 @@ use std::num::NonZeroU64;
 use clap::Parser;
 use kvm_dirty_ring::RingEntries;
 use kvm_integration::Policy;
+use kvm_integration::cli::options::ring_entries;
+use kvm_integration::cli::output::Teller;
+use kvm_integration::guest::stamp::MAX_VCPUS;
+use kvm_integration::guest::workload::Workload;
 use kvm_integration::machine::Setup;
-use kvm_integration::stamp::MAX_VCPUS;
-use kvm_integration::workload::Workload;
 
 /// Holds a guest on KVM, which would write as fast as it can, to dirty limits, one after the other,
 /// and counts what it does: by its own count of pages that it wrote, by the pages that syncs
@@ -62,9 +64,8 @@ pub struct Options {
           value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub tolerance: u64,
 
-    /// Ends stdout with one JSON object; everything for people goes to stderr
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub teller: Teller,
 }
 
 impl Options {
@@ -89,21 +90,9 @@ impl Options {
     }
 }
 
-fn ring_entries(text: &str) -> Result<RingEntries, String> {
-    let entries = text.parse().map_err(|_| "a number is wanted".to_string())?;
-    RingEntries::new(entries).map_err(|error| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
-
-    #[test]
-    fn is_a_sound_command() {
-        Options::command().debug_assert();
-    }
 
     #[test]
     fn limits_are_those_asked_for() {

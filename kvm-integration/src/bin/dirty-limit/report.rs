@@ -15,7 +15,8 @@ pub struct Report {
     ring_entries: u32,
     pacing: &'static str,
     tolerance_percent: u64,
-    holds: bool,
+    /// Whether each limit held.
+    pub holds: bool,
     runs: Vec<Run>,
 }
 
@@ -46,7 +47,7 @@ impl Report {
             ring_entries: options.ring_entries.get(),
             pacing: match options.at_full_rings {
                 true => "none, at full rings",
-                false => options.pacing.name(),
+                false => options.pacing.into(),
             },
             tolerance_percent: options.tolerance,
             holds: true,
@@ -96,19 +97,6 @@ impl Report {
         );
         self.runs.push(run);
         line
-    }
-
-    /// Whether each limit held.
-    pub fn holds(&self) -> bool {
-        self.holds
-    }
-
-    /// One line of JSON.
-    ///
-    /// # Errors
-    /// None that is known of.
-    pub fn json(&self) -> serde_json::Result<String> {
-        serde_json::to_string(self)
     }
 }
 

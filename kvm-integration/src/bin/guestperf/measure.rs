@@ -1,16 +1,16 @@
 //! The run itself.
 
-use std::error::Error;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use kvm_integration::bystanders::Bystanders;
-use kvm_integration::guestperf::kvm::{GuestperfError, KvmCell};
+use anyhow::Result;
+use kvm_integration::cli::order::places;
+use kvm_integration::cli::progress::bar;
+use kvm_integration::cli::watchdog::Watchdog;
+use kvm_integration::guestperf::kvm::KvmCell;
 use kvm_integration::guestperf::{ArmResult, Cell, CellResult};
+use kvm_integration::host::bystanders::Bystanders;
 use kvm_integration::kvm_available;
-use kvm_integration::order::places;
-use kvm_integration::watchdog::Watchdog;
 use kvm_ioctls::Kvm;
 
 use crate::plan::Plan;
@@ -20,18 +20,13 @@ use crate::plan::Plan;
 const SLACK: Duration = Duration::from_secs(90);
 const SLACK_OF_A_MIB: Duration = Duration::from_millis(20);
 
+const LOOK: &str = "[{bar:40}] {pos:>3} / {len} migrations, {eta} left: {msg}";
+
 /// Takes in what came of a guest.
-pub type Report<'a> = dyn FnMut(CellResult) -> Result<(), Box<dyn Error>> + 'a;
+pub type Report<'a> = dyn FnMut(CellResult) -> Result<()> + 'a;
 
 /// Runs the plan, and reports guest by guest.
-///
-/// # Errors
-/// KVM can't be had, a guest could not be made or migrated, or `interrupted` was set.
-pub fn measure(
-    plan: &Plan,
-    interrupted: &AtomicBool,
-    report: &mut Report<'_>,
-) -> Result<(), Box<dyn Error>> {
+pub fn measure(plan: &Plan, interrupted: &AtomicBool, report: &mut Report<'_>) -> Result<()> {
     // Now, not after hours.
     for cell in &plan.cells {
         KvmCell::check_memory(cell)?;
@@ -60,13 +55,13 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn cell(&self, cell: &Cell) -> Result<CellResult, GuestperfError> {
+    fn cell(&self, cell: &Cell) -> Result<CellResult> {
         let Plan { arms, repeat, .. } = self.plan;
         let slack = SLACK + SLACK_OF_A_MIB * cell.memory_mib as u32;
         self.watchdog.allow(slack, &cell.to_string());
         let mut guest = KvmCell::new(&self.kvm, cell, self.interrupted)?;
         let bystanders = Bystanders::watch();
-        let bar = progress(u64::from(*repeat) * arms.len() as u64);
+        let bar = bar(Some(u64::from(*repeat) * arms.len() as u64), LOOK);
         let mut results: Vec<_> = arms
             .iter()
             .map(|arm| ArmResult {
@@ -86,7 +81,7 @@ impl Run<'_> {
                 bar.inc(1);
             }
         }
-        bar.finish_and_clear();
+        drop(bar);
         self.watchdog.allow(slack, &cell.to_string());
         drop(guest);
         Ok(CellResult {
@@ -95,11 +90,4 @@ impl Run<'_> {
             arms: results,
         })
     }
-}
-
-/// Drawn on stderr, if that is a terminal.
-fn progress(migrations: u64) -> ProgressBar {
-    let style =
-        ProgressStyle::with_template("[{bar:40}] {pos:>3} / {len} migrations, {eta} left: {msg}");
-    ProgressBar::new(migrations).with_style(style.expect("the template is a constant that works"))
 }

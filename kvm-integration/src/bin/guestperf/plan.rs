@@ -2,24 +2,33 @@
 
 use std::time::Duration;
 
+use anyhow::{Result, ensure};
+use kvm_integration::cli::options::or;
 use kvm_integration::guestperf::{Arm, Cell};
 use kvm_integration::migration::Limits;
 
 use crate::options::Options;
 
 /// vCPUs, memory and stressed memory in MiB, entries of a ring.
-type Guest = (u32, u64, u64, u32);
+const fn cell(vcpus: u32, memory_mib: u64, stress_mib: u64, ring_entries: u32) -> Cell {
+    Cell {
+        vcpus,
+        memory_mib,
+        stress_mib,
+        ring_entries,
+    }
+}
 
 /// One whose pages pass through its rings again and again, and one whose pages fit.
-const QUICK: [Guest; 2] = [(2, 1024, 96, 4096), (2, 1024, 256, 65536)];
+const QUICK: [Cell; 2] = [cell(2, 1024, 96, 4096), cell(2, 1024, 256, 65536)];
 
-const DEFAULT: [Guest; 6] = [
-    (1, 1024, 96, 4096),
-    (1, 1024, 96, 65536),
-    (2, 1024, 96, 1024),
-    (2, 1024, 256, 4096),
-    (2, 1024, 256, 65536),
-    (8, 1024, 512, 65536),
+const DEFAULT: [Cell; 6] = [
+    cell(1, 1024, 96, 4096),
+    cell(1, 1024, 96, 65536),
+    cell(2, 1024, 96, 1024),
+    cell(2, 1024, 256, 4096),
+    cell(2, 1024, 256, 65536),
+    cell(8, 1024, 512, 65536),
 ];
 
 /// The grid of a full run, and of one where some numbers are asked for and others not.
@@ -59,44 +68,28 @@ pub struct Plan {
     pub limits: Limits,
 }
 
-/// No guest is left.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "no guest is left of those with {memory:?} MiB of memory and {stress:?} of it stressed: the \
-     stressed memory must not exceed the memory, and must have a page for each vCPU"
-)]
-pub struct NoGuest {
-    memory: Vec<u64>,
-    stress: Vec<u64>,
-}
-
 impl Plan {
     /// What the command line asks for.
-    ///
-    /// # Errors
-    /// That is nothing.
-    pub fn new(options: &Options) -> Result<Self, NoGuest> {
-        let list = list(options);
-        let (memory, stress) = list.iter().map(|guest| (guest.1, guest.2)).unzip();
-        let cells: Vec<Cell> = list
-            .into_iter()
-            .map(cell)
-            .filter(Cell::is_possible)
-            .collect();
-        if cells.is_empty() {
-            return Err(NoGuest { memory, stress });
-        }
-        let arms = match (&options.arms[..], options.quick) {
-            ([], false) => Arm::ALL.to_vec(),
-            ([], true) => QUICK_ARMS
+    pub fn new(options: &Options) -> Result<Self> {
+        let mut cells = list(options);
+        let of = |number: fn(&Cell) -> u64| cells.iter().map(number).collect::<Vec<_>>();
+        let (memory, stress) = (of(|cell| cell.memory_mib), of(|cell| cell.stress_mib));
+        cells.retain(Cell::is_possible);
+        ensure!(
+            !cells.is_empty(),
+            "no guest is left of those with {memory:?} MiB of memory and {stress:?} of it stressed: \
+             the stressed memory must not exceed the memory, and must have a page for each vCPU"
+        );
+        let arms = match options.quick {
+            true => QUICK_ARMS
                 .iter()
                 .filter_map(|name| Arm::named(name))
                 .collect(),
-            (given, _) => distinct(given),
+            false => Arm::ALL.to_vec(),
         };
         Ok(Self {
             cells,
-            arms,
+            arms: distinct(&or(&options.arms, &arms)),
             repeat: options.repeat.unwrap_or(if options.quick { 2 } else { 3 }),
             quiet: Duration::from_millis(options.quiet_ms),
             limits: Limits {
@@ -110,22 +103,17 @@ impl Plan {
 
     /// What is to be known of it beside the results.
     pub fn facts(&self) -> [(&'static str, String); 4] {
-        let Limits {
-            bandwidth_mib,
-            max_rounds,
-            downtime,
-            converge: _,
-        } = self.limits;
-        let link = match bandwidth_mib {
+        let (rounds, downtime) = (self.limits.max_rounds, self.limits.downtime.as_millis());
+        let link = match self.limits.bandwidth_mib {
             0 => "as fast as it goes".into(),
             limit => format!("{limit} MiB/s"),
         };
         [
             ("link", link),
-            ("downtime limit", format!("{} ms", downtime.as_millis())),
+            ("downtime limit", format!("{downtime} ms")),
             (
                 "rounds at most",
-                format!("{max_rounds}, then the guest is stopped"),
+                format!("{rounds}, then the guest is stopped"),
             ),
             ("migrations", format!("{} of each arm", self.repeat)),
         ]
@@ -151,15 +139,6 @@ impl Plan {
     }
 }
 
-fn cell((vcpus, memory_mib, stress_mib, ring_entries): Guest) -> Cell {
-    Cell {
-        vcpus,
-        memory_mib,
-        stress_mib,
-        ring_entries,
-    }
-}
-
 /// The same without repetitions.
 fn distinct<T: Copy + PartialEq>(given: &[T]) -> Vec<T> {
     let mut distinct = Vec::new();
@@ -172,7 +151,7 @@ fn distinct<T: Copy + PartialEq>(given: &[T]) -> Vec<T> {
 }
 
 /// The guests: where numbers are asked for, all that have them; else the list's.
-fn list(options: &Options) -> Vec<Guest> {
+fn list(options: &Options) -> Vec<Cell> {
     let Options {
         vcpus,
         memory_mib,
@@ -191,22 +170,20 @@ fn list(options: &Options) -> Vec<Guest> {
     }
 }
 
-fn grid(options: &Options) -> Vec<Guest> {
+fn grid(options: &Options) -> Vec<Cell> {
     /// What is asked for; else what is typical, or everything.
-    fn or<T: Copy + PartialEq>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
-        match (given, full) {
-            ([], true) => grid.to_vec(),
-            ([], false) => vec![typical],
-            _ => distinct(given),
-        }
+    fn numbers<T: Copy + PartialEq>(given: &[T], grid: &[T], typical: T, full: bool) -> Vec<T> {
+        let typical = [typical];
+        distinct(&or(given, if full { grid } else { &typical }))
     }
     let full = options.full;
+    let ring_entries: Vec<u32> = options.ring_entries.iter().map(|size| size.get()).collect();
     let mut list = Vec::new();
-    for &vcpus in &or(&options.vcpus, &VCPUS, 2, full) {
-        for &memory in &or(&options.memory_mib, &MEMORY_MIB, 1024, full) {
-            for &stress in &or(&options.stress_mib, &STRESS_MIB, 96, full) {
-                for &ring in &or(&options.ring_entries, &RING_ENTRIES, 4096, full) {
-                    list.push((vcpus, memory, stress, ring));
+    for &vcpus in &numbers(&options.vcpus, &VCPUS, 2, full) {
+        for &memory in &numbers(&options.memory_mib, &MEMORY_MIB, 1024, full) {
+            for &stress in &numbers(&options.stress_mib, &STRESS_MIB, 96, full) {
+                for &ring in &numbers(&ring_entries, &RING_ENTRIES, 4096, full) {
+                    list.push(cell(vcpus, memory, stress, ring));
                 }
             }
         }
@@ -247,15 +224,11 @@ mod tests {
 
     #[test]
     fn filters_choose_or_multiply() {
-        let cells = |args| {
-            let cells = plan(args).cells.into_iter();
-            let cells = cells.map(|c| (c.vcpus, c.memory_mib, c.stress_mib, c.ring_entries));
-            cells.collect::<Vec<_>>()
-        };
-        assert_eq!(cells("--vcpus 3"), [(3, 1024, 96, 4096)]);
+        let cells = |args| plan(args).cells;
+        assert_eq!(cells("--vcpus 3"), [cell(3, 1024, 96, 4096)]);
         assert_eq!(
             cells("--stress-mib 8 --stress-mib 16 --ring-entries 512"),
-            [(2, 1024, 8, 512), (2, 1024, 16, 512)]
+            [cell(2, 1024, 8, 512), cell(2, 1024, 16, 512)]
         );
         // What can't be stressed is left out.
         assert_eq!(
@@ -276,15 +249,7 @@ mod tests {
     #[test]
     fn a_migration_is_bounded_by_its_rounds() {
         let plan = plan("--max-rounds 3 --bandwidth-mib 100 --quiet-ms 500");
-        let cell = Cell {
-            vcpus: 1,
-            memory_mib: 400,
-            stress_mib: 200,
-            ring_entries: 256,
-        };
-        assert_eq!(
-            plan.longest(&cell),
-            Duration::from_millis(10_000 + 1000 + 600)
-        );
+        let longest = plan.longest(&cell(1, 400, 200, 256));
+        assert_eq!(longest, Duration::from_millis(10_000 + 1000 + 600));
     }
 }

@@ -1,7 +1,7 @@
 //! Tables for people, on a terminal and on a page.
 
+use kvm_integration::cli::markdown::{NONE, Table, figure};
 use kvm_integration::guestperf::{ArmResult, CellResult, Spread};
-use kvm_integration::markdown::{NONE, Table, figure};
 
 use crate::column::{COLUMNS, Column};
 use crate::verdict::{Best, Verdict};

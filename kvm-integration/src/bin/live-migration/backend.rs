@@ -1,9 +1,12 @@
 //! Who runs the guest.
 
+use anyhow::Result;
 use kvm_dirty_ring::Mode;
+use kvm_integration::cli::backend::{Wanted, choose};
+use kvm_integration::host::kvm_for_guest;
 #[cfg(target_arch = "x86_64")]
 use kvm_integration::machine::{KvmMachine, Logging};
-use kvm_integration::machine::{Machine, MachineError, Setup, SimMachine};
+use kvm_integration::machine::{Machine, Setup, SimMachine};
 
 use crate::options::BackendChoice;
 
@@ -16,12 +19,28 @@ pub enum Backend {
     Sim,
 }
 
-/// KVM was insisted on, and cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[error("KVM cannot be had: {0}; or choose --backend sim")]
-pub struct NoKvm(String);
-
 impl Backend {
+    /// Chooses, and says in one line what was chosen and why.
+    pub fn choose(choice: BackendChoice) -> Result<(Self, String)> {
+        let (wanted, with_rings) = match choice {
+            BackendChoice::Auto => (Wanted::Auto, false),
+            BackendChoice::Kvm => (Wanted::Kvm, true),
+            BackendChoice::Bitmap => (Wanted::Kvm, false),
+            BackendChoice::Sim => (Wanted::Sim, false),
+        };
+        let (kvm, why) = choose(wanted, || kvm_for_guest(with_rings))?;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kvm) = kvm {
+            let logging = match choice {
+                BackendChoice::Auto => Logging::Auto,
+                BackendChoice::Bitmap => Logging::Bitmap,
+                BackendChoice::Kvm | BackendChoice::Sim => Logging::Rings,
+            };
+            return Ok((Self::Kvm(kvm, logging), why));
+        }
+        Ok((Self::Sim, why))
+    }
+
     /// The name.
     pub fn name(&self) -> &'static str {
         match self {
@@ -46,53 +65,11 @@ impl Backend {
     }
 
     /// Makes the guest and lets it run.
-    ///
-    /// # Errors
-    /// What the machine said.
-    pub fn start(&self, setup: &Setup) -> Result<Box<dyn Machine>, MachineError> {
+    pub fn start(&self, setup: &Setup) -> Result<Box<dyn Machine>> {
         Ok(match self {
             #[cfg(target_arch = "x86_64")]
             Self::Kvm(kvm, logging) => Box::new(KvmMachine::start(kvm, setup, *logging)?),
             Self::Sim => Box::new(SimMachine::start(setup)?),
         })
     }
-}
-
-/// Chooses, and says in one line what was chosen and why.
-///
-/// # Errors
-/// KVM is insisted on and cannot be had.
-pub fn choose(choice: BackendChoice) -> Result<(Backend, String), NoKvm> {
-    if choice == BackendChoice::Sim {
-        return Ok((Backend::Sim, "backend: sim, as asked for".into()));
-    }
-    match (kvm(choice), choice) {
-        (Ok(kvm), BackendChoice::Auto) => Ok((kvm, "backend: kvm, because /dev/kvm works".into())),
-        (Ok(kvm), _) => Ok((kvm, "backend: kvm, as asked for".into())),
-        (Err(why), BackendChoice::Auto) => {
-            Ok((Backend::Sim, format!("backend: sim, because {why}")))
-        }
-        (Err(why), _) => Err(NoKvm(why)),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn kvm(choice: BackendChoice) -> Result<Backend, String> {
-    use kvm_integration::host::{kvm_available, kvm_with_or_without_rings};
-    let (kvm, logging) = match choice {
-        BackendChoice::Auto => (kvm_with_or_without_rings(), Logging::Auto),
-        BackendChoice::Bitmap => (kvm_with_or_without_rings(), Logging::Bitmap),
-        BackendChoice::Kvm | BackendChoice::Sim => (kvm_available(), Logging::Rings),
-    };
-    kvm.map(|kvm| Backend::Kvm(kvm, logging)).map_err(|error| {
-        match std::error::Error::source(&error) {
-            Some(cause) => format!("{error} ({cause})"),
-            None => error.to_string(),
-        }
-    })
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn kvm(_choice: BackendChoice) -> Result<Backend, String> {
-    Err("the guest is x86-64 code and this machine is not".into())
 }

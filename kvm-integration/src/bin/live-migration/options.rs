@@ -1,11 +1,13 @@
 //! The command line.
 
+use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use kvm_dirty_ring::RingEntries;
-use kvm_dirty_ring::error::RingSizeError;
+use kvm_integration::cli::options::ring_entries;
+use kvm_integration::cli::output::Teller;
+use kvm_integration::guest::stamp::MAX_VCPUS;
 use kvm_integration::host::available_mib;
 use kvm_integration::machine::{MAX_PAGES, Setup};
-use kvm_integration::stamp::MAX_VCPUS;
 use kvm_integration::{Policy, Workload};
 
 /// Pages of 4 KiB in a MiB.
@@ -85,9 +87,8 @@ pub struct Options {
     #[arg(long)]
     pub watch: bool,
 
-    /// Ends stdout with one JSON object; everything for people goes to stderr
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub teller: Teller,
 }
 
 /// Who is to run the guest.
@@ -102,19 +103,6 @@ pub enum BackendChoice {
     Bitmap,
     /// The simulated kernel, with threads for vCPUs
     Sim,
-}
-
-/// The guest and its copy don't fit into this machine.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a guest of {wanted} MiB and its copy take {} MiB, and {available} MiB are available: choose a \
-     --memory-mib of at most {}",
-    2 * wanted,
-    available / 2
-)]
-pub struct TooLarge {
-    wanted: u64,
-    available: u64,
 }
 
 impl Options {
@@ -132,34 +120,25 @@ impl Options {
 
     /// Whether guest and copy fit into memory: mapping them would succeed anyway, and the kernel
     /// would end some process later.
-    ///
-    /// # Errors
-    /// They don't.
-    pub fn check_memory(&self) -> Result<(), TooLarge> {
+    pub fn check_memory(&self) -> Result<()> {
         self.check_against(available_mib())
     }
 
-    fn check_against(&self, available: Option<u64>) -> Result<(), TooLarge> {
-        let wanted = self.memory_mib;
-        match available {
-            Some(available) if 2 * wanted > available => Err(TooLarge { wanted, available }),
-            _ => Ok(()),
-        }
+    fn check_against(&self, available: Option<u64>) -> Result<()> {
+        let (wanted, both) = (self.memory_mib, 2 * self.memory_mib);
+        let Some(available) = available.filter(|&available| both > available) else {
+            return Ok(());
+        };
+        let most = available / 2;
+        bail!(
+            "a guest of {wanted} MiB and its copy take {both} MiB, and {available} MiB are \
+             available: choose a --memory-mib of at most {most}"
+        )
     }
-}
-
-fn ring_entries(text: &str) -> Result<RingEntries, String> {
-    let entries: u32 = text
-        .parse()
-        .map_err(|_| "a power of two from 256 to 65536 is wanted".to_string())?;
-    RingEntries::new(entries).map_err(|error: RingSizeError| error.to_string())
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-    use clap::error::ErrorKind;
-
     use super::*;
 
     fn parse(args: &str) -> Result<Options, clap::Error> {
@@ -171,65 +150,14 @@ mod tests {
     }
 
     #[test]
-    fn is_a_sound_command() {
-        Options::command().debug_assert();
-    }
-
-    #[test]
-    fn defaults_are_those_of_the_help() {
-        let options = parse("").unwrap();
-        let setup = options.setup();
-        assert_eq!((setup.vcpus, setup.pages), (2, 131_072));
-        assert_eq!(setup.ring_entries.get(), 4096);
-        assert_eq!(options.pacing, Policy::LookFirst);
-    }
-
-    #[test]
-    fn bad_values_are_refused() {
-        for args in [
-            "--vcpus 0",
-            "--vcpus 33",
-            "--vcpus 1000",
-            "--vcpus two",
-            "--memory-mib 0",
-            "--memory-mib -5",
-            "--memory-mib 262145",
-            "--memory-mib 99999999999999999999",
-            "--ring-entries 1000",
-            "--ring-entries 0",
-            "--ring-entries 128",
-            "--ring-entries 131072",
-            "--ring-entries many",
-            "--workload stroll",
-            "--write-rate 1000000001",
-            "--bandwidth-mib 1000001",
-            "--max-rounds 0",
-            "--downtime-ms 60001",
-            "--seed x",
-            "--backend qemu",
-            "--pacing qemu",
-            "--pace 3",
-            "now",
-        ] {
-            let error = parse(args).unwrap_err();
-            assert_eq!(error.exit_code(), 2, "{args}: {error}");
-        }
-        assert_eq!(parse("--help").unwrap_err().kind(), ErrorKind::DisplayHelp);
-    }
-
-    #[test]
     fn memory_must_do_for_guest_and_copy() {
         let available = Some(2048);
-        assert_eq!(
-            parse("--memory-mib 1024").unwrap().check_against(available),
-            Ok(())
-        );
+        let enough = parse("--memory-mib 1024").unwrap();
+        enough.check_against(available).unwrap();
         let error = parse("--memory-mib 1025").unwrap().check_against(available);
         let error = error.unwrap_err().to_string();
         assert!(error.ends_with("a --memory-mib of at most 1024"), "{error}");
-        assert_eq!(
-            parse("--memory-mib 262144").unwrap().check_against(None),
-            Ok(())
-        );
+        let unknown = parse("--memory-mib 262144").unwrap();
+        unknown.check_against(None).unwrap();
     }
 }

@@ -9,7 +9,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::machine::{MEMORY, Memory, STOP, SetLogged, Vcpu, device};
+use crate::machine::{MEMORY, Machine, Memory, STOP, Vcpu, device};
 
 /// Writes its count to page after page of memory's upper half, and tells it to the device.
 #[rustfmt::skip]
@@ -24,8 +24,9 @@ const CODE: [u8; 12] = [
 const ENTRY: u64 = 0x1000;
 const HALF: u64 = MEMORY as u64 / 2;
 
-/// A VM, its log, and its vCPU, with the code before it.
-pub fn create(kvm: &Kvm, memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
+/// A VM with its memory and log, and its vCPU, with the code before it.
+pub fn create(kvm: &Kvm) -> Result<(Machine, Vcpu)> {
+    let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)])?;
     memory.write_slice(&CODE, GuestAddress(ENTRY))?;
     let vm = kvm.create_vm()?;
     let log = DirtyLog::enable_auto(&vm, RingEntries::new(4096)?)?; // before the first vCPU
@@ -57,9 +58,10 @@ pub fn create(kvm: &Kvm, memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)>
         // SAFETY: so much memory is there for as long as a vCPU runs: its thread holds on to it.
         Ok(unsafe { vm.set_user_memory_region(region) }?)
     };
-    let memory = memory.clone();
-    let vcpu = move |state| run(fd, ring, &memory, state);
-    Ok((Box::new(set_logged), log, Box::new(vcpu)))
+    let vcpu_memory = memory.clone();
+    let vcpu = move |state| run(fd, ring, &vcpu_memory, state);
+    let machine = Machine::new(memory, Box::new(set_logged), log)?;
+    Ok((machine, Box::new(vcpu)))
 }
 
 fn run(mut fd: VcpuFd, mut ring: VcpuRing, memory: &Memory, state: Value) -> Result<Value> {

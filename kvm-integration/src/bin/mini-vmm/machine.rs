@@ -22,6 +22,8 @@ pub const SLOT: SlotId = SlotId::new(0, 0);
 pub const MEMORY: usize = 64 << 20;
 /// Where the device writes what it was told last.
 pub const COUNT: GuestAddress = GuestAddress(1 << 20);
+/// How long the other process, or the guest, may be silent; and rounds may go on.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How far the vCPU counts before its migration, and after it.
 const COUNTS: u32 = 1000;
 /// Tells the vCPU's thread to stop.
@@ -35,9 +37,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn new(sim: bool) -> Result<(Self, Vcpu)> {
-        let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)])?;
-        let (set_logged, log, vcpu) = crate::simulated::create_unless_kvm(sim, &memory)?;
+    pub fn new(memory: Memory, set_logged: SetLogged, log: DirtyLog) -> Result<Self> {
         let bitmap = memory.iter().next().context("no memory")?.bitmap();
         log.add_slot_with(SLOT, bitmap.region())?;
         log.stop_tracking(SLOT, || set_logged(false))?;
@@ -46,13 +46,12 @@ impl Machine {
             address: 0,
             pages: bitmap.region().pages(),
         }])?;
-        let machine = Self {
+        Ok(Self {
             set_logged,
             log,
             map,
             memory,
-        };
-        Ok((machine, vcpu))
+        })
     }
 
     /// Lets the guest begin, or go on, and waits until it has counted a while.
@@ -64,7 +63,7 @@ impl Machine {
         let (start, before) = (Instant::now(), count()?);
         let thread = spawn(move || vcpu(state));
         while count()?.wrapping_sub(before) < COUNTS && !thread.is_finished() {
-            ensure!(start.elapsed() < crate::PATIENCE, "the guest is silent");
+            ensure!(start.elapsed() < PATIENCE, "the guest is silent");
             sleep(Duration::from_millis(1));
         }
         Ok(thread)

@@ -13,7 +13,7 @@ mod simulated;
 use std::io::{Read, Write, stdin};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use kvm_dirty_ring::{DirtyPages, Reaper, pacing::LookFirst};
@@ -21,10 +21,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
-use machine::{COUNT, Machine, SLOT};
+use machine::{COUNT, Machine, PATIENCE, SLOT};
 
-/// How long the other process, or the guest, may be silent; and rounds may go on.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// The guest is stopped after a round of so few pages.
 const FEW_PAGES: u64 = 256;
 
@@ -54,7 +52,7 @@ fn main() -> Result<()> {
 fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    let (machine, vcpu) = Machine::new(sim)?;
+    let (machine, vcpu) = simulated::create_unless_kvm(sim)?;
     let thread = machine.start(vcpu, Value::Null)?;
 
     let log = &machine.log;
@@ -92,7 +90,7 @@ fn send_dirty(socket: &mut UnixStream, machine: &Machine, dirty: &mut DirtyPages
 
 fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (machine, vcpu) = Machine::new(sim)?;
+    let (machine, vcpu) = simulated::create_unless_kvm(sim)?;
     while let (address, bytes @ 1..) = receive(&mut socket)? {
         // Whoever sends it does not decide where it goes: a slice is within one region.
         let mut slice = machine.memory.get_slice(GuestAddress(address), bytes)?;

@@ -6,23 +6,22 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::Result;
-use kvm_dirty_ring::DirtyLog;
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
 use serde::Deserialize;
 use serde_json::Value;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
-use crate::machine::{MEMORY, Memory, SLOT, STOP, SetLogged, Vcpu, device};
+use crate::machine::{MEMORY, Machine, Memory, SLOT, STOP, Vcpu, device};
 
 /// Writes after which a vCPU rests for a moment.
 const BATCH: u32 = 64;
 
 /// On KVM, where it can be had, unless somebody asked for the stand-in.
-pub fn create_unless_kvm(asked_for: bool, memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
+pub fn create_unless_kvm(asked_for: bool) -> Result<(Machine, Vcpu)> {
     #[cfg(target_arch = "x86_64")]
     if !asked_for {
         match kvm_ioctls::Kvm::new() {
-            Ok(kvm) => return crate::kvm::create(&kvm, memory),
+            Ok(kvm) => return crate::kvm::create(&kvm),
             Err(error) => eprintln!("mini-vmm: no KVM: {error}"),
         }
     }
@@ -33,24 +32,25 @@ pub fn create_unless_kvm(asked_for: bool, memory: &Memory) -> Result<(SetLogged,
             false => "for want of a KVM for x86-64",
         }
     );
-    create(memory)
+    create()
 }
 
-fn create(memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
+fn create() -> Result<(Machine, Vcpu)> {
+    let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)])?;
     let vm = SimVm::new(SimConfig::default());
     let log = vm.dirty_log();
     let pages = memory.iter().map(|region| region.bitmap().region().pages());
     let pages: u64 = pages.sum();
     let vcpu = vm.add_vcpu();
     let mut ring = log.attach_ring(vcpu.ring_memory())?;
-    let memory = memory.clone();
+    let vcpu_memory = memory.clone();
     let run = move |state: Value| {
         let mut count = Option::<u32>::deserialize(state)?.unwrap_or(0);
         while !STOP.load(Relaxed) {
-            match write(&vcpu, &memory, pages, count) {
+            match write(&vcpu, &vcpu_memory, pages, count) {
                 Ok(()) => {
                     count += 1;
-                    device(&memory, &count.to_le_bytes())?;
+                    device(&vcpu_memory, &count.to_le_bytes())?;
                 }
                 Err(WriteError::RingFull) => ring.on_full()?,
                 Err(error) => return Err(error.into()),
@@ -69,7 +69,8 @@ fn create(memory: &Memory) -> Result<(SetLogged, DirtyLog, Vcpu)> {
         vm.set_logged(SLOT, logged);
         Ok(())
     };
-    Ok((Box::new(set_logged), log, Box::new(run)))
+    let machine = Machine::new(memory, Box::new(set_logged), log)?;
+    Ok((machine, Box::new(run)))
 }
 
 /// The vCPU's write: as on KVM, into the second half of memory.

@@ -18,16 +18,15 @@ mod simulated;
 mod table;
 mod targets;
 
-use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
+use anyhow::Result;
 use clap::Parser;
 use kvm_integration::Host;
-use kvm_integration::interrupt::watch_signals;
+use kvm_integration::cli::output::{self, Output, say};
 use kvm_integration::lab::CellResult;
-use kvm_integration::output::{Output, exit_status, fail, say};
 
 use options::Options;
 use plan::Plan;
@@ -37,17 +36,15 @@ use simulated::{SimPlan, simulate};
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let interrupted = match watch_signals() {
-        Ok(interrupted) => interrupted,
-        Err(error) => return fail(&error),
-    };
-    let result = run(&options, &interrupted).map(|()| ExitCode::SUCCESS);
-    exit_status(result, &interrupted)
+    output::run(|interrupted| {
+        run(&options, interrupted)?;
+        Ok(ExitCode::SUCCESS)
+    })
 }
 
-fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>> {
+fn run(options: &Options, interrupted: &AtomicBool) -> Result<()> {
     if options.constants {
-        return Ok(say(&table::constants(simulated::constants(options)))?);
+        return say(&table::constants(simulated::constants(options)));
     }
     // Now, not after minutes of work, is the time to find out that there is no such place.
     let output = |path: &Option<PathBuf>| path.as_deref().map(Output::to).transpose();
@@ -88,10 +85,6 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<(), Box<dyn Error>
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn measure(
-    _: &Plan,
-    _: &AtomicBool,
-    _: &mut run::Report<'_>,
-) -> Result<Vec<run::Skipped>, Box<dyn Error>> {
-    Err("the guest is x86-64 code and this machine is not: choose --sim".into())
+fn measure(_: &Plan, _: &AtomicBool, _: &mut run::Report<'_>) -> Result<Vec<run::Skipped>> {
+    anyhow::bail!("the guest is x86-64 code and this machine is not: choose --sim")
 }

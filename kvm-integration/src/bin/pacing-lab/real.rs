@@ -1,16 +1,16 @@
 //! The run on real KVM.
 
-use std::error::Error;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use kvm_integration::bystanders::Bystanders;
+use anyhow::Result;
+use kvm_dirty_ring::error::ReaperError;
+use kvm_integration::cli::order::places;
+use kvm_integration::cli::watchdog::Watchdog;
+use kvm_integration::host::bystanders::Bystanders;
 use kvm_integration::kvm_available;
-use kvm_integration::lab::kvm::{KvmCell, LabError};
+use kvm_integration::lab::kvm::KvmCell;
 use kvm_integration::lab::{Arm, ArmResult, Cell, CellResult};
-use kvm_integration::order::places;
-use kvm_integration::output::chain;
-use kvm_integration::watchdog::Watchdog;
 use kvm_ioctls::Kvm;
 
 use crate::plan::Plan;
@@ -20,14 +20,11 @@ use crate::run::{Report, Skipped};
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// Runs the plan, and reports guest by guest. Arms that this machine refuses are skipped.
-///
-/// # Errors
-/// KVM can't be had, a vCPU or a reaper failed, or `interrupted` was set.
 pub fn measure(
     plan: &Plan,
     interrupted: &AtomicBool,
     report: &mut Report<'_>,
-) -> Result<Vec<Skipped>, Box<dyn Error>> {
+) -> Result<Vec<Skipped>> {
     let kvm = kvm_available()?;
     let mut run = Run {
         plan,
@@ -57,7 +54,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn cell(&mut self, cell: &Cell, arms: &[Arm]) -> Result<CellResult, LabError> {
+    fn cell(&mut self, cell: &Cell, arms: &[Arm]) -> Result<CellResult> {
         self.watchdog.allow(LONGEST, &cell.to_string());
         let mut guest = KvmCell::start(&self.kvm, *cell, self.interrupted)?;
         let bystanders = Bystanders::watch();
@@ -89,7 +86,7 @@ impl Run<'_> {
         arm: &Arm,
         sampled: bool,
         result: &mut ArmResult,
-    ) -> Result<(), LabError> {
+    ) -> Result<()> {
         if self.skipped.iter().any(|skipped| skipped.arm == arm.name) {
             return Ok(());
         }
@@ -98,8 +95,8 @@ impl Run<'_> {
         self.watchdog.allow(turn.total() + LONGEST, &what);
         let outcome = match guest.take_turn(arm, turn, sampled) {
             Ok(outcome) => outcome,
-            Err(LabError::Refused { source, .. }) => {
-                let why = chain(&source);
+            Err(error) if is_refused(&error) => {
+                let why = format!("{error:#}");
                 let skipped = Skipped { arm: arm.name, why };
                 eprintln!("SKIPPED {}: {}", skipped.arm, skipped.why);
                 self.skipped.push(skipped);
@@ -116,4 +113,10 @@ impl Run<'_> {
         result.saturated += u32::from(outcome.saturated);
         Ok(())
     }
+}
+
+/// Whether the operating system does not let the reaper run as the arm wants it.
+fn is_refused(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref();
+    matches!(error, Some(ReaperError::Scheduling { .. }))
 }

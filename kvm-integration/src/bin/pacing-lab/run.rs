@@ -1,12 +1,11 @@
 //! What real and simulated runs have in common.
 
-use std::error::Error;
-
+use anyhow::Result;
 use kvm_integration::lab::CellResult;
 use serde::Serialize;
 
 /// Takes in what came of a guest.
-pub type Report<'a> = dyn FnMut(CellResult) -> Result<(), Box<dyn Error>> + 'a;
+pub type Report<'a> = dyn FnMut(CellResult) -> Result<()> + 'a;
 
 /// An arm that this machine refuses.
 #[derive(Debug, Clone, Serialize)]

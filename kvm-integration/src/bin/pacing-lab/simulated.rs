@@ -1,28 +1,26 @@
 //! The simulated run.
 
 use std::collections::VecDeque;
-use std::error::Error;
 use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use kvm_dirty_ring::error::PolicyError;
-use kvm_integration::lab::sim::{
-    Guest, Load, Outcome, Recording, RecordingError, Scenario, constants, run,
-};
-use kvm_integration::lab::{Arm, ArmResult, CellResult};
+use anyhow::{Context, Result, bail, ensure};
+use kvm_integration::cli::interrupt::go_on;
+use kvm_integration::cli::options::or;
+use kvm_integration::lab::sim::{Guest, Load, Outcome, Recording, Scenario, constants, run};
+use kvm_integration::lab::{Arm, ArmResult, CellResult, Sample};
 
 use crate::options::Options;
 use crate::run::Report;
 
 /// VMs that real hosts are too small for.
 const VCPUS: [u32; 3] = [64, 256, 1024];
-const RING_ENTRIES: u32 = 4096;
+const RING_ENTRIES: u64 = 4096;
 /// What is run unless told otherwise.
 const WORKLOADS: [&str; 9] = [
     MODERATE, "constant", "trickle", "bursts", "sliced", "skew", "hot-set", "idle", "fast",
@@ -33,53 +31,6 @@ const MODERATE: &str = "moderate";
 const MODERATE_LOAD: f64 = 0.125;
 /// Between two samples, for a picture.
 const SAMPLE: Duration = Duration::from_millis(2);
-
-/// What is asked for can't be simulated.
-#[derive(Debug, thiserror::Error)]
-pub enum SimError {
-    /// There is no such workload.
-    #[error("no workload is called `{name}`: choose one of {}, moderate, fast, fast-bursts", Load::NAMES.join(", "))]
-    Workload {
-        /// What was asked for.
-        name: String,
-    },
-    /// The recording can't be read.
-    #[error("{} could not be read", .path.display())]
-    Unreadable {
-        /// Where it is.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The recording is none.
-    #[error("{} is no recording", .path.display())]
-    Recording {
-        /// Where it is.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: RecordingError,
-    },
-    /// The recording has nothing in it.
-    #[error("{} has no vCPU in it", .path.display())]
-    Empty {
-        /// Where it is.
-        path: PathBuf,
-    },
-    /// A policy failed.
-    #[error("the policy of arm {arm} failed")]
-    Policy {
-        /// The arm.
-        arm: &'static str,
-        /// How.
-        source: PolicyError,
-    },
-    /// The caller wanted no more.
-    #[error("interrupted")]
-    Interrupted,
-    /// A simulation has panicked.
-    #[error("a simulation has ended without a result")]
-    Died,
-}
 
 /// One guest.
 #[derive(Debug, Clone)]
@@ -99,21 +50,16 @@ pub struct SimPlan {
 
 impl SimPlan {
     /// What is asked for.
-    ///
-    /// # Errors
-    /// There is no such thing.
-    pub fn new(options: &Options) -> Result<Self, SimError> {
+    pub fn new(options: &Options) -> Result<Self> {
         let scenarios = |vcpus: &[u32], workload: &str, load: &dyn Fn(&Scenario) -> Load| {
-            let rings = match &options.ring_entries[..] {
-                [] => &[RING_ENTRIES],
-                some => some,
-            };
+            let rings = options.ring_entries.iter().map(|size| size.get().into());
+            let rings = or(&rings.collect::<Vec<_>>(), &[RING_ENTRIES]);
             let pairs = vcpus
                 .iter()
                 .flat_map(|&v| rings.iter().map(move |&r| (v, r)));
             let cells = pairs.map(|(vcpus, ring_entries)| {
                 let mut scenario = Scenario::new(vcpus as usize, Load::Idle);
-                scenario = scenario.with_rings(ring_entries.into());
+                scenario = scenario.with_rings(ring_entries);
                 scenario.time = Duration::from_secs(options.seconds);
                 scenario.seed = options.seed;
                 if workload.starts_with("fast") {
@@ -132,18 +78,16 @@ impl SimPlan {
                 scenarios(&[vcpus], "recorded", &|_| Load::Recorded(recording.clone()))
             }
             None => {
-                let vcpus = match &options.vcpus[..] {
-                    [] => &VCPUS,
-                    some => some,
-                };
-                let workloads: Vec<String> = match &options.workloads[..] {
-                    [] => WORKLOADS.map(String::from).to_vec(),
-                    some => some.to_vec(),
-                };
+                let vcpus = &or(&options.vcpus, &VCPUS);
                 let mut cells = Vec::new();
-                for name in workloads {
-                    let known = load_name(&name);
-                    let known = known.ok_or_else(|| SimError::Workload { name: name.clone() })?;
+                for name in or(&options.workloads, &WORKLOADS.map(String::from)) {
+                    let known = load_name(&name).with_context(|| {
+                        let names = Load::NAMES.join(", ");
+                        format!(
+                            "no workload is called `{name}`: choose one of {names}, moderate, fast, \
+                             fast-bursts"
+                        )
+                    })?;
                     cells.extend(scenarios(vcpus, &name, &|scenario| {
                         let named = Load::named(known, &scenario.guest, scenario.soft_limit);
                         match named.expect("the name is one of those that it knows") {
@@ -202,46 +146,25 @@ fn load_name(name: &str) -> Option<&'static str> {
     Load::NAMES.into_iter().find(|&known| known == name)
 }
 
-fn recording(path: &Path) -> Result<Recording, SimError> {
-    let text = fs::read_to_string(path).map_err(|source| SimError::Unreadable {
-        path: path.into(),
-        source,
-    })?;
-    let recording: Recording = text.parse().map_err(|source| SimError::Recording {
-        path: path.into(),
-        source,
-    })?;
-    match recording.vcpus() {
-        0 => Err(SimError::Empty { path: path.into() }),
-        _ => Ok(recording),
-    }
+fn recording(path: &Path) -> Result<Recording> {
+    let file = path.display();
+    let text = fs::read_to_string(path).with_context(|| format!("{file} could not be read"))?;
+    let recording: Result<Recording> = text.parse();
+    let recording = recording.with_context(|| format!("{file} is no recording"))?;
+    ensure!(recording.vcpus() > 0, "{file} has no vCPU in it");
+    Ok(recording)
 }
 
 /// Runs the plan, and reports guest by guest.
-///
-/// # Errors
-/// A policy failed, or `interrupted` was set.
-pub fn simulate(
-    plan: &SimPlan,
-    interrupted: &AtomicBool,
-    report: &mut Report<'_>,
-) -> Result<(), Box<dyn Error>> {
+pub fn simulate(plan: &SimPlan, interrupted: &AtomicBool, report: &mut Report<'_>) -> Result<()> {
     let guests = plan.cells.len();
     for (number, cell) in plan.cells.iter().enumerate() {
-        let Scenario {
-            vcpus,
-            ring_entries,
-            ..
-        } = cell.scenario;
+        let arms = plan.arms.iter();
         let mut result = CellResult {
             workload: cell.workload.clone(),
-            vcpus: vcpus as u32,
-            ring_entries: ring_entries as u32,
-            arms: plan
-                .arms
-                .iter()
-                .map(|arm| ArmResult::new(arm.name))
-                .collect(),
+            vcpus: cell.scenario.vcpus as u32,
+            ring_entries: cell.scenario.ring_entries as u32,
+            arms: arms.map(|arm| ArmResult::new(arm.name)).collect(),
             others: None,
             reset_load: cell.reset_load(),
         };
@@ -251,8 +174,8 @@ pub fn simulate(
             let (place, outcome) = next(&outcomes, interrupted)?;
             let arm = &mut result.arms[place];
             if let Some(&source) = outcome.failures.first() {
-                let arm = arm.arm;
-                return Err(SimError::Policy { arm, source }.into());
+                return Err(source)
+                    .with_context(|| format!("the policy of arm {} failed", arm.arm));
             }
             arm.rounds.push(outcome.measured);
             arm.samples = outcome.samples;
@@ -298,7 +221,7 @@ fn start(plan: &SimPlan, cell: &SimCell) -> Receiver<(usize, Outcome)> {
 }
 
 /// The first moments once more, in detail.
-fn samples(scenario: &Scenario, arm: &Arm, time: Duration) -> Vec<kvm_integration::lab::Sample> {
+fn samples(scenario: &Scenario, arm: &Arm, time: Duration) -> Vec<Sample> {
     let scenario = Scenario {
         warm_up: Duration::ZERO,
         time,
@@ -311,15 +234,13 @@ fn samples(scenario: &Scenario, arm: &Arm, time: Duration) -> Vec<kvm_integratio
 fn next(
     outcomes: &Receiver<(usize, Outcome)>,
     interrupted: &AtomicBool,
-) -> Result<(usize, Outcome), SimError> {
+) -> Result<(usize, Outcome)> {
     loop {
-        if interrupted.load(Ordering::Relaxed) {
-            return Err(SimError::Interrupted);
-        }
+        go_on(interrupted)?;
         match outcomes.recv_timeout(Duration::from_millis(50)) {
             Ok(outcome) => return Ok(outcome),
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err(SimError::Died),
+            Err(RecvTimeoutError::Disconnected) => bail!("a simulation has ended without a result"),
         }
     }
 }

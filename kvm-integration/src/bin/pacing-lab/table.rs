@@ -1,8 +1,8 @@
 //! Figures for people: tables that are aligned, and Markdown, too.
 
+use kvm_integration::cli::markdown::{Table, figure};
 use kvm_integration::lab::sim::constants;
 use kvm_integration::lab::{ArmResult, CellResult, Measured};
-use kvm_integration::markdown::{Table, figure};
 
 use crate::targets::Verdict;
 

@@ -277,11 +277,12 @@ mod tests {
         }
     }
 
-    /// Target, what was wanted and whether it was met.
-    fn judged(result: CellResult, simulated: bool) -> Vec<(&'static str, String, bool)> {
+    /// Target, what was wanted, and whether it was met, as words.
+    fn judged(result: CellResult, simulated: bool) -> Vec<String> {
         let verdicts = verdicts(&[result], simulated).into_iter();
-        let short = verdicts.map(|v| (v.target, v.wanted.to_string(), v.met));
-        short.collect()
+        let met = |met| if met { "met" } else { "missed" };
+        let words = verdicts.map(|v| format!("{} {}: {}", v.target, v.wanted, met(v.met)));
+        words.collect()
     }
 
     #[test]
@@ -290,12 +291,10 @@ mod tests {
             full_exits: 1,
             ..measured()
         };
-        for (workload, all, met) in [("constant", measured(), true), ("skew", one, false)] {
+        for (workload, all, fate) in [("constant", measured(), "met"), ("skew", one, "missed")] {
             let judged = judged(result(workload, 2, &[("look-first", all)]), false);
-            assert!(
-                judged.contains(&("full exits/s", "0".into(), met)),
-                "{judged:?}"
-            );
+            let wanted = format!("full exits/s 0: {fate}");
+            assert!(judged.contains(&wanted), "{judged:?}");
         }
     }
 
@@ -304,19 +303,18 @@ mod tests {
         let most = |vcpus, arm, ring_entries| {
             let mut result = result("constant", vcpus, &[(arm, measured())]);
             result.ring_entries = ring_entries;
-            let judged = judged(result, false);
-            let passes = judged
-                .into_iter()
-                .find(|(target, ..)| *target == "passes ÷ minimum");
-            passes.map(|(_, wanted, _)| wanted).unwrap_or_default()
+            let mut verdicts = verdicts(&[result], false).into_iter();
+            let passes = verdicts.find(|verdict| verdict.target == "passes ÷ minimum");
+            passes.map(|verdict| verdict.wanted)
         };
-        assert_eq!(most(1, "look-first", 4096), "≤ 1.15");
-        assert_eq!(most(1, "look-first-fifo", 4096), "≤ 1.1");
-        assert_eq!(most(1, "look-first-fifo", 1024), "≤ 1.2");
-        assert_eq!(most(2, "look-first", 4096), "≤ 1.6");
-        assert_eq!(most(4, "look-first", 4096), "");
-        assert_eq!(most(8, "look-first", 4096), "≤ 1.3");
-        assert_eq!(most(1, "fixed", 4096), "");
+        let at_most = |most| Some(Bound::AtMost(most));
+        assert_eq!(most(1, "look-first", 4096), at_most(1.15));
+        assert_eq!(most(1, "look-first-fifo", 4096), at_most(1.1));
+        assert_eq!(most(1, "look-first-fifo", 1024), at_most(1.2));
+        assert_eq!(most(2, "look-first", 4096), at_most(1.6));
+        assert_eq!(most(4, "look-first", 4096), None);
+        assert_eq!(most(8, "look-first", 4096), at_most(1.3));
+        assert_eq!(most(1, "fixed", 4096), None);
     }
 
     #[test]
@@ -331,10 +329,10 @@ mod tests {
             stall: Duration::from_micros(500 * full_exits / 2),
             ..measured()
         };
-        for (full_exits, met) in [(2, true), (3, false)] {
+        for (full_exits, fate) in [(2, "met"), (3, "missed")] {
             let arms = [("look-first", few(full_exits)), ("fixed", fixed.clone())];
             let judged = judged(result("fast", 1, &arms), false);
-            let wanted = ("full exits ÷ fixed", "≤ 0.02".to_string(), met);
+            let wanted = format!("full exits ÷ fixed ≤ 0.02: {fate}");
             assert!(judged.contains(&wanted), "{judged:?}");
         }
         for (full_exits, met) in [(0, true), (2, true), (3, false)] {
@@ -357,14 +355,8 @@ mod tests {
         };
         let arms = [("look-first", slow), ("no-reaper", measured())];
         let judged = judged(result("hot-set", 2, &arms), false);
-        let wanted = |name| (name, "≥ 0.95".to_string(), false);
-        assert_eq!(
-            judged,
-            [
-                wanted("stores ÷ without passes"),
-                wanted("stores ÷ best arm")
-            ]
-        );
+        let wanted = ["stores ÷ without passes", "stores ÷ best arm"];
+        assert_eq!(judged, wanted.map(|name| format!("{name} ≥ 0.95: missed")));
     }
 
     #[test]
@@ -381,13 +373,12 @@ mod tests {
         ];
         let mut result = result("bursts", 1, &arms);
         let progress = |result: &CellResult| judged(result.clone(), false);
-        let wanted = "≥ 0.95".to_string();
-        let quiet = [("stores ÷ best arm", wanted.clone(), false)];
+        let quiet = ["stores ÷ best arm ≥ 0.95: missed"];
         assert_eq!(progress(&result), quiet);
         result.others = Some(0.02);
         assert_eq!(progress(&result), quiet);
         result.others = Some(0.4);
-        let busy = [("stores a CPU second ÷ best arm", wanted, true)];
+        let busy = ["stores a CPU second ÷ best arm ≥ 0.95: met"];
         assert_eq!(progress(&result), busy);
     }
 
@@ -400,34 +391,24 @@ mod tests {
             ..Measured::default()
         };
         let judged = judged(result("idle", 2, &[("look-first", idle)]), false);
-        assert_eq!(
-            judged,
-            [
-                ("wake-ups/s", "≤ 4".into(), false),
-                ("reaper CPU %", "≤ 0.1".into(), true)
-            ]
-        );
+        let wanted = ["wake-ups/s ≤ 4: missed", "reaper CPU % ≤ 0.1: met"];
+        assert_eq!(judged, wanted);
     }
 
     #[test]
     fn overhead_counts_where_the_reaper_has_a_core() {
         let overhead = |workload, vcpus, simulated| {
-            let judged = judged(
-                result(workload, vcpus, &[("look-first", measured())]),
-                simulated,
-            );
-            let found = judged
-                .into_iter()
-                .filter(|(target, ..)| target.contains("beyond"));
-            found
-                .map(|(_, wanted, met)| (wanted, met))
-                .collect::<Vec<_>>()
+            let result = result(workload, vcpus, &[("look-first", measured())]);
+            let judged = judged(result, simulated).into_iter();
+            let overhead = judged.filter(|words| words.contains("beyond"));
+            overhead.collect::<Vec<_>>()
         };
-        assert_eq!(overhead("constant", 1, false), [("≤ 0.15".into(), true)]);
-        assert_eq!(overhead("fast", 1, false), [("≤ 0.7".into(), true)]);
-        assert_eq!(overhead("constant", 8, false), []);
-        assert_eq!(overhead("constant", 256, true), [("≤ 1".into(), true)]);
-        assert_eq!(overhead("constant", 1024, true), []);
+        let met = |most| [format!("reaper CPU beyond passes % ≤ {most}: met")];
+        assert_eq!(overhead("constant", 1, false), met(0.15));
+        assert_eq!(overhead("fast", 1, false), met(0.7));
+        assert_eq!(overhead("constant", 8, false), [""; 0]);
+        assert_eq!(overhead("constant", 256, true), met(1.0));
+        assert_eq!(overhead("constant", 1024, true), [""; 0]);
     }
 
     #[test]
@@ -445,6 +426,6 @@ mod tests {
     fn overruns_are_no_figures() {
         let mut result = result("constant", 1, &[("look-first", measured())]);
         result.arms[0].overruns = 1;
-        assert_eq!(judged(result, false), []);
+        assert_eq!(judged(result, false), [""; 0]);
     }
 }

@@ -2,20 +2,21 @@
 
 use std::sync::Arc;
 
+use anyhow::{Context, Result};
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
-use super::error::GuestperfError;
-use crate::cores::Cores;
+use crate::guest::memory::GuestMemory;
+use crate::guest::stress::{RANDOM_WORDS, Stress};
+use crate::guest::thread::{Action, VcpuThread};
+use crate::guest::vcpu::{Exit, Progress};
+use crate::guest::vm::TinyVm;
+use crate::guest::workload::Region;
 use crate::guestperf::cell::Cell;
-use crate::machine::{Guest, GuestSlot, MachineError};
-use crate::memory::GuestMemory;
-use crate::shape::full::FullExits;
-use crate::stress::{RANDOM_WORDS, Stress};
-use crate::thread::{Action, VcpuThread, pause_all};
-use crate::vcpu::{Exit, Progress};
-use crate::vm::TinyVm;
-use crate::workload::Region;
+use crate::host::cores::Cores;
+use crate::machine::vcpus::Vcpus;
+use crate::machine::{Guest, GuestSlot};
+use crate::reaping::full::FullExits;
 
 const SLOT: u32 = 1;
 const GPA: u64 = 4 << 30;
@@ -24,18 +25,12 @@ const GPA: u64 = 4 << 30;
 #[derive(Debug)]
 pub(super) struct StressedGuest {
     pub(super) vm: Arc<TinyVm>,
-    pub(super) rings: Option<Rings>,
+    /// Of its dirty rings, if it has any.
+    pub(super) full_exits: Option<Arc<FullExits>>,
     slots: Vec<GuestSlot>,
-    threads: Vec<VcpuThread>,
+    pub(super) vcpus: Vcpus,
     /// Ticks a second of the counter that the vCPUs measure gaps with.
     pub(super) tsc_hz: f64,
-}
-
-/// Its dirty rings.
-#[derive(Debug)]
-pub(super) struct Rings {
-    pub(super) log: DirtyLog,
-    pub(super) full_exits: Arc<FullExits>,
 }
 
 impl StressedGuest {
@@ -47,32 +42,32 @@ impl StressedGuest {
         memory: &Arc<GuestMemory>,
         with_rings: bool,
         cores: &Cores,
-    ) -> Result<Self, GuestperfError> {
-        let vm = TinyVm::with_capacity(kvm, cell.vcpus, RANDOM_WORDS)?;
-        let id = SlotId::new(0, SLOT as u16);
-        let rings = if with_rings {
-            let log = DirtyLog::enable(vm.vm_fd(), RingEntries::new(cell.ring_entries)?)?;
-            log.add_slot(id, memory.pages())?;
-            let full_exits = Arc::new(FullExits::new(&log));
-            Some(Rings { log, full_exits })
-        } else {
-            None
-        };
-        vm.add_slot(SLOT, GPA, Arc::clone(memory), false)?;
-        let region = Region {
-            gpa: GPA,
-            pages: memory.pages(),
-        };
+    ) -> Result<Self> {
         let slot = GuestSlot {
-            id,
-            region,
+            id: SlotId::new(0, SLOT as u16),
+            region: Region {
+                gpa: GPA,
+                pages: memory.pages(),
+            },
             memory: Arc::clone(memory),
         };
+        let vm = TinyVm::with_capacity(kvm, cell.vcpus, RANDOM_WORDS)?;
+        let log = match with_rings {
+            true => Some(DirtyLog::enable(
+                vm.vm_fd(),
+                RingEntries::new(cell.ring_entries)?,
+            )?),
+            false => None,
+        };
+        if let Some(log) = &log {
+            log.add_slot(slot.id, memory.pages())?;
+        }
+        vm.add_slot(SLOT, GPA, Arc::clone(memory), false)?;
         let mut this = Self {
             vm: Arc::new(vm),
-            rings,
+            full_exits: log.as_ref().map(|log| Arc::new(FullExits::new(log))),
             slots: vec![slot],
-            threads: Vec::new(),
+            vcpus: Vcpus::default(),
             tsc_hz: 0.0,
         };
         for index in 0..cell.vcpus {
@@ -82,15 +77,11 @@ impl StressedGuest {
             };
             let vcpu = this.vm.create_stressed_vcpu(index, &stress)?;
             this.tsc_hz = vcpu.tsc_hz()?;
-            let ring = match &this.rings {
-                Some(rings) => Some(rings.log.attach_vcpu(vcpu.fd())?),
-                None => None,
-            };
-            let handler = this.handler(ring);
-            let thread = VcpuThread::spawn_pinned(vcpu, cores.of_vcpu(index), handler);
-            let thread = thread.map_err(MachineError::from)?;
+            let ring = log.as_ref().map(|log| log.attach_vcpu(vcpu.fd()));
+            let handler = this.handler(ring.transpose()?);
+            let thread = VcpuThread::spawn_pinned(vcpu, cores.of_vcpu(index), handler)?;
             thread.request_pause();
-            this.threads.push(thread);
+            this.vcpus.0.push(thread);
         }
         this.pause()?;
         Ok(this)
@@ -98,10 +89,7 @@ impl StressedGuest {
 
     /// What a vCPU's thread does when the guest leaves.
     fn handler(&self, mut ring: Option<VcpuRing>) -> impl FnMut(Exit) -> Action + Send + 'static {
-        let full_exits = self
-            .rings
-            .as_ref()
-            .map(|rings| Arc::clone(&rings.full_exits));
+        let full_exits = self.full_exits.clone();
         move |exit| match (exit, &mut ring, &full_exits) {
             (Exit::RingFull, Some(ring), Some(full_exits)) => match full_exits.serve(ring) {
                 Ok(()) => Action::Continue,
@@ -112,20 +100,15 @@ impl StressedGuest {
     }
 
     /// Starts or stops dirty logging.
-    pub(super) fn set_logged(&self, logged: bool) -> Result<(), GuestperfError> {
-        Ok(self.vm.set_logged(SLOT, logged)?)
+    pub(super) fn set_logged(&self, logged: bool) -> Result<()> {
+        let set = self.vm.set_logged(SLOT, logged);
+        set.context("KVM refused")
     }
 
     /// How far each vCPU is.
     pub(super) fn progress(&self) -> Vec<Progress> {
-        let progress = self.threads.iter().map(VcpuThread::progress_reader);
+        let progress = self.vcpus.0.iter().map(VcpuThread::progress_reader);
         progress.collect()
-    }
-
-    /// Passes over its share of the vCPU that has done the fewest.
-    pub(super) fn passes(&self) -> u64 {
-        let passes = self.threads.iter().map(VcpuThread::passes);
-        passes.min().unwrap_or(0)
     }
 }
 
@@ -135,31 +118,22 @@ impl Guest for StressedGuest {
     }
 
     fn stores(&self) -> u64 {
-        self.threads.iter().map(VcpuThread::progress).sum()
+        self.vcpus.stores()
     }
 
-    fn check(&mut self) -> Result<(), MachineError> {
-        match self.threads.iter().position(VcpuThread::ended) {
-            None => Ok(()),
-            Some(ended) => {
-                self.threads.swap_remove(ended).join()?;
-                Err(MachineError::Ended)
-            }
-        }
+    fn check(&mut self) -> Result<()> {
+        self.vcpus.check()
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
-        match pause_all(&self.threads) {
-            true => Ok(()),
-            false => self.check().and(Err(MachineError::Ended)),
-        }
+    fn pause(&mut self) -> Result<()> {
+        self.vcpus.pause()
     }
 
     fn resume(&mut self) {
-        self.threads.iter().for_each(VcpuThread::resume);
+        self.vcpus.resume();
     }
 
-    fn protect(&mut self, slot: SlotId) -> Result<(), MachineError> {
+    fn protect(&mut self, slot: SlotId) -> Result<()> {
         Ok(self.vm.protect(slot.raw())?)
     }
 }

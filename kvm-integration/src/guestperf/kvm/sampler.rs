@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::guest::StressedGuest;
 use super::tracking::Delay;
+use crate::guest::vcpu::Progress;
 use crate::guestperf::analysis::Reading;
 use crate::migration::Observer;
-use crate::shape::full::FullExits;
-use crate::vcpu::Progress;
+use crate::reaping::full::FullExits;
 
 /// Time between two readings.
 const EVERY: Duration = Duration::from_millis(20);
@@ -31,7 +31,7 @@ impl Sampler {
     pub(super) fn new(guest: &StressedGuest, delay: &Delay) -> Self {
         Self {
             progress: guest.progress(),
-            full_exits: guest.rings.as_ref().map(|rings| rings.full_exits.clone()),
+            full_exits: guest.full_exits.clone(),
             tsc_hz: guest.tsc_hz,
             delay: Delay::clone(delay),
             readings: Mutex::default(),

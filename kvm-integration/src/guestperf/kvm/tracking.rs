@@ -5,40 +5,39 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use kvm_dirty_ring::pacing::{Observation, Pacing};
-use kvm_dirty_ring::{Reaper, SlotId};
+use kvm_dirty_ring::{DirtyPages, Priority, SlotId};
 
-use super::error::GuestperfError;
-use super::guest::{Rings, StressedGuest};
-use crate::cores::Cores;
-use crate::cpu_time::CpuTime;
+use super::guest::StressedGuest;
+use crate::guest::vm::TinyVm;
 use crate::guestperf::arm::{Arm, Tracking};
 use crate::machine::Guest;
-use crate::migration::{self, Tracker, TrackerError};
-use crate::page_set::PageSet;
-use crate::policy::Policy;
-use crate::shape::Shape;
-use crate::shape::full::FullExits;
-use crate::shape::qemu::QemuReaper;
-use crate::vm::TinyVm;
-
-/// The reaper's thread, by which its CPU time is found.
-const REAPER: &str = "reaper";
+use crate::machine::page_set::PageSet;
+use crate::migration::Tracker;
+use crate::reaping::Shape;
+use crate::reaping::full::FullExits;
+use crate::reaping::reaper::Reaping;
 
 /// An arm at work.
 pub(super) struct ArmTracker {
-    tracker: Box<dyn Tracker>,
-    cpu: Option<CpuTime>,
-    reaper_cpu: Option<Duration>,
+    source: Source,
+    reaping: Option<Reaping>,
+    /// CPU time of the reaper, once it has stopped.
+    pub(super) reaper_cpu: Duration,
     /// Ioctls of bitmap mode, and pages that they found.
-    pub(super) bitmap: Arc<BitmapCounts>,
+    pub(super) ioctls: u64,
+    pub(super) pages: u64,
 }
 
-/// Relaxed: each is a number by itself.
-#[derive(Debug, Default)]
-pub(super) struct BitmapCounts {
-    pub(super) ioctls: AtomicU64,
-    pub(super) pages: AtomicU64,
+/// Who knows what was written.
+enum Source {
+    /// KVM: without rings.
+    Bitmap(Arc<TinyVm>, Vec<SlotId>),
+    /// The crate's log.
+    Log(Arc<FullExits>, DirtyPages),
+    /// The bitmap that full exits keep under QEMU's lock.
+    UnderLock(Arc<FullExits>),
 }
 
 /// How long a policy sleeps just now; nobody has asked one yet: 0.
@@ -50,134 +49,91 @@ impl ArmTracker {
     pub(super) fn start(
         arm: &Arm,
         guest: &StressedGuest,
-        cores: &Cores,
+        cpus: &[usize],
         delay: &Delay,
-    ) -> Result<Self, GuestperfError> {
-        let bitmap = Arc::<BitmapCounts>::default();
-        let cpus = cores.of_reaper(guest.progress().len() as u32);
-        let tracker: Box<dyn Tracker> =
-            match (arm.tracking, &guest.rings) {
-                (Tracking::Rings(Shape::OwnRing, policy), Some(rings)) => {
-                    rings.full_exits.set_shape(Shape::OwnRing);
-                    let builder = Reaper::builder().name(REAPER).cpus(cpus.iter().copied());
-                    let reaper = builder.spawn(&rings.log, Told::new(policy, delay))?;
-                    Box::new(migration::Rings::with(&rings.log, reaper))
-                }
-                (Tracking::Rings(Shape::AllRings, policy), Some(rings)) => Box::new(
-                    UnderLock::start(guest, rings, Told::new(policy, delay), cpus)?,
-                ),
-                _ => Box::new(KvmBitmap {
-                    vm: Arc::clone(&guest.vm),
-                    slots: guest.slots().iter().map(|slot| slot.id).collect(),
-                    counts: Arc::clone(&bitmap),
-                }),
-            };
-        let cpu = match arm.tracking {
-            Tracking::Bitmap => None,
-            Tracking::Rings(..) => Some(CpuTime::named(REAPER).ok_or(GuestperfError::CpuTime)?),
+    ) -> Result<Self> {
+        let (source, reaping) = match (arm.tracking, &guest.full_exits) {
+            (Tracking::Rings(shape, policy), Some(full_exits)) => {
+                let told = Told {
+                    policy: policy.make(),
+                    delay: Arc::clone(delay),
+                };
+                let source = match shape {
+                    Shape::OwnRing => Source::Log(Arc::clone(full_exits), DirtyPages::new()),
+                    Shape::AllRings => {
+                        full_exits.keep_bitmap(Some(PageSet::new(guest.slots())));
+                        Source::UnderLock(Arc::clone(full_exits))
+                    }
+                };
+                let priority = Priority::Inherited;
+                let reaping = Reaping::start(full_exits, shape, Box::new(told), priority, cpus);
+                (source, Some(reaping.context("the reaper did not start")?))
+            }
+            _ => {
+                let slots = guest.slots().iter().map(|slot| slot.id).collect();
+                (Source::Bitmap(Arc::clone(&guest.vm), slots), None)
+            }
         };
         Ok(Self {
-            tracker,
-            cpu,
-            reaper_cpu: None,
-            bitmap,
+            source,
+            reaping,
+            reaper_cpu: Duration::ZERO,
+            ioctls: 0,
+            pages: 0,
         })
-    }
-
-    /// CPU time of the reaper, which has stopped.
-    pub(super) fn reaper_cpu(&self) -> Result<Duration, GuestperfError> {
-        match &self.cpu {
-            None => Ok(Duration::ZERO),
-            Some(_) => self.reaper_cpu.ok_or(GuestperfError::CpuTime),
-        }
     }
 }
 
 impl Tracker for ArmTracker {
-    fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError> {
-        self.tracker.sync(dirty)
+    fn sync(&mut self, dirty: &mut PageSet) -> Result<()> {
+        match &mut self.source {
+            Source::Bitmap(vm, slots) => {
+                for &slot in &*slots {
+                    let words = vm.dirty_bitmap(slot.raw())?;
+                    dirty.add_words(slot, &words);
+                    let found: u32 = words.iter().map(|word| word.count_ones()).sum();
+                    self.ioctls += 1;
+                    self.pages += u64::from(found);
+                }
+            }
+            Source::Log(full_exits, found) => {
+                full_exits.log().sync(found)?;
+                dirty.add(found);
+            }
+            Source::UnderLock(full_exits) => full_exits.sync(dirty)?,
+        }
+        Ok(())
     }
 
     fn is_suspicious(&self) -> bool {
-        self.tracker.is_suspicious()
+        match &self.source {
+            Source::Log(full_exits, _) => full_exits.log().stats().suspect_pages > 0,
+            _ => false,
+        }
     }
 
-    fn rearm(
-        &mut self,
-        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
-    ) -> Result<(), TrackerError> {
-        self.tracker.rearm(protect)
-    }
-
-    fn quiesce(&mut self) -> Result<(), TrackerError> {
-        // A thread that has ended has no time any more.
-        self.reaper_cpu = self.cpu.as_ref().and_then(CpuTime::read);
-        self.tracker.quiesce()
-    }
-}
-
-/// Bitmap mode.
-struct KvmBitmap {
-    vm: Arc<TinyVm>,
-    slots: Vec<SlotId>,
-    counts: Arc<BitmapCounts>,
-}
-
-impl Tracker for KvmBitmap {
-    fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError> {
-        for &slot in &self.slots {
-            let words = self.vm.dirty_bitmap(slot.raw())?;
-            dirty.add_words(slot, &words);
-            let found: u32 = words.iter().map(|word| word.count_ones()).sum();
-            self.counts.ioctls.fetch_add(1, Ordering::Relaxed);
-            self.counts.pages.fetch_add(found.into(), Ordering::Relaxed);
+    fn rearm(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
+        if let Source::Log(full_exits, _) = &self.source {
+            full_exits.log().rearm(protect)?;
         }
         Ok(())
     }
 
-    fn quiesce(&mut self) -> Result<(), TrackerError> {
+    fn quiesce(&mut self) -> Result<()> {
+        if let Some(reaping) = self.reaping.take() {
+            // A thread that has ended has no time any more.
+            self.reaper_cpu = reaping.cpu()?;
+            reaping.stop()?;
+        }
         Ok(())
     }
 }
 
-/// Rings in QEMU's shape.
-struct UnderLock {
-    full_exits: Arc<FullExits>,
-    reaper: Option<QemuReaper>,
-}
-
-impl UnderLock {
-    fn start(
-        guest: &StressedGuest,
-        rings: &Rings,
-        policy: Told,
-        cpus: &[usize],
-    ) -> Result<Self, GuestperfError> {
-        let full_exits = Arc::clone(&rings.full_exits);
-        full_exits.set_shape(Shape::AllRings);
-        full_exits.keep_bitmap(Some(PageSet::new(guest.slots())));
-        let reaper = QemuReaper::spawn(REAPER, &rings.log, &full_exits, Box::new(policy), cpus);
-        let reaper = Some(reaper.map_err(GuestperfError::os("starting a thread"))?);
-        Ok(Self { full_exits, reaper })
-    }
-}
-
-impl Tracker for UnderLock {
-    fn sync(&mut self, dirty: &mut PageSet) -> Result<(), TrackerError> {
-        Ok(self.full_exits.sync(dirty)?)
-    }
-
-    fn quiesce(&mut self) -> Result<(), TrackerError> {
-        match self.reaper.take() {
-            Some(reaper) => Ok(reaper.stop()?),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for UnderLock {
+impl Drop for ArmTracker {
     fn drop(&mut self) {
-        self.full_exits.keep_bitmap(None);
+        if let Source::UnderLock(full_exits) = &self.source {
+            full_exits.keep_bitmap(None);
+        }
     }
 }
 
@@ -185,15 +141,6 @@ impl Drop for UnderLock {
 struct Told {
     policy: Box<dyn Pacing>,
     delay: Delay,
-}
-
-impl Told {
-    fn new(policy: Policy, delay: &Delay) -> Self {
-        Self {
-            policy: policy.make(),
-            delay: Arc::clone(delay),
-        }
-    }
 }
 
 impl Pacing for Told {

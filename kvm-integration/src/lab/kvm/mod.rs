@@ -3,35 +3,28 @@
 //! Each cell is one guest that runs all the time. The arms take turns: the rings are emptied, the
 //! arm's reaper starts, has some time to settle, and is then watched.
 
-mod error;
 mod guest;
-mod reaping;
 mod sampler;
-mod snapshot;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::DirtyPages;
+use anyhow::{Context, Result, bail, ensure};
+use kvm_dirty_ring::{DirtyPages, Priority};
 use kvm_ioctls::Kvm;
-
-pub use error::LabError;
 
 use super::arm::Arm;
 use super::cell::Cell;
-use super::measure::{Measured, Sample};
+use super::measure::{Measured, Sample, Totals};
 use super::turn::Turn;
-use crate::cores::Cores;
-use crate::cpu_time::CpuTime;
+use crate::host::cores::Cores;
+use crate::reaping::reaper::Reaping;
 use guest::Guest;
-use reaping::Reaping;
-use snapshot::Snapshot;
 
-/// How often it is looked whether all is well.
-const WATCH: Duration = Duration::from_millis(20);
-/// How long a guest may take to touch all its pages; slower ones are measured as they are.
-const LONGEST_TOUR: Duration = Duration::from_secs(20);
+/// Low among the real-time priorities, and before every thread that is none.
+const FIFO: Priority = Priority::Fifo(10);
 
 /// A cell whose guest runs.
 #[derive(Debug)]
@@ -60,28 +53,17 @@ pub struct Outcome {
 impl<'a> KvmCell<'a> {
     /// Makes the guest, and lets it run until each vCPU has been to all its pages: the first store
     /// to a page costs more than the first one after a reset.
-    ///
-    /// # Errors
-    /// KVM, the log or the kernel's memory management refused something, or `interrupted` was set.
-    pub fn start(kvm: &Kvm, cell: Cell, interrupted: &'a AtomicBool) -> Result<Self, LabError> {
-        let cores = Cores::detect().map_err(LabError::os("sched_getaffinity"))?;
-        let guest = Guest::start(kvm, &cell, &cores)?;
-        let mut this = Self {
+    pub fn start(kvm: &Kvm, cell: Cell, interrupted: &'a AtomicBool) -> Result<Self> {
+        let cores = Cores::detect().context("sched_getaffinity failed")?;
+        let mut guest = Guest::start(kvm, &cell, &cores)?;
+        Ok(Self {
+            tour: guest.tour(&cell, interrupted)?,
             cell,
             guest,
             cores,
-            tour: Duration::ZERO,
             interrupted,
             dirty: DirtyPages::new(),
-        };
-        let start = Instant::now();
-        while !this.guest.has_been_everywhere() && start.elapsed() < LONGEST_TOUR {
-            let watched = this.watch(WATCH);
-            watched.map_err(|error| this.explained(error))?;
-        }
-        this.tour = start.elapsed();
-        this.guest.calm();
-        Ok(this)
+        })
     }
 
     /// The turn of `arm`, measured for `wanted` if that is enough under this load.
@@ -92,97 +74,111 @@ impl<'a> KvmCell<'a> {
     /// Gives `arm` its turn. `sampled` asks for samples, which cost the machine a little.
     ///
     /// # Errors
-    /// A vCPU or the reaper failed, the reaper is refused, or `interrupted` was set.
-    pub fn take_turn(&mut self, arm: &Arm, turn: Turn, sampled: bool) -> Result<Outcome, LabError> {
-        self.guest.log.sync(&mut self.dirty)?;
-        let overruns = self.guest.log.stats().overruns;
+    /// A vCPU or the reaper failed, the reaper is refused (as the log's own `ReaperError` says), or
+    /// `interrupted` was set.
+    pub fn take_turn(&mut self, arm: &Arm, turn: Turn, sampled: bool) -> Result<Outcome> {
+        let full_exits = Arc::clone(&self.guest.full_exits);
+        let log = full_exits.log();
+        let synced = log.sync(&mut self.dirty);
+        synced.context("the rings could not be emptied")?;
+        let overruns = log.stats().overruns;
         let cpus = self.cores.of_reaper(self.cell.vcpus);
-        let reaping = Reaping::start(arm, &self.guest.log, &self.guest.full_exits, cpus)?;
-        let cpu = match reaping {
-            Reaping::Nobody => None,
-            _ => Some(CpuTime::named(reaping::NAME).ok_or(LabError::CpuTime)?),
+        let priority = match arm.fifo {
+            true => FIFO,
+            false => Priority::Inherited,
         };
+        let start =
+            |policy: fn() -> _| Reaping::start(&full_exits, arm.shape, policy(), priority, cpus);
+        let reaping = arm.policy.map(start).transpose()?;
         let over = AtomicBool::new(false);
-        let (watched, samples) = thread::scope(|scope| {
-            let sampler =
-                sampled.then(|| scope.spawn(|| sampler::sample(&self.guest, &reaping, &over)));
-            let watched = self.watch_turn(turn, &reaping, cpu.as_ref());
+        let sample = || sampler::sample(&full_exits, reaping.as_ref(), &over);
+        let (measured, samples) = thread::scope(|scope| {
+            let sampler = sampled.then(|| scope.spawn(sample));
+            let measured = self.watch(turn, reaping.as_ref());
             over.store(true, Ordering::Relaxed);
             let samples = sampler.map(|sampler| sampler.join().expect("a sampler does not panic"));
-            (watched, samples)
+            (measured, samples)
         });
-        let measured = watched.map_err(|error| self.explained(error))?;
-        if let Some(source) = reaping.take_error() {
-            let arm = arm.name;
-            return Err(LabError::Reaper { arm, source });
+        let measured = measured?;
+        if let Some(error) = reaping.as_ref().and_then(Reaping::take_error) {
+            bail!(
+                anyhow::Error::new(error).context(format!("the reaper of arm {} failed", arm.name))
+            );
         }
-        if self.cell.pattern.running(self.cell.vcpus) > 0 && measured.stores == 0 {
-            return Err(LabError::Stuck);
-        }
+        let runs = self.cell.pattern.running(self.cell.vcpus) > 0;
+        ensure!(
+            !runs || measured.stores > 0,
+            "the guest has stored nothing for all of an arm's turn"
+        );
         Ok(Outcome {
             measured,
             samples: samples.unwrap_or_default(),
-            overruns: self.guest.log.stats().overruns - overruns,
-            saturated: reaping.is_saturated(),
+            overruns: log.stats().overruns - overruns,
+            saturated: reaping.is_some_and(|reaping| reaping.is_saturated()),
         })
     }
 
-    fn watch_turn(
-        &self,
-        turn: Turn,
-        reaping: &Reaping,
-        cpu: Option<&CpuTime>,
-    ) -> Result<Measured, LabError> {
-        self.watch(turn.warm_up)?;
-        let before = Snapshot::take(&self.guest, reaping, cpu)?;
-        self.watch(turn.measure)?;
-        let after = Snapshot::take(&self.guest, reaping, cpu)?;
-        Ok(after.since(&before))
+    fn watch(&mut self, turn: Turn, reaping: Option<&Reaping>) -> Result<Measured> {
+        let start = Instant::now();
+        let mut totals_after = |time| {
+            self.guest.vcpus.watch(time, self.interrupted)?;
+            totals(&self.guest, reaping, start)
+        };
+        let before = totals_after(turn.warm_up)?;
+        Ok(totals_after(turn.measure)?.since(&before))
     }
+}
 
-    /// Waits, unless a vCPU ends or the caller wants no more.
-    fn watch(&self, time: Duration) -> Result<(), LabError> {
-        let end = Instant::now() + time;
-        loop {
-            if self.interrupted.load(Ordering::Relaxed) {
-                return Err(LabError::Interrupted);
-            }
-            if self.guest.has_ended() {
-                return Err(LabError::Ended);
-            }
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(());
-            }
-            thread::sleep(left.min(WATCH));
-        }
-    }
-
-    fn explained(&mut self, error: LabError) -> LabError {
-        match error {
-            LabError::Ended => self.guest.why_ended(),
-            error => error,
-        }
-    }
+/// All counters now.
+fn totals(guest: &Guest, reaping: Option<&Reaping>, start: Instant) -> Result<Totals> {
+    let reaper_cpu = reaping.map_or(Ok(Duration::ZERO), Reaping::cpu)?;
+    let reaper = reaping.map(Reaping::counts).unwrap_or_default();
+    let (full_exits, stall) = guest.full_exits.counts();
+    let stats = guest.full_exits.log().stats();
+    let rings = stats.vcpus.iter();
+    Ok(Totals {
+        stores: guest.vcpus.stores() as f64,
+        rings: rings.map(|ring| (ring.entries, ring.soft_limit)).collect(),
+        sums: Measured {
+            time: start.elapsed(),
+            full_exits,
+            stall,
+            passes: stats.passes,
+            entries: stats.entries,
+            vcpu_cpu: guest.cpu()?,
+            reaper_cpu,
+            pass_time: Duration::from_nanos(reaper.pass_ns),
+            wakeups: reaper.wakeups,
+            reaper_passes: reaper.passes,
+            ..Measured::default()
+        },
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::MutexGuard;
+
     use super::*;
+    use crate::cli::interrupt::Interrupted;
+    use crate::guest::error::VcpuError;
     use crate::lab::pattern::Pattern;
 
-    /// A small guest; `None`, and a line about it, where there is no KVM.
-    fn start(interrupted: &AtomicBool) -> Option<KvmCell<'_>> {
-        let kvm = crate::host::kvm_for_test("laboratory")?;
+    /// A small guest, and what keeps others away; `None`, and a line about it, where there is no KVM.
+    fn start(interrupted: &AtomicBool) -> Option<(KvmCell<'_>, MutexGuard<'_, ()>)> {
+        let (kvm, alone) = crate::host::kvm_for_test("laboratory")?;
         let cell = Cell {
             pattern: Pattern::Constant,
             vcpus: 2,
             ring_entries: 512,
         };
-        Some(KvmCell::start(&kvm, cell, interrupted).expect("a guest"))
+        Some((
+            KvmCell::start(&kvm, cell, interrupted).expect("a guest"),
+            alone,
+        ))
     }
 
-    fn take_turn(cell: &mut KvmCell<'_>, arm: &str) -> Result<Outcome, LabError> {
+    fn take_turn(cell: &mut KvmCell<'_>, arm: &str) -> Result<Outcome> {
         let arm = Arm::named(arm).expect("an arm");
         let turn = Turn {
             warm_up: Duration::from_millis(100),
@@ -194,7 +190,7 @@ mod tests {
     #[test]
     fn turns_follow_one_another() {
         let interrupted = AtomicBool::new(false);
-        let Some(mut cell) = start(&interrupted) else {
+        let Some((mut cell, _alone)) = start(&interrupted) else {
             return;
         };
         for arm in ["poll", "qemu", "no-reaper", "poll"] {
@@ -211,22 +207,23 @@ mod tests {
     #[test]
     fn a_vcpu_that_fails_ends_the_turn() {
         let interrupted = AtomicBool::new(false);
-        let Some(mut cell) = start(&interrupted) else {
+        let Some((mut cell, _alone)) = start(&interrupted) else {
             return;
         };
-        cell.guest.sabotage().expect("the slot goes");
+        // Under its feet.
+        cell.guest.vm.remove_slot(1).expect("the slot goes");
         let error = take_turn(&mut cell, "fixed").expect_err("a guest without memory");
-        assert!(matches!(error, LabError::Vcpu(_)), "{error:?}");
+        assert!(error.is::<VcpuError>(), "{error:?}");
     }
 
     #[test]
     fn an_interruption_ends_the_turn() {
         let interrupted = AtomicBool::new(false);
-        let Some(mut cell) = start(&interrupted) else {
+        let Some((mut cell, _alone)) = start(&interrupted) else {
             return;
         };
         interrupted.store(true, Ordering::Relaxed);
         let error = take_turn(&mut cell, "fixed").expect_err("nobody wants more");
-        assert!(matches!(error, LabError::Interrupted), "{error:?}");
+        assert!(error.is::<Interrupted>(), "{error:?}");
     }
 }

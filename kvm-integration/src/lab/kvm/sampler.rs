@@ -6,28 +6,32 @@ use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::pacing::RingObservation;
 
-use super::guest::Guest;
-use super::reaping::Reaping;
 use crate::lab::measure::Sample;
+use crate::reaping::full::FullExits;
+use crate::reaping::reaper::Reaping;
 
 /// Time between two samples: a full ring is there for longer, as a rule.
 const EVERY: Duration = Duration::from_millis(2);
 
 /// Samples until it is over.
-pub(super) fn sample(guest: &Guest, reaping: &Reaping, over: &AtomicBool) -> Vec<Sample> {
+pub(super) fn sample(
+    full_exits: &FullExits,
+    reaping: Option<&Reaping>,
+    over: &AtomicBool,
+) -> Vec<Sample> {
     let start = Instant::now();
-    let (before, _) = guest.full_exits.counts();
+    let (before, _) = full_exits.counts();
     let mut rings = Vec::new();
     let mut samples = Vec::new();
     while !over.load(Ordering::Relaxed) {
-        guest.log.observe(&mut rings);
+        full_exits.log().observe(&mut rings);
         let fill = |ring: &RingObservation| ring.waiting as f64 / ring.soft_limit.max(1) as f64;
-        let (full_exits, _) = guest.full_exits.counts();
+        let delay_ns = reaping.map_or(0, |reaping| reaping.counts().delay_ns);
         samples.push(Sample {
             at: start.elapsed().as_secs_f64(),
             fullest: rings.iter().map(fill).fold(0.0, f64::max),
-            delay: Duration::from_nanos(reaping.counts().delay_ns).as_secs_f64(),
-            full_exits: full_exits - before,
+            delay: Duration::from_nanos(delay_ns).as_secs_f64(),
+            full_exits: full_exits.counts().0 - before,
         });
         thread::sleep(EVERY);
     }

@@ -8,7 +8,7 @@ use kvm_dirty_ring::pacing::{LookFirst, Tuning};
 use super::{Guest, Lateness, Load, Scenario, run_policy};
 use crate::lab::{Measured, Shape};
 
-/// A number and other values for it.
+/// A number, in some unit, and other values for it.
 struct Constant {
     name: &'static str,
     set: fn(&mut Tuning, f64),
@@ -16,65 +16,40 @@ struct Constant {
     others: &'static [f64],
 }
 
+/// A field of `Tuning`, a number or a time, which is counted in `$unit`s.
+macro_rules! constant {
+    ($name:literal, $field:ident: f64, $unit:literal, $others:expr) => {
+        Constant {
+            name: $name,
+            set: |tuning, value| tuning.$field = value * $unit,
+            default: |tuning| tuning.$field / $unit,
+            others: &$others,
+        }
+    };
+    ($name:literal, $field:ident: Duration, $unit:literal, $others:expr) => {
+        Constant {
+            name: $name,
+            set: |tuning, value| tuning.$field = Duration::from_secs_f64(value / $unit),
+            default: |tuning| tuning.$field.as_secs_f64() * $unit,
+            others: &$others,
+        }
+    };
+}
+
 const CONSTANTS: [Constant; 9] = [
-    Constant {
-        name: "half_life, s",
-        set: |tuning, value| tuning.half_life = Duration::from_secs_f64(value),
-        default: |tuning| tuning.half_life.as_secs_f64(),
-        others: &[0.2, 1.0, 20.0],
-    },
-    Constant {
-        name: "faster",
-        set: |tuning, value| tuning.faster = value,
-        default: |tuning| tuning.faster,
-        others: &[1.0, 1.2, 1.5, 2.0],
-    },
-    Constant {
-        name: "steps",
-        set: |tuning, value| tuning.steps = value,
-        default: |tuning| tuning.steps,
-        others: &[4.0, 10.0, 40.0],
-    },
-    Constant {
-        name: "deviations",
-        set: |tuning, value| tuning.deviations = value,
-        default: |tuning| tuning.deviations,
-        others: &[0.0, 1.0, 6.0],
-    },
-    Constant {
-        name: "least",
-        set: |tuning, value| tuning.least = value,
-        default: |tuning| tuning.least,
-        others: &[0.0, 0.25, 0.75],
-    },
-    Constant {
-        name: "along",
-        set: |tuning, value| tuning.along = value,
-        default: |tuning| tuning.along,
-        others: &[0.0, 1.0, 16.0],
-    },
-    Constant {
-        name: "first_sight, M/s",
-        set: |tuning, value| tuning.first_sight = value * 1e6,
-        default: |tuning| tuning.first_sight / 1e6,
-        others: &[0.4, 1.0, 20.0],
-    },
-    Constant {
-        name: "shortest, us",
-        set: |tuning, value| tuning.shortest = Duration::from_secs_f64(value / 1e6),
-        default: |tuning| tuning.shortest.as_secs_f64() * 1e6,
-        others: &[500.0, 2000.0],
-    },
-    Constant {
-        name: "longest, s",
-        set: |tuning, value| tuning.longest = Duration::from_secs_f64(value),
-        default: |tuning| tuning.longest.as_secs_f64(),
-        others: &[0.1, 5.0],
-    },
+    constant!("half_life, s", half_life: Duration, 1.0, [0.2, 1.0, 20.0]),
+    constant!("faster", faster: f64, 1.0, [1.0, 1.2, 1.5, 2.0]),
+    constant!("steps", steps: f64, 1.0, [4.0, 10.0, 40.0]),
+    constant!("deviations", deviations: f64, 1.0, [0.0, 1.0, 6.0]),
+    constant!("least", least: f64, 1.0, [0.0, 0.25, 0.75]),
+    constant!("along", along: f64, 1.0, [0.0, 1.0, 16.0]),
+    constant!("first_sight, M/s", first_sight: f64, 1e6, [0.4, 1.0, 20.0]),
+    constant!("shortest, us", shortest: Duration, 1e6, [500.0, 2000.0]),
+    constant!("longest, s", longest: Duration, 1.0, [0.1, 5.0]),
 ];
 
 /// What a value does, under all loads together.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Row {
     /// The number's name and unit.
     pub name: &'static str,
@@ -100,19 +75,18 @@ pub fn rows(seed: u64, time: Duration) -> impl Iterator<Item = Row> {
         values.into_iter().map(move |value| {
             let mut tuning = Tuning::DEFAULT;
             (constant.set)(&mut tuning, value);
-            row(constant.name, value, value == default, &tuning, seed, time)
+            Row {
+                name: constant.name,
+                value,
+                is_default: value == default,
+                ..row(&tuning, seed, time)
+            }
         })
     })
 }
 
-fn row(
-    name: &'static str,
-    value: f64,
-    is_default: bool,
-    tuning: &Tuning,
-    seed: u64,
-    time: Duration,
-) -> Row {
+/// What `tuning` does; of no number yet.
+fn row(tuning: &Tuning, seed: u64, time: Duration) -> Row {
     let measured: Vec<Measured> = scenarios(seed, time)
         .iter()
         .map(|scenario| {
@@ -125,12 +99,10 @@ fn row(
         numbers.iter().sum::<f64>() / numbers.len().max(1) as f64
     };
     Row {
-        name,
-        value,
-        is_default,
         full_exits: mean(&|m| Some(60.0 * m.full_exits_per_second())),
         passes: mean(&Measured::passes_by_minimum),
         wakeups: mean(&|m| Some(m.wakeups_per_second())),
+        ..Row::default()
     }
 }
 

@@ -1,7 +1,7 @@
 //! What things take, of the host and of the guest.
 
-/// What the host's work takes, in nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the host's work takes, in nanoseconds; by default nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Costs {
     /// Leaving the guest for a full ring and entering it again, without what is done in between.
     pub exit: u64,
@@ -37,19 +37,6 @@ impl Costs {
         look: 126,
     };
 
-    /// Everything is for nothing.
-    pub const NONE: Self = Self {
-        exit: 0,
-        harvest_ring: 0,
-        harvest_entry: 0,
-        reset: 0,
-        reset_ring: 0,
-        reset_entry: 0,
-        wake: 0,
-        look_empty: 0,
-        look: 0,
-    };
-
     /// A pass that finds `entries` in `harvested` rings of a VM that has `rings`.
     pub fn pass(&self, rings: u64, harvested: u64, entries: u64) -> u64 {
         self.harvest_ring * harvested + self.harvest_entry * entries + self.reset_of(rings, entries)
@@ -58,12 +45,6 @@ impl Costs {
     /// A reset of `entries` entries in a VM that has `rings` rings.
     pub fn reset_of(&self, rings: u64, entries: u64) -> u64 {
         self.reset + self.reset_ring * rings + self.reset_entry * entries
-    }
-}
-
-impl Default for Costs {
-    fn default() -> Self {
-        Self::MEASURED
     }
 }
 

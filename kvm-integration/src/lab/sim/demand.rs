@@ -2,7 +2,7 @@
 
 use super::clock::{NEVER, Nanos, nanos, nanos_up};
 use super::load::Load;
-use super::random::Random;
+use crate::random::SplitMix64;
 
 /// A time in which a vCPU's rate is constant.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,7 +18,7 @@ pub(super) struct Piece {
 pub(super) struct Demand<'a> {
     load: &'a Load,
     vcpu: usize,
-    random: Random,
+    random: SplitMix64,
     /// What its rates are multiplied by.
     factor: f64,
     /// Most entries a second that it can log: what a chunk of stores takes.
@@ -39,7 +39,7 @@ impl<'a> Demand<'a> {
     /// The demand of `vcpu` under `load`, `jitter` more or less, where a vCPU logs `fastest`
     /// entries a second at most.
     pub(super) fn new(load: &'a Load, vcpu: usize, seed: u64, jitter: f64, fastest: f64) -> Self {
-        let mut random = Random::new(seed, vcpu as u64);
+        let mut random = SplitMix64::stream(seed, vcpu as u64);
         let factor = random.around_one(jitter);
         // Without jitter all begin together.
         let phase = if jitter > 0.0 { random.share() } else { 0.0 };

@@ -1,19 +1,46 @@
-//! Who may harvest and who resets: the crate's shards and reset gate, and QEMU's one lock.
+//! Who may make a pass, who may harvest and who resets.
 
 use std::collections::VecDeque;
 
 use super::queue::Actor;
 
-/// Passes that the crate makes at a time: it has so many shards.
-const SHARDS: usize = 4;
-
-/// What a pass of the crate needs, see its `pass.rs` and `reset.rs`: a shard from its start to its
-/// end, and a gate that keeps harvests and resets apart, and combines resets.
+/// As many passes as may be made at a time, for those who ask in the order in which they come: the
+/// crate's shards, or QEMU's one lock.
 #[derive(Debug)]
+pub(super) struct Permits {
+    free: usize,
+    waiting: VecDeque<Actor>,
+}
+
+impl Permits {
+    pub(super) fn new(free: usize) -> Self {
+        Self {
+            free,
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// Whether `actor` has one now, or must wait until [`release`](Self::release) names it.
+    pub(super) fn acquire(&mut self, actor: Actor) -> bool {
+        let free = self.free > 0;
+        match free {
+            true => self.free -= 1,
+            false => self.waiting.push_back(actor),
+        }
+        free
+    }
+
+    /// A pass is over. Who has its permit now.
+    pub(super) fn release(&mut self) -> Option<Actor> {
+        let next = self.waiting.pop_front();
+        self.free += usize::from(next.is_none());
+        next
+    }
+}
+
+/// What keeps the crate's harvests and resets apart, and combines resets: see its `reset.rs`.
+#[derive(Debug, Default)]
 pub(super) struct Gate {
-    shards: usize,
-    /// Who waits for a shard.
-    begin: VecDeque<Actor>,
     /// Passes that harvest.
     harvests: usize,
     /// Somebody resets, or waits for the last harvest to end to do so.
@@ -36,38 +63,6 @@ pub(super) struct Reset {
 }
 
 impl Gate {
-    pub(super) fn new() -> Self {
-        Self {
-            shards: SHARDS,
-            begin: VecDeque::new(),
-            harvests: 0,
-            in_flight: None,
-            harvest: Vec::new(),
-            served: Vec::new(),
-            marked: Vec::new(),
-            entries: 0,
-        }
-    }
-
-    /// Whether `actor` has a shard now, or must wait until [`end`](Self::end) names it.
-    pub(super) fn begin(&mut self, actor: Actor) -> bool {
-        let free = self.shards > 0;
-        match free {
-            true => self.shards -= 1,
-            false => self.begin.push_back(actor),
-        }
-        free
-    }
-
-    /// A pass is over. Who has its shard now.
-    pub(super) fn end(&mut self) -> Option<Actor> {
-        let next = self.begin.pop_front();
-        if next.is_none() {
-            self.shards += 1;
-        }
-        next
-    }
-
     /// Whether `actor` may harvest its rings now, or must wait until [`open`](Self::open) names it.
     pub(super) fn harvest(&mut self, actor: Actor) -> bool {
         let open = self.in_flight.is_none();
@@ -133,52 +128,26 @@ pub(super) struct Opened {
     pub(super) harvest: Vec<Actor>,
 }
 
-/// A lock whose waiters get it in the order in which they came.
-#[derive(Debug, Default)]
-pub(super) struct Lock {
-    held: bool,
-    waiting: VecDeque<Actor>,
-}
-
-impl Lock {
-    /// Whether `actor` has it now, or must wait until [`release`](Self::release) names it.
-    pub(super) fn acquire(&mut self, actor: Actor) -> bool {
-        let free = !self.held;
-        match free {
-            true => self.held = true,
-            false => self.waiting.push_back(actor),
-        }
-        free
-    }
-
-    /// Who has it next.
-    pub(super) fn release(&mut self) -> Option<Actor> {
-        let next = self.waiting.pop_front();
-        self.held = next.is_some();
-        next
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::queue::Actor::{Reaper, Vcpu};
     use super::*;
 
     #[test]
-    fn a_fifth_pass_waits_for_a_shard() {
-        let mut gate = Gate::new();
-        assert!((0..4).all(|vcpu| gate.begin(Vcpu(vcpu))));
-        assert!(!gate.begin(Vcpu(4)) && !gate.begin(Reaper));
-        assert_eq!(gate.end(), Some(Vcpu(4)));
-        assert_eq!(gate.end(), Some(Reaper));
-        assert_eq!(gate.end(), None);
-        assert!(gate.begin(Vcpu(6)));
-        assert!(!gate.begin(Vcpu(7)));
+    fn a_fifth_pass_waits_for_the_first_to_end() {
+        let mut permits = Permits::new(4);
+        assert!((0..4).all(|vcpu| permits.acquire(Vcpu(vcpu))));
+        assert!(!permits.acquire(Vcpu(4)) && !permits.acquire(Reaper));
+        assert_eq!(permits.release(), Some(Vcpu(4)));
+        assert_eq!(permits.release(), Some(Reaper));
+        assert_eq!(permits.release(), None);
+        assert!(permits.acquire(Vcpu(6)));
+        assert!(!permits.acquire(Vcpu(7)));
     }
 
     #[test]
     fn a_reset_waits_for_harvests_and_serves_who_came_meanwhile() {
-        let mut gate = Gate::new();
+        let mut gate = Gate::default();
         assert!(gate.harvest(Vcpu(0)) && gate.harvest(Reaper));
         gate.mark(0, 10);
         gate.mark(1, 5);
@@ -202,18 +171,5 @@ mod tests {
             entries: 0,
         };
         assert_eq!(gate.reset(Vcpu(2)), Some(reset));
-    }
-
-    #[test]
-    fn the_lock_goes_to_who_has_waited_longest() {
-        let mut lock = Lock::default();
-        assert!(lock.acquire(Vcpu(3)));
-        assert!(!lock.acquire(Reaper) && !lock.acquire(Vcpu(2)));
-        assert_eq!(lock.release(), Some(Reaper));
-        assert!(!lock.acquire(Vcpu(3)));
-        assert_eq!(lock.release(), Some(Vcpu(2)));
-        assert_eq!(lock.release(), Some(Vcpu(3)));
-        assert_eq!(lock.release(), None);
-        assert!(lock.acquire(Reaper));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::random::Random;
+use crate::random::SplitMix64;
 
 /// A distribution of lateness: exponential, and cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +30,7 @@ impl Lateness {
         }
     }
 
-    pub(super) fn draw(&self, random: &mut Random) -> Duration {
+    pub(super) fn draw(&self, random: &mut SplitMix64) -> Duration {
         self.mean.mul_f64(random.exponential()).min(self.most)
     }
 }

@@ -23,14 +23,12 @@ mod load;
 mod machine;
 mod outcome;
 mod queue;
-mod random;
 mod reaper;
 mod recording;
 mod scenario;
 mod sight;
 #[cfg(test)]
 mod tests;
-mod totals;
 mod vcpu;
 
 use kvm_dirty_ring::pacing::Pacing;
@@ -39,8 +37,8 @@ pub use costs::{Costs, Guest};
 pub use lateness::Lateness;
 pub use load::Load;
 pub use outcome::{FullExit, Outcome, RingTotals};
-pub use recording::{Fault, Recording, RecordingError};
-pub use scenario::{MOST_VCPUS, Scenario};
+pub use recording::{MOST_VCPUS, Recording};
+pub use scenario::Scenario;
 
 use super::{Arm, Shape};
 use machine::Machine;
@@ -48,16 +46,11 @@ use machine::Machine;
 /// What an arm makes of a scenario. Its reaper is as late as the scenario says, or, if it is a
 /// `SCHED_FIFO` thread, as [`Lateness::FIFO`].
 pub fn run(scenario: &Scenario, arm: &Arm) -> Outcome {
-    let policy = arm.policy.map(|policy| policy());
-    if !arm.fifo {
-        return run_policy(scenario, arm.shape, policy);
+    let mut scenario = scenario.clone();
+    if arm.fifo {
+        scenario.lateness = Lateness::FIFO;
     }
-    let lateness = Lateness::FIFO;
-    let scenario = Scenario {
-        lateness,
-        ..scenario.clone()
-    };
-    run_policy(&scenario, arm.shape, policy)
+    run_policy(&scenario, arm.shape, arm.policy.map(|policy| policy()))
 }
 
 /// What a policy makes of it; `None` for no reaper at all.

@@ -6,9 +6,9 @@ use kvm_dirty_ring::pacing::{Pacer, Pacing, RingObservation};
 
 use super::clock::{NEVER, Nanos, nanos};
 use super::lateness::Lateness;
-use super::random::Random;
 use super::scenario::Scenario;
 use super::sight::Sight;
+use crate::random::SplitMix64;
 
 /// How long it is deaf to full exits after one has woken it, as the crate's reaper is.
 const DEAF: Nanos = 500_000;
@@ -22,7 +22,7 @@ pub(super) struct Reaper {
     pub(super) pacer: Pacer,
     pub(super) seen: Vec<RingObservation>,
     lateness: Lateness,
-    random: Random,
+    random: SplitMix64,
     /// A vCPU has stopped since the last look.
     rung: bool,
     deaf: Nanos,
@@ -50,7 +50,7 @@ impl Reaper {
             pacer: Pacer::new(policy),
             seen: Vec::new(),
             lateness: scenario.lateness,
-            random: Random::new(scenario.seed, STREAM),
+            random: SplitMix64::stream(scenario.seed, STREAM),
             rung: false,
             deaf: 0,
             wakes: NEVER,

@@ -9,16 +9,13 @@ use super::costs::{Costs, Guest};
 use super::lateness::Lateness;
 use super::load::Load;
 
-/// The most vCPUs that a VM may have.
-pub const MOST_VCPUS: usize = 1024;
-
 /// Entries that a kernel keeps in reserve.
 const RESERVED: u64 = 64;
 
 /// A VM, what its guest does, and what the host is like.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scenario {
-    /// vCPUs, 1 to [`MOST_VCPUS`].
+    /// vCPUs, 1 to [`MOST_VCPUS`](super::MOST_VCPUS).
     pub vcpus: usize,
     /// Size of each ring, in entries.
     pub ring_entries: u64,

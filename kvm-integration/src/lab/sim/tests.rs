@@ -20,7 +20,7 @@ fn constant() -> Load {
 fn plain(vcpus: usize, load: Load) -> Scenario {
     Scenario {
         jitter: 0.0,
-        costs: Costs::NONE,
+        costs: Costs::default(),
         lateness: Lateness::NONE,
         warm_up: ms(500),
         ..Scenario::new(vcpus, load)
@@ -125,7 +125,7 @@ fn rings_fill_up_while_a_pass_is_under_way() {
     // 40,000 entries in 800 ms; a pass that takes 100 ms, in which 5,000 more come.
     let costs = Costs {
         reset: 100_000_000,
-        ..Costs::NONE
+        ..Costs::default()
     };
     let scenario = Scenario {
         costs,

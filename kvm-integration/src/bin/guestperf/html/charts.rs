@@ -6,8 +6,8 @@ use kvm_integration::charts::{
     Arm, Axis, Chart, Key, LEVEL, LIMIT, Legend, Point, QUIET, SOME, STOPPED, Shape, Undrawn,
     arm as key, extent, figure, outermost,
 };
+use kvm_integration::cli::markdown;
 use kvm_integration::guestperf::{CellResult, Migration, Round, Sample};
-use kvm_integration::markdown;
 
 use super::points;
 

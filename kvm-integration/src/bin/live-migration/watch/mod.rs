@@ -7,11 +7,10 @@
 mod look;
 mod view;
 
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 
 use kvm_dirty_ring::DirtyLog;
+use kvm_integration::host::background::{Background, Ended};
 use kvm_integration::migration::Observer;
 
 use look::{Phase, Progress, Sampler};
@@ -20,40 +19,30 @@ use view::View;
 /// Shows on stderr how things stand, until it is dropped.
 pub struct Watch {
     progress: Arc<Mutex<Progress>>,
-    /// Closed to end the thread.
-    end: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    _thread: Background,
 }
 
 impl Watch {
     /// Starts to look at `log`.
-    ///
-    /// # Errors
-    /// The thread can't be started.
     pub fn start(log: &DirtyLog) -> std::io::Result<Self> {
         let progress = Arc::<Mutex<Progress>>::default();
-        let (end, ended) = channel::<()>();
         let shared = Arc::clone(&progress);
         let mut sampler = Sampler::new(log.clone());
-        let watch = move || {
+        let watch = move |ended: &Ended| {
             let mut view = View::for_stderr();
             loop {
-                let waited = ended.recv_timeout(view.interval());
-                let progress = shared
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .clone();
+                let ended = ended.within(view.interval());
+                let progress = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                let progress = Progress::clone(&progress);
                 view.show(&sampler.look(progress));
-                if waited != Err(RecvTimeoutError::Timeout) {
+                if ended {
                     break;
                 }
             }
         };
-        let thread = thread::Builder::new().name("watch".into()).spawn(watch)?;
         Ok(Self {
             progress,
-            end: Some(end),
-            thread: Some(thread),
+            _thread: Background::spawn("watch", watch)?,
         })
     }
 
@@ -84,15 +73,5 @@ impl Observer for Watch {
 
     fn stop(&mut self) {
         self.note(|progress| progress.phase = Phase::Stopping);
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.end = None;
-        if let Some(thread) = self.thread.take() {
-            // If it has panicked, it has said so: the migration is none the worse for it.
-            let _ = thread.join();
-        }
     }
 }

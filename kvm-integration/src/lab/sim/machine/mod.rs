@@ -8,17 +8,20 @@ use kvm_dirty_ring::pacing::Pacing;
 
 use super::clock::{Nanos, nanos, seconds};
 use super::demand::Demand;
-use super::gate::{Gate, Lock};
+use super::gate::{Gate, Permits};
 use super::outcome::{FullExit, Outcome, RingTotals};
 use super::queue::{Actor, Event, Queue};
-use super::random::Random;
 use super::reaper::Reaper;
-use super::scenario::{MOST_VCPUS, Scenario};
+use super::recording::MOST_VCPUS;
+use super::scenario::Scenario;
 use super::sight::Known;
-use super::totals::Totals;
 use super::vcpu::Vcpu;
-use crate::lab::{Sample, Shape};
+use crate::lab::measure::{Measured, Sample, Totals};
+use crate::random::SplitMix64;
+use crate::reaping::Shape;
 
+/// Passes that the crate makes at a time: it has so many shards.
+const SHARDS: usize = 4;
 /// Streams of random numbers for vCPUs' speeds begin here.
 const SPEEDS: u64 = 1 << 32;
 
@@ -30,8 +33,8 @@ pub(super) struct Machine<'a> {
     vcpus: Vec<Vcpu<'a>>,
     /// The highest rate that each vCPU's full exits have shown.
     known: Vec<Known>,
+    permits: Permits,
     gate: Gate,
-    lock: Lock,
     reaper: Option<Reaper>,
     /// Passes of full exits.
     passes: u64,
@@ -50,7 +53,7 @@ impl<'a> Machine<'a> {
                 load, guest, seed, ..
             } = scenario;
             let spread = scenario.spread();
-            let slower = Random::new(*seed, SPEEDS + index as u64).around_one(spread);
+            let slower = SplitMix64::stream(*seed, SPEEDS + index as u64).around_one(spread);
             let fastest = guest.fastest() / slower;
             let demand = Demand::new(load, index, *seed, spread, fastest);
             let sizes = [
@@ -67,8 +70,11 @@ impl<'a> Machine<'a> {
             queue: Queue::default(),
             vcpus: (0..count).map(vcpu).collect(),
             known: vec![Known::default(); count],
-            gate: Gate::new(),
-            lock: Lock::default(),
+            permits: Permits::new(match shape {
+                Shape::OwnRing => SHARDS,
+                Shape::AllRings => 1,
+            }),
+            gate: Gate::default(),
             reaper: policy.map(|policy| Reaper::new(policy, scenario)),
             passes: 0,
             outcome: Outcome::default(),
@@ -108,7 +114,7 @@ impl<'a> Machine<'a> {
                 Event::End => break,
             }
         }
-        self.outcome.measured = self.totals().since(&at_first, self.scenario);
+        self.outcome.measured = self.totals().since(&at_first);
         self.outcome.rings = self.vcpus.iter().map(totals_of).collect();
         self.outcome
     }
@@ -216,7 +222,29 @@ impl<'a> Machine<'a> {
         for vcpu in &mut self.vcpus {
             vcpu.advance(self.now);
         }
-        Totals::of(self.now, &self.vcpus, self.reaper.as_ref(), self.passes)
+        let vcpus = self.vcpus.iter();
+        let of_reaper = |count: fn(&Reaper) -> u64| self.reaper.as_ref().map_or(0, count);
+        let reaper_passes = of_reaper(|reaper| reaper.passes);
+        Totals {
+            stores: vcpus.clone().map(|vcpu| vcpu.stores).sum(),
+            rings: vcpus
+                .clone()
+                .map(|vcpu| (vcpu.taken, self.scenario.soft_limit))
+                .collect(),
+            sums: Measured {
+                time: Duration::from_nanos(self.now),
+                full_exits: vcpus.clone().map(|vcpu| vcpu.full_exits).sum(),
+                stall: Duration::from_nanos(vcpus.clone().map(Vcpu::stall).sum()),
+                passes: self.passes + reaper_passes,
+                entries: vcpus.map(|vcpu| vcpu.taken).sum(),
+                reaper_cpu: Duration::from_nanos(of_reaper(|reaper| reaper.cpu)),
+                pass_time: Duration::from_nanos(of_reaper(|reaper| reaper.pass_time)),
+                wakeups: of_reaper(|reaper| reaper.wakeups),
+                reaper_passes,
+                // How much of the time a load leaves to others is not modelled.
+                ..Measured::default()
+            },
+        }
     }
 }
 

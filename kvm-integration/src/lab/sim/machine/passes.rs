@@ -12,15 +12,20 @@ const MOST_RESERVED: u64 = 64 + 512;
 impl Machine<'_> {
     /// `actor` wants to make a pass.
     pub(super) fn begin(&mut self, actor: Actor) {
+        if self.permits.acquire(actor) {
+            self.start(actor);
+        }
+    }
+
+    fn start(&mut self, actor: Actor) {
         match self.shape {
-            Shape::OwnRing if self.gate.begin(actor) => self.harvest(actor),
-            Shape::AllRings if self.lock.acquire(actor) => self.locked(actor),
-            Shape::OwnRing | Shape::AllRings => {}
+            Shape::OwnRing => self.harvest(actor),
+            Shape::AllRings => self.locked(actor),
         }
     }
 
     /// Harvests the actor's rings, as soon as it may.
-    pub(super) fn harvest(&mut self, actor: Actor) {
+    fn harvest(&mut self, actor: Actor) {
         if self.gate.harvest(actor) {
             self.harvest_next(actor);
         }
@@ -114,10 +119,8 @@ impl Machine<'_> {
 
     /// A pass is over.
     fn passed(&mut self, actor: Actor) {
-        if let Shape::OwnRing = self.shape {
-            if let Some(next) = self.gate.end() {
-                self.harvest(next);
-            }
+        if let Some(next) = self.permits.release() {
+            self.start(next);
         }
         match (actor, &mut self.reaper) {
             (Actor::Vcpu(vcpu), _) => {
@@ -159,9 +162,6 @@ impl Machine<'_> {
         for vcpu in &mut self.vcpus {
             vcpu.advance(self.now);
             vcpu.recycle();
-        }
-        if let Some(next) = self.lock.release() {
-            self.locked(next);
         }
         self.passed(actor);
     }

@@ -1,0 +1,90 @@
+//! What is done to a guest and its log, and how often it was.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use strum::VariantArray;
+
+/// A kind of trouble. Reports have its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum Fault {
+    /// A storm of signals at threads that run vCPUs.
+    SignalsAtVcpus,
+    /// A storm of signals at the reaper's thread.
+    SignalsAtReaper,
+    /// A storm of signals at threads that sync, change slots, or write as devices do.
+    SignalsAtOthers,
+    /// A storm of the C library's own signal, which `pthread_sigmask` does not block.
+    SignalsOfTheCLibrary,
+    /// A running vCPU was thrown out of the guest, and let in again.
+    Kicks,
+    /// A memslot came while others were in use.
+    SlotsAdded,
+    /// A memslot's removal began.
+    SlotsRetired,
+    /// A memslot's removal ended.
+    SlotsFinished,
+    /// A memslot came with the id of one that was removed, and other memory.
+    SlotIdsReused,
+    /// A vCPU was made and attached while others ran.
+    VcpusAttachedLate,
+    /// A vCPU was stopped for good, and its file closed.
+    VcpusDropped,
+    /// A device wrote some pages and marked them.
+    DeviceWrites,
+    /// A sync beside others.
+    ConcurrentSyncs,
+    /// A pass over all rings beside whatever else was going on.
+    ConcurrentPasses,
+    /// A vCPU left the guest for a full ring.
+    FullExits,
+    /// A full exit whose pass ended between harvest and reset, as by a panic.
+    PassesAbandoned,
+    /// The reaper was stopped.
+    ReapersStopped,
+    /// A reaper was started after one was stopped.
+    ReapersRestarted,
+    /// The reaper was paused.
+    ReapersPaused,
+    /// The reaper went on with another policy.
+    PoliciesSwapped,
+    /// A policy panicked, or was replaced for asking for times out of bounds.
+    PoliciesFailed,
+    /// A slot was protected anew, and the log told so.
+    SlotsRearmed,
+    /// A ring was overrun.
+    RingOverruns,
+    /// A reset failed.
+    FailedResets,
+    /// A reset fell short.
+    ShortResets,
+    /// A reset may have been cut short after its last entry.
+    DoubtfulResets,
+    /// An entry named a page of no slot that the log was told of.
+    EntriesOfNoSlot,
+    /// The guest wrote in the midst of a reset. (On KVM it always does, and nobody can tell when.)
+    WritesInResets,
+}
+
+/// How often each kind was.
+#[derive(Debug, Default)]
+pub struct Counts([AtomicU64; Fault::VARIANTS.len()]);
+
+impl Counts {
+    /// One more.
+    pub fn add(&self, fault: Fault) {
+        self.add_many(fault, 1);
+    }
+
+    /// So many more.
+    pub fn add_many(&self, fault: Fault, times: u64) {
+        // Relaxed: read for the sake of the number alone.
+        self.0[fault as usize].fetch_add(times, Ordering::Relaxed);
+    }
+
+    /// How often `fault` was.
+    pub fn get(&self, fault: Fault) -> u64 {
+        // Relaxed: as above.
+        self.0[fault as usize].load(Ordering::Relaxed)
+    }
+}
