@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use guest::{Exit, Guest, Load, PAGE, Vcpu};
 use kvm_dirty_ring::error::FullError;
-use kvm_dirty_ring::pacing::{Fixed, LookFirst, Observation, Pacing};
+use kvm_dirty_ring::pacing::{Adaptive, Fixed, Observation, Pacing};
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     run("WhenFullerThan 60%", ours)?;
     run("Fixed 50 ms", Fixed::new(Duration::from_millis(50)))?;
-    run("LookFirst", LookFirst::default())?;
+    run("Adaptive", Adaptive::default())?;
     println!("under each of them, the copy was equal to the original");
     Ok(())
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use guest::{Exit, Guest, Load, Vcpu};
 use kvm_dirty_ring::error::FullError;
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyPages, RateMeter, Rates, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let ring = log.attach_ring(vcpu.vcpu.ring_memory())?; // log.attach_vcpu(&vcpu_fd)
         vcpus.push(thread::spawn(move || run_vcpu(vcpu, ring)));
     }
-    let reaper = Reaper::spawn(&log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;
 
     // At one go, for an operator who asks: it blocks meanwhile.
     let rates = Rates::measure(&log, Duration::from_millis(200)).ok_or("no rings")?;

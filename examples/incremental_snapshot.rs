@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use guest::{Exit, Guest, Load, Memory, PAGE, Vcpu};
 use kvm_dirty_ring::error::FullError;
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let ring = log.attach_ring(vcpu.vcpu.ring_memory())?; // log.attach_vcpu(&vcpu_fd)
         vcpus.push(thread::spawn(move || run_vcpu(vcpu, ring)));
     }
-    let reaper = Reaper::spawn(&log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;
 
     let given = std::env::args_os().nth(1).map(PathBuf::from);
     let path = given.clone().unwrap_or_else(temporary_path);

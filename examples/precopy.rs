@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use guest::{Exit, Guest, Link, Load, Vcpu};
 use kvm_dirty_ring::error::FullError;
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyPages, Reaper, Run, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let ring = log.attach_ring(vcpu.vcpu.ring_memory())?; // log.attach_vcpu(&vcpu_fd)
         vcpus.push(thread::spawn(move || run_vcpu(vcpu, ring)));
     }
-    let reaper = Reaper::spawn(&log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;
 
     let memory = guest.memory();
     let mut link = Link::new(PAGES, SPEED);

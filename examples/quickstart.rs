@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use guest::{Exit, Guest, Load, Vcpu};
 use kvm_dirty_ring::error::FullError;
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     // From now on rings are emptied before they are full.
-    let reaper = Reaper::spawn(&log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;
     thread::sleep(Duration::from_millis(200));
 
     // What has the guest written so far? It goes on meanwhile, and its pages may be read now: what

@@ -9,10 +9,6 @@ use crate::slot_id::SlotId;
 /// include/linux/kvm_dirty_ring.h).
 pub(crate) const RESERVED_ENTRIES: u32 = 64;
 
-/// Entries that a kernel with page-modification logging (Intel's; AMD's since 2026) keeps in reserve: 64, and
-/// 512 for the processor's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
-pub(crate) const MOST_RESERVED_ENTRIES: u32 = 64 + 512;
-
 /// The host's page size, in bytes.
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) fn page_size() -> usize {

@@ -15,7 +15,7 @@
 //! # Use
 //!
 //! ```no_run
-//! use kvm_dirty_ring::{pacing::LookFirst, DirtyLog, DirtyPages, Reaper, RingEntries, SlotId};
+//! use kvm_dirty_ring::{pacing::Adaptive, DirtyLog, DirtyPages, Reaper, RingEntries, SlotId};
 //! # fn example(vm_fd: std::fs::File, vcpu_fd: std::fs::File, pages: u64)
 //! # -> Result<(), Box<dyn std::error::Error>> {
 //!
@@ -23,7 +23,7 @@
 //! let ram = SlotId::new(0, 0);
 //! log.add_slot(ram, pages)?; // before the slot is created with KVM_MEM_LOG_DIRTY_PAGES
 //! let mut ring = log.attach_vcpu(&vcpu_fd)?; // one for each vCPU; it goes to the vCPU's thread
-//! let reaper = Reaper::spawn(&log, LookFirst::default())?;
+//! let reaper = Reaper::spawn(&log, Adaptive::default())?;
 //!
 //! // On the vCPU's thread, when KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL:
 //! ring.on_full()?;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::error::{LimitError, LimiterError};
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Mode, Priority, Reaper, SlotId, VcpuRing};
 
@@ -237,7 +237,7 @@ fn nobody_sleeps_while_kept_awake() {
 fn a_limiter_holds_what_a_reaper_empties() {
     let machine = Machine::new();
     let running = Running::start(&machine, 2);
-    let reaper = Reaper::spawn(&machine.log, LookFirst::default()).unwrap();
+    let reaper = Reaper::spawn(&machine.log, Adaptive::default()).unwrap();
     let limiter = Limiter::spawn(&machine.log, running.kick()).unwrap();
     assert!(limiter.is_running());
     // Less than a vCPU writes on any machine.

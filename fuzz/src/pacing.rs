@@ -5,7 +5,7 @@ use core::time::Duration;
 use arbitrary::{Arbitrary, Result, Unstructured};
 use kvm_dirty_ring::error::PolicyError;
 use kvm_dirty_ring::pacing::{
-    Fixed, HalveAndCreep, LONGEST_LOOK, LookFirst, Observation, Pacer, Pacing, PassCost,
+    Fixed, Aimd, LONGEST_LOOK, Adaptive, Observation, Pacer, Pacing, PassCost,
     RingObservation, RunLevels, SHORTEST_LOOK, Tuning,
 };
 
@@ -23,8 +23,8 @@ enum Policy {
     Fixed(Duration),
     AsMeant,
     AsPosted,
-    HalveAndCreep,
-    LookFirst(Tuning),
+    Aimd,
+    Adaptive(Tuning),
     /// One that asks for whatever it likes.
     Wild(Vec<Duration>),
 }
@@ -46,9 +46,9 @@ impl<'a> Arbitrary<'a> for Script {
             0 => Policy::Fixed(duration(u)?),
             1 => Policy::AsMeant,
             2 => Policy::AsPosted,
-            3 => Policy::HalveAndCreep,
-            4 => Policy::LookFirst(Tuning::DEFAULT),
-            5..=8 => Policy::LookFirst(tuning(u)?),
+            3 => Policy::Aimd,
+            4 => Policy::Adaptive(Tuning::DEFAULT),
+            5..=8 => Policy::Adaptive(tuning(u)?),
             _ => Policy::Wild((0..8).map(|_| duration(u)).collect::<Result<_>>()?),
         };
         let mut looks = Vec::new();
@@ -166,8 +166,8 @@ pub fn run(script: &Script) {
         Policy::Fixed(period) => both(script, || Fixed::new(*period)),
         Policy::AsMeant => both(script, RunLevels::as_meant),
         Policy::AsPosted => both(script, RunLevels::as_posted),
-        Policy::HalveAndCreep => both(script, HalveAndCreep::new),
-        Policy::LookFirst(tuning) => both(script, || LookFirst::new(*tuning)),
+        Policy::Aimd => both(script, Aimd::new),
+        Policy::Adaptive(tuning) => both(script, || Adaptive::new(*tuning)),
         Policy::Wild(waits) => paced(
             script,
             Wild {
@@ -186,7 +186,7 @@ fn both<P: Pacing + core::fmt::Debug + 'static>(script: &Script, make: impl Fn()
 /// What a policy may ask for, by its own numbers too.
 fn bounds(policy: &Policy) -> (Duration, Duration) {
     match policy {
-        Policy::LookFirst(tuning) => {
+        Policy::Adaptive(tuning) => {
             let shortest = tuning.shortest.clamp(SHORTEST_LOOK, LONGEST_LOOK);
             (shortest, tuning.longest.clamp(shortest, LONGEST_LOOK))
         }
@@ -197,7 +197,7 @@ fn bounds(policy: &Policy) -> (Duration, Duration) {
 /// The policy as such: it stays within bounds, and nothing that it is shown drives it mad.
 fn alone<P: Pacing + core::fmt::Debug>(script: &Script, mut policy: P) {
     let (shortest, longest) = bounds(&script.policy);
-    let careful = matches!(script.policy, Policy::LookFirst(_));
+    let careful = matches!(script.policy, Policy::Adaptive(_));
     for look in &script.looks {
         let mut seen = Observation::new(look.elapsed, &look.rings);
         seen.lateness = look.lateness;

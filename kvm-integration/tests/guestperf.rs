@@ -71,7 +71,7 @@ fn kvm_every_arm_arrives() {
     }
     for wanted in [
         "### Drop in seconds / worst ms per GB",
-        "### look-first is best or within 5 %: ",
+        "### adaptive is best or within 5 %: ",
         "\nmissed pages: 0\n",
     ] {
         assert!(
@@ -94,7 +94,7 @@ fn kvm_every_arm_arrives() {
 }
 
 fn kvm_a_guest_that_outruns_the_link_is_reported_as_such() {
-    let args = "--downtime-ms 0 --max-rounds 3 --arm bitmap --arm look-first --arm qemu-fixed";
+    let args = "--downtime-ms 0 --max-rounds 3 --arm bitmap --arm adaptive --arm qemu-fixed";
     let (ran, report) = report(&format!("{SLOW} {args}"));
     for arm in report["cells"][0]["arms"].as_array().unwrap() {
         let migration = &arm["migrations"][0];
@@ -110,7 +110,7 @@ fn kvm_a_guest_that_outruns_the_link_is_reported_as_such() {
 fn kvm_more_vcpus_than_cores() {
     let once = SMALL.strip_suffix("--repeat 1").unwrap();
     let ran = run(&format!(
-        "{once} {FAST} --repeat 2 --vcpus 7 --arm look-first --arm qemu-look-first --arm bitmap"
+        "{once} {FAST} --repeat 2 --vcpus 7 --arm adaptive --arm qemu-adaptive --arm bitmap"
     ));
     assert_eq!(ran.status, Some(0), "{}{}", ran.stderr, ran.stdout);
     assert!(ran.stdout.contains("2 of 2"), "{}", ran.stdout);

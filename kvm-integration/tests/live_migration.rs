@@ -115,7 +115,7 @@ fn people_get_a_table() {
     for wanted in [
         "backend: sim, as asked for",
         "log: rings, simulated",
-        "2 vCPUs, 16 MiB in two slots, rings of 256, look-first; walk (30,000 stores/s), link 64 MiB/s",
+        "2 vCPUs, 16 MiB in two slots, rings of 256, adaptive; walk (30,000 stores/s), link 64 MiB/s",
         "dirtied pages/s",
         "\n stopped ",
         "\nring-full exits ",
@@ -142,11 +142,11 @@ fn every_workload_arrives() {
 }
 
 const POLICIES: [&str; 5] = [
-    "look-first",
+    "adaptive",
     "fixed",
     "run-levels",
     "run-levels-as-posted",
-    "halve-and-creep",
+    "aimd",
 ];
 
 fn every_policy_brings_it_there() {
@@ -156,7 +156,7 @@ fn every_policy_brings_it_there() {
     }
     assert_eq!(
         json(&format!("{SMALL} --backend sim"))["pacing"],
-        "look-first"
+        "adaptive"
     );
 }
 
@@ -361,7 +361,7 @@ fn nonsense_is_refused_with_what_is_allowed() {
         ("--backend qemu", "auto, kvm, bitmap, sim"),
         (
             "--pacing qemu",
-            "look-first, fixed, run-levels, run-levels-as-posted, halve-and-creep",
+            "adaptive, fixed, run-levels, run-levels-as-posted, aimd",
         ),
         ("--write-rate=-1", "--write-rate <PAGES>"),
         ("--max-rounds 0", "1..=1000"),

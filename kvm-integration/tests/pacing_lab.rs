@@ -114,13 +114,13 @@ fn kvm_every_arm_on_a_native_guest() {
     let args = "--workload constant --vcpus 1 --ring-entries 1024 --slice-ms 200";
     let (ran, report) = report(args);
     let names = [
-        "look-first",
-        "look-first-fifo",
+        "adaptive",
+        "adaptive-fifo",
         "fixed",
         "fixed-10ms",
         "run-levels",
         "run-levels-as-posted",
-        "halve-and-creep",
+        "aimd",
         "poll",
         "qemu",
         "no-reaper",
@@ -152,7 +152,7 @@ fn kvm_every_arm_on_a_native_guest() {
 fn kvm_more_vcpus_than_cores() {
     for workload in ["constant", "fast"] {
         let rest = "--vcpus 8 --ring-entries 512 --slice-ms 200 --rounds 1";
-        let names = ["look-first", "fixed", "qemu"];
+        let names = ["adaptive", "fixed", "qemu"];
         let arm = names.map(|name| format!("--arm {name}")).join(" ");
         let (_, report) = report(&format!("--workload {workload} {rest} {arm}"));
         for arm in arms(&report, &names) {
@@ -215,7 +215,7 @@ fn one_signal_ends_a_simulation() {
 }
 
 fn simulations_repeat_themselves() {
-    let rest = "--vcpus 64 --seconds 2 --arm look-first --arm fixed";
+    let rest = "--vcpus 64 --seconds 2 --arm adaptive --arm fixed";
     let args = format!("--sim --workload constant {rest} --seed 5");
     let (ran, first) = report(&args);
     let (_, second) = report(&args);
@@ -225,7 +225,7 @@ fn simulations_repeat_themselves() {
         ran.stdout
             .contains("### constant, 64 vCPUs, rings of 4096\n")
     );
-    for arm in arms(&first, &["look-first", "fixed"]) {
+    for arm in arms(&first, &["adaptive", "fixed"]) {
         assert!(number(&arm["total"], "entries") > 0.0, "{arm}");
     }
 }
@@ -257,7 +257,7 @@ fn nonsense_is_refused_with_what_is_allowed() {
         ("--vcpus 33", "at most 32, or --sim"),
         ("--vcpus 1025", "1..=1024"),
         ("--ring-entries 1000", "power of two"),
-        ("--arm best", "choose one of look-first, look-first-fifo"),
+        ("--arm best", "choose one of adaptive, adaptive-fifo"),
         ("--quick --sim", "cannot be used with"),
         ("--trace nowhere", "--sim"),
         ("--sim --trace /nowhere", "could not be read"),

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use kvm_dirty_ring::pacing::{
-    Fixed, HalveAndCreep, LONGEST_LOOK, LookFirst, Observation, Pacer, Pacing, PassCost,
-    RingObservation, RunLevels, SHORTEST_LOOK,
+    Adaptive, Aimd, Fixed, LONGEST_LOOK, Observation, Pacer, Pacing, PassCost, RingObservation,
+    RunLevels, SHORTEST_LOOK,
 };
 use kvm_integration::lab::sim::{
     Guest, Lateness, Load, MOST_VCPUS, Outcome, Recording, Scenario, run, run_policy,
@@ -29,7 +29,7 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-/// How well rings have to hold a load for [`LookFirst`] to be bound to prevent full exits: a ring
+/// How well rings have to hold a load for [`Adaptive`] to be bound to prevent full exits: a ring
 /// takes at least so many times as long to fill as the latest wake-up, a look, a pass over all rings
 /// and the shortest sleep take together, see [`Scenario::hold`]. The policy reckons with usual
 /// wake-ups, not with the latest, and has half of one of its twenty steps to spare.
@@ -101,15 +101,15 @@ fn recorded(traces: &[Vec<(f64, f64)>], vcpus: usize, rate: f64) -> Recording {
     text.parse().expect("it is well-formed")
 }
 
-fn look_first(scenario: &Scenario) -> Outcome {
-    let policy = Box::new(LookFirst::default());
+fn adaptive(scenario: &Scenario) -> Outcome {
+    let policy = Box::new(Adaptive::default());
     run_policy(scenario, Shape::OwnRing, Some(policy))
 }
 
 /// No full exit but where a vCPU logged at a rate that nobody could have known of, and at most one
 /// for each vCPU and each such rise: see `FullExit::is_edge`.
 fn assert_edges_only(scenario: &Scenario) -> Result<(), TestCaseError> {
-    let outcome = look_first(scenario);
+    let outcome = adaptive(scenario);
     prop_assert_eq!(&outcome.failures, &[]);
     let all = outcome.full_exits.len();
     let faults: Vec<_> = outcome.full_exits.iter().filter(|e| !e.is_edge()).collect();
@@ -307,10 +307,10 @@ fn plausible() -> impl Strategy<Value = Vec<Seen>> {
 
 fn policies() -> Vec<(&'static str, Box<dyn Pacing>)> {
     vec![
-        ("LookFirst", Box::new(LookFirst::default())),
+        ("Adaptive", Box::new(Adaptive::default())),
         ("RunLevels as meant", Box::new(RunLevels::as_meant())),
         ("RunLevels as posted", Box::new(RunLevels::as_posted())),
-        ("HalveAndCreep", Box::new(HalveAndCreep::new())),
+        ("Aimd", Box::new(Aimd::new())),
         ("Fixed", Box::new(Fixed::default())),
         ("Fixed, no time", Box::new(Fixed::new(Duration::ZERO))),
         ("Fixed, all time", Box::new(Fixed::new(Duration::MAX))),
@@ -393,10 +393,10 @@ proptest! {
         if it_was_logged_since {
             fuller.rings[place].logged += more;
         }
-        heeds_a_fuller_ring(LookFirst::default(), before, now, &fuller)?;
+        heeds_a_fuller_ring(Adaptive::default(), before, now, &fuller)?;
         heeds_a_fuller_ring(RunLevels::as_meant(), before, now, &fuller)?;
         heeds_a_fuller_ring(RunLevels::as_posted(), before, now, &fuller)?;
-        heeds_a_fuller_ring(HalveAndCreep::new(), before, now, &fuller)?;
+        heeds_a_fuller_ring(Aimd::new(), before, now, &fuller)?;
         heeds_a_fuller_ring(Fixed::default(), before, now, &fuller)?;
     }
 }

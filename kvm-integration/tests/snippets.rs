@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_dirty_ring::error::ResetError;
-use kvm_dirty_ring::pacing::{LookFirst, Observation, Pacer, Pacing, RingObservation};
+use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacer, Pacing, RingObservation};
 use kvm_dirty_ring::{
     DirtyLog, DirtyPages, GuestMap, Limiter, Priority, Reaper, RingEntries, SlotId, VcpuRing,
 };
@@ -54,7 +54,7 @@ fn readme_use(vm_fd: File, vcpu_fd: File, pages: u64, mut dirty: DirtyPages) -> 
     let log = DirtyLog::enable(&vm_fd, RingEntries::new(4096)?)?;   // before the first vCPU
     log.add_slot(SlotId::new(0, 0), pages)?;                        // before KVM knows the slot
     let mut ring = log.attach_vcpu(&vcpu_fd)?;                      // one for each vCPU
-    let reaper = Reaper::spawn(&log, LookFirst::default())?;        // empties the rings in time
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;        // empties the rings in time
     // On the vCPU's thread, on KVM_EXIT_DIRTY_RING_FULL:
     ring.on_full()?;
     // On the migration's thread, each round; then the pages may be read:
@@ -124,7 +124,7 @@ fn reaper(log: DirtyLog) -> Outcome {
         .name("vm7-reaper")               // Linux keeps 15 bytes
         .cpus([0, 1])                     // not those that vCPUs are pinned to
         .priority(Priority::Nice(-5))     // CAP_SYS_NICE, or RLIMIT_NICE
-        .spawn(&log, LookFirst::default())?;
+        .spawn(&log, Adaptive::default())?;
 
     drop(reaper);
     Ok(())

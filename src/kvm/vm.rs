@@ -9,8 +9,12 @@ use super::ioctl;
 use super::signals::SignalsBlocked;
 use super::stops::StopWatch;
 use crate::error::EnableError;
-use crate::kernel::{Kernel, MOST_RESERVED_ENTRIES, Mode, RESERVED_ENTRIES, Recycled};
+use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
 use crate::slot_id::SlotId;
+
+/// Entries that a kernel with page-modification logging (Intel's; AMD's since 2026) keeps in reserve: 64, and
+/// 512 for the processor's buffer (`kvm_cpu_dirty_log_size` in the kernel's arch/x86/kvm).
+const RESERVED_WITH_PML: u32 = 64 + 512;
 
 /// A KVM virtual machine with its dirty log enabled.
 pub(crate) struct Vm {
@@ -39,7 +43,7 @@ impl Kernel for Vm {
     fn reserved_entries(&self) -> u32 {
         match self.mode {
             Mode::Bitmap => 0,
-            Mode::Rings if enable::has_pml() => MOST_RESERVED_ENTRIES,
+            Mode::Rings if enable::has_pml() => RESERVED_WITH_PML,
             Mode::Rings => RESERVED_ENTRIES,
         }
     }

@@ -6,18 +6,18 @@
 //!
 //! | policy | rule |
 //! |---|---|
-//! | [`LookFirst`] | looks at the rings, and empties them only if one would be full before the next look |
+//! | [`Adaptive`] | looks at the rings, and empties them only if one would be full before the next look |
 //! | [`Fixed`] | empties all rings at a constant period: QEMU does so each second |
 //! | [`RunLevels`] | six delays; a level up or down by how much a pass found |
-//! | [`HalveAndCreep`] | halves its delay where a pass found much, lengthens it by 20 ms where little |
+//! | [`Aimd`] | halves its delay where a pass found much, lengthens it by 20 ms where little |
 //!
 //! May import: ground.
 
+mod adaptive;
+mod aimd;
 pub(crate) mod alarm;
 pub(crate) mod fading;
 mod fixed;
-mod halve_and_creep;
-mod look_first;
 mod pacer;
 mod run_levels;
 
@@ -26,9 +26,9 @@ use core::time::Duration;
 use crate::error;
 
 pub use crate::error::PolicyError;
+pub use adaptive::{Adaptive, Tuning};
+pub use aimd::Aimd;
 pub use fixed::Fixed;
-pub use halve_and_creep::HalveAndCreep;
-pub use look_first::{LookFirst, Tuning};
 pub use pacer::Pacer;
 pub use run_levels::RunLevels;
 

@@ -35,7 +35,7 @@ struct Known {
 ///
 /// ```
 /// # use std::time::Instant;
-/// use kvm_dirty_ring::{DirtyLog, error::ResetError, pacing::{LookFirst, Pacer}};
+/// use kvm_dirty_ring::{DirtyLog, error::ResetError, pacing::{Adaptive, Pacer}};
 ///
 /// /// A turn of a VMM's own event loop, in place of a reaper thread.
 /// fn turn(log: &DirtyLog, pacer: &mut Pacer, start: Instant) -> Result<(), ResetError> {
@@ -53,7 +53,7 @@ struct Known {
 /// }
 /// # let vm = kvm_dirty_ring::sim::SimVm::new(Default::default());
 /// # let log = vm.dirty_log();
-/// # turn(&log, &mut Pacer::new(LookFirst::default()), Instant::now()).unwrap();
+/// # turn(&log, &mut Pacer::new(Adaptive::default()), Instant::now()).unwrap();
 /// ```
 pub struct Pacer {
     policy: Box<dyn Pacing>,

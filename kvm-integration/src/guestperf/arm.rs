@@ -1,9 +1,7 @@
 //! What is compared: ways to track what a guest writes.
 
 use crate::reaping::Shape::{self, AllRings, OwnRing};
-use crate::reaping::policy::Policy::{
-    self, Fixed, HalveAndCreep, LookFirst, RunLevels, RunLevelsAsPosted,
-};
+use crate::reaping::policy::Policy::{self, Adaptive, Aimd, Fixed, RunLevels, RunLevelsAsPosted};
 
 /// One way to track.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +22,7 @@ pub enum Tracking {
 }
 
 /// The crate's own way, to which the others are compared.
-pub const OURS: &str = "look-first";
+pub const OURS: &str = "adaptive";
 
 impl Arm {
     /// Every arm, in the order in which they are shown.
@@ -36,13 +34,13 @@ impl Arm {
         Self::rings("fixed", OwnRing, Fixed),
         Self::rings("run-levels-as-posted", OwnRing, RunLevelsAsPosted),
         Self::rings("run-levels", OwnRing, RunLevels),
-        Self::rings("halve-and-creep", OwnRing, HalveAndCreep),
-        Self::rings(OURS, OwnRing, LookFirst),
+        Self::rings("aimd", OwnRing, Aimd),
+        Self::rings(OURS, OwnRing, Adaptive),
         Self::rings("qemu-fixed", AllRings, Fixed),
         Self::rings("qemu-run-levels-as-posted", AllRings, RunLevelsAsPosted),
         Self::rings("qemu-run-levels", AllRings, RunLevels),
-        Self::rings("qemu-halve-and-creep", AllRings, HalveAndCreep),
-        Self::rings("qemu-look-first", AllRings, LookFirst),
+        Self::rings("qemu-aimd", AllRings, Aimd),
+        Self::rings("qemu-adaptive", AllRings, Adaptive),
     ];
 
     const fn rings(name: &'static str, shape: Shape, policy: Policy) -> Self {

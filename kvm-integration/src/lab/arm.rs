@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvm_dirty_ring::pacing::{Fixed, HalveAndCreep, LookFirst, Observation, Pacing, RunLevels};
+use kvm_dirty_ring::pacing::{Adaptive, Aimd, Fixed, Observation, Pacing, RunLevels};
 
 use crate::reaping::Shape;
 
@@ -29,10 +29,10 @@ const SETTLES_BY_PASSES: Duration = Duration::from_secs(2);
 impl Arm {
     /// Every arm.
     pub const ALL: [Self; 10] = [
-        Self::new("look-first", || Box::new(LookFirst::default())),
+        Self::new("adaptive", || Box::new(Adaptive::default())),
         Self {
             fifo: true,
-            ..Self::new("look-first-fifo", || Box::new(LookFirst::default()))
+            ..Self::new("adaptive-fifo", || Box::new(Adaptive::default()))
         },
         Self::new("fixed", || Box::new(Fixed::default())),
         Self::new("fixed-10ms", || {
@@ -40,7 +40,7 @@ impl Arm {
         }),
         Self::new("run-levels", || Box::new(RunLevels::as_meant())).by_passes(),
         Self::new("run-levels-as-posted", || Box::new(RunLevels::as_posted())).by_passes(),
-        Self::new("halve-and-creep", || Box::new(HalveAndCreep::default())).by_passes(),
+        Self::new("aimd", || Box::new(Aimd::default())).by_passes(),
         Self::new("poll", || Box::new(Poll)),
         Self {
             shape: Shape::AllRings,

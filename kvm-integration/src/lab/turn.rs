@@ -57,8 +57,8 @@ mod tests {
 
     #[test]
     fn slow_guests_slow_policies_and_slow_loads_take_longer() {
-        assert_eq!(turn(Pattern::Constant, "look-first", 0), [500, 1000]);
-        assert_eq!(turn(Pattern::Constant, "look-first", 4000), [2500, 4000]);
+        assert_eq!(turn(Pattern::Constant, "adaptive", 0), [500, 1000]);
+        assert_eq!(turn(Pattern::Constant, "adaptive", 4000), [2500, 4000]);
         assert_eq!(turn(Pattern::Constant, "run-levels", 400), [2200, 1000]);
         assert_eq!(turn(Pattern::HotSet, "fixed", 1000), [2000, 1000]);
         assert_eq!(turn(Pattern::Idle, "fixed", 0), [2000, 3000]);

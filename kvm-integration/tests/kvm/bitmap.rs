@@ -11,7 +11,7 @@ use kvm_bindings::{
     kvm_enable_cap,
 };
 use kvm_dirty_ring::error::{AttachError, EnableError, SyncError};
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, RingEntries, SlotId};
 use kvm_integration::{GuestMemory, Load, TinyVm, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
@@ -54,7 +54,7 @@ fn vm() -> Result<TinyVm, Failed> {
 /// Lets `vcpus` vCPUs run for a moment, with syncs beside them, stops them, and wants everything.
 fn stop_and_sync(machine: &mut Machine, vcpus: u32) -> Result<(), Failed> {
     let vcpus = machine.spawn_all(Workload::Random, vcpus)?;
-    let reaper = Reaper::spawn(&machine.log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&machine.log, Adaptive::default())?;
     for round in 0..60 {
         for _ in 0..3 {
             // So that they are met at no moment in particular.

@@ -4,7 +4,7 @@
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::pacing::LookFirst;
+use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyLog, Limiter, Reaper};
 use kvm_integration::{VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
@@ -42,7 +42,7 @@ fn a_limit_is_not_exceeded() -> Outcome {
     const RATE: u64 = 2000;
     let mut machine = Machine::new(4096, &[60_000])?;
     let vcpus = machine.spawn_all(Workload::Walk, 2)?;
-    let reaper = Reaper::spawn(&machine.log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&machine.log, Adaptive::default())?;
     let limiter = limiter(&machine.log, &vcpus)?;
     let stores = || -> Vec<u64> { vcpus.iter().map(VcpuThread::progress).collect() };
     // A burst is over when a limiter has looked and the vCPU has left: less than a vCPU without a
@@ -112,7 +112,7 @@ fn a_full_ring_stops_a_vcpu_that_nobody_kicks() -> Outcome {
 fn a_stop_waits_for_no_sleep() -> Outcome {
     let mut machine = Machine::new(1024, &[60_000])?;
     let vcpus = machine.spawn_all(Workload::Walk, 2)?;
-    let reaper = Reaper::spawn(&machine.log, LookFirst::default())?;
+    let reaper = Reaper::spawn(&machine.log, Adaptive::default())?;
     let limiter = limiter(&machine.log, &vcpus)?;
     machine.log.set_dirty_limits(limit(SLOW))?;
     for _ in 0..3 {

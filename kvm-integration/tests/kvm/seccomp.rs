@@ -15,7 +15,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use kvm_dirty_ring::error::ReaperError;
-use kvm_dirty_ring::pacing::{Fixed, LookFirst};
+use kvm_dirty_ring::pacing::{Adaptive, Fixed};
 use kvm_dirty_ring::{DirtyLog, HostSupport, Limiter, Priority, Reaper, RingEntries};
 use kvm_integration::{Action, Exit, TinyVm, VcpuThread, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
@@ -386,7 +386,7 @@ const VCPUS: u32 = 2;
 /// What a reaper does in its life, on a thread that may do no more than that.
 fn reap(confined: &Confined, log: &DirtyLog, vcpus: &[VcpuThread]) -> Result<(), Failed> {
     let spawned = log.clone();
-    let reaper = confined.run(move || Reaper::spawn(&spawned, LookFirst::default()))?;
+    let reaper = confined.run(move || Reaper::spawn(&spawned, Adaptive::default()))?;
     run_passes(vcpus, 2)?;
     let reaper = confined.run(move || {
         reaper.pause();
@@ -461,7 +461,7 @@ fn confined() -> Outcome {
         let ended = reaping.run(move || {
             let allowed = (0..64).filter(|&cpu| may_run_on(cpu));
             let builder = Reaper::builder().cpus(allowed).priority(priority);
-            builder.spawn(&log, LookFirst::default())?.stop()
+            builder.spawn(&log, Adaptive::default())?.stop()
         });
         match ended {
             // Whom the kernel allows no priorities was not stopped by the filter.

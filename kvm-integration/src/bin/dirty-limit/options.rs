@@ -47,7 +47,7 @@ pub struct Options {
     pub ring_entries: RingEntries,
 
     /// When the reaper empties the rings
-    #[arg(long, value_enum, default_value_t = Policy::LookFirst)]
+    #[arg(long, value_enum, default_value_t = Policy::Adaptive)]
     pub pacing: Policy,
 
     /// Nobody looks after the limits and nobody empties rings but syncs, each second, and vCPUs

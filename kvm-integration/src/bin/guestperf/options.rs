@@ -49,8 +49,8 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = ring_entries)]
     pub ring_entries: Vec<RingEntries>,
 
-    /// Only this arm: bitmap, fixed, run-levels-as-posted, run-levels, halve-and-creep or
-    /// look-first; or one of the last five with `qemu-` before it: in QEMU's shape, where a full exit
+    /// Only this arm: bitmap, fixed, run-levels-as-posted, run-levels, aimd or
+    /// adaptive; or one of the last five with `qemu-` before it: in QEMU's shape, where a full exit
     /// empties all rings under one lock. May be repeated
     #[arg(long = "arm", value_name = "NAME", value_parser = arm)]
     pub arms: Vec<Arm>,

@@ -38,13 +38,7 @@ const STRESS_MIB: [u64; 3] = [96, 256, 768];
 const RING_ENTRIES: [u32; 3] = [1024, 4096, 65536];
 
 /// QEMU today and ours, each in the crate's shape and in QEMU's, and what there was before rings.
-const QUICK_ARMS: [&str; 5] = [
-    "bitmap",
-    "fixed",
-    "look-first",
-    "qemu-fixed",
-    "qemu-look-first",
-];
+const QUICK_ARMS: [&str; 5] = ["bitmap", "fixed", "adaptive", "qemu-fixed", "qemu-adaptive"];
 
 /// What a link without much of a limit takes, in MiB per second, at least.
 const FASTEST_LINK: u64 = 1000;

@@ -9,7 +9,7 @@
 //! | `settings` | `repeat`, `quiet_ms`, `bandwidth_mib` (a second; 0: no limit), `downtime_ms`, `max_rounds` |
 //! | `missed_pages` | of all migrations |
 //! | `cells` | for each guest `vcpus`, `memory_mib`, `stress_mib`, `ring_entries`, `others` (the share of the machine's CPU time that others took, or null), and `arms` |
-//! | `verdicts` | how `look-first` compares with the best arm, and with the best that has rings |
+//! | `verdicts` | how `adaptive` compares with the best arm, and with the best that has rings |
 //!
 //! An arm has its name, `arm`, `missed_pages`, and `migrations`. A migration has `figures`, `rounds`,
 //! `phases` and `samples`, all with the keys of the library's `guestperf::result`, where units are
@@ -79,7 +79,7 @@ mod tests {
     fn the_shape_is_the_documented_one() {
         let results = [cell_result(&[
             ("bitmap", &[figures()]),
-            ("look-first", &[figures()]),
+            ("adaptive", &[figures()]),
         ])];
         let plan = Plan::new(&parse("--quick --repeat 5").unwrap()).unwrap();
         let mut value = super::json(&Host::detect(), &plan, &results, &verdicts(&results));
@@ -105,7 +105,7 @@ mod tests {
             "missed_pages": 0,
         });
         let arm = json!({
-            "arm": "look-first",
+            "arm": "adaptive",
             "missed_pages": 0,
             "migrations": [{
                 "figures": figures,

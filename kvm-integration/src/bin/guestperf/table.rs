@@ -118,7 +118,7 @@ pub fn verdicts(verdicts: &[Verdict]) -> Table {
             best(&verdict.best_of_rings),
         ]
     };
-    let head = "guest | measure | look-first | best of all | best of rings";
+    let head = "guest | measure | adaptive | best of all | best of rings";
     Table::new(head, verdicts.iter().map(row))
 }
 
@@ -129,7 +129,7 @@ pub fn summary(verdicts: &[Verdict]) -> String {
         format!("{} of {}", reached.count(), verdicts.len())
     };
     let (all, rings) = (reached(|one| &one.best), reached(|one| &one.best_of_rings));
-    format!("look-first is best or within 5 %: {all} of all arms, {rings} of those with rings")
+    format!("adaptive is best or within 5 %: {all} of all arms, {rings} of those with rings")
 }
 
 #[cfg(test)]
@@ -154,7 +154,7 @@ mod tests {
         };
         cell_result(&[
             ("bitmap", &[figures()]),
-            ("look-first", &[figures(), slow, lost]),
+            ("adaptive", &[figures(), slow, lost]),
         ])
     }
 
@@ -167,10 +167,10 @@ mod tests {
         ];
         assert_eq!(table.rows[0], wanted);
         assert_eq!(table.head.len(), wanted.len());
-        let lost = ["look-first", "✗ 2 of 3", "⚠ 3 pages", "1.50 (1.50–4.50)"];
+        let lost = ["adaptive", "✗ 2 of 3", "⚠ 3 pages", "1.50 (1.50–4.50)"];
         assert_eq!(table.rows[1][..4], lost);
         let text = text(&result());
-        assert!(text.contains("⚠ look-first MISSED 3 pages"), "{text}");
+        assert!(text.contains("⚠ adaptive MISSED 3 pages"), "{text}");
         assert!(text.contains("✗ others took 25 %"), "{text}");
         assert!(text.ends_with("missed pages: 3\n"), "{text}");
     }
@@ -179,7 +179,7 @@ mod tests {
     fn the_overview_has_a_column_an_arm() {
         let mut result = result();
         let table = overview(&[result.clone()]);
-        assert_eq!(table.head, ["guest", "bitmap", "look-first"]);
+        assert_eq!(table.head, ["guest", "bitmap", "adaptive"]);
         assert_eq!(table.rows[0][1..], ["★ 1.50 / ★ 900", "⚠ 3 pages"]);
         result.arms[1].migrations.pop();
         let overview_of = |result: &CellResult| overview(from_ref(result)).rows[0][2].clone();
@@ -204,7 +204,7 @@ mod tests {
         let table = verdicts(&all);
         assert_eq!(
             table.rows[1][2..],
-            ["1000", "✗ bitmap: 900", "✓ look-first: 1000"]
+            ["1000", "✗ bitmap: 900", "✓ adaptive: 1000"]
         );
         assert_eq!(table.to_string().matches('✗').count(), 1, "{table}");
     }

@@ -71,7 +71,7 @@ pub struct Options {
     pub converge: bool,
 
     /// When the reaper empties the rings
-    #[arg(long, value_enum, default_value_t = Policy::LookFirst)]
+    #[arg(long, value_enum, default_value_t = Policy::Adaptive)]
     pub pacing: Policy,
 
     /// What the order of the guest's stores comes from

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use kvm_dirty_ring::{DirtyPages, Reaper, pacing::LookFirst};
+use kvm_dirty_ring::{DirtyPages, Reaper, pacing::Adaptive};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
@@ -56,7 +56,7 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     let thread = machine.start(vcpu, Value::Null)?;
 
     let log = &machine.log;
-    let reaper = Reaper::spawn(log, LookFirst::default())?;
+    let reaper = Reaper::spawn(log, Adaptive::default())?;
     log.start_tracking(SLOT, || (machine.set_logged)(true))?;
     // Nobody knows what was written until now: the first round has all memory.
     let (start, mut dirty) = (Instant::now(), DirtyPages::new());

@@ -36,8 +36,8 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = ring_entries)]
     pub ring_entries: Vec<RingEntries>,
 
-    /// Only this policy: look-first, look-first-fifo, fixed, fixed-10ms, run-levels,
-    /// run-levels-as-posted, halve-and-creep, poll, qemu or no-reaper. May be repeated
+    /// Only this policy: adaptive, adaptive-fifo, fixed, fixed-10ms, run-levels,
+    /// run-levels-as-posted, aimd, poll, qemu or no-reaper. May be repeated
     #[arg(long = "arm", value_name = "NAME", value_parser = arm)]
     pub arms: Vec<Arm>,
 
@@ -74,7 +74,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "sim")]
     pub seed: u64,
 
-    /// Simulates look-first with one of its numbers changed, under loads that tempt it to mistakes,
+    /// Simulates adaptive with one of its numbers changed, under loads that tempt it to mistakes,
     /// and says what each of them is good for
     #[arg(long, requires = "sim",
           conflicts_with_all = ["workloads", "vcpus", "ring_entries", "arms", "json", "html", "trace"])]

@@ -134,11 +134,11 @@ fn cells(options: &Options, patterns: &[Pattern]) -> Vec<Cell> {
 /// The arms that targets speak of.
 fn quick_arms(pattern: Pattern) -> Vec<Arm> {
     let names: &[&str] = match pattern {
-        Idle => &["look-first"],
-        Trickle => &["look-first", "look-first-fifo"],
-        HotSet => &["look-first", "fixed", "no-reaper"],
-        Fast => &["look-first", "look-first-fifo", "fixed", "qemu"],
-        _ => &["look-first", "look-first-fifo", "fixed"],
+        Idle => &["adaptive"],
+        Trickle => &["adaptive", "adaptive-fifo"],
+        HotSet => &["adaptive", "fixed", "no-reaper"],
+        Fast => &["adaptive", "adaptive-fifo", "fixed", "qemu"],
+        _ => &["adaptive", "adaptive-fifo", "fixed"],
     };
     names.iter().filter_map(|name| Arm::named(name)).collect()
 }
@@ -185,7 +185,7 @@ mod tests {
             .iter()
             .map(|arm| arm.name)
             .collect::<Vec<_>>();
-        assert_eq!(fast, ["look-first", "look-first-fifo", "fixed", "qemu"]);
+        assert_eq!(fast, ["adaptive", "adaptive-fifo", "fixed", "qemu"]);
     }
 
     #[test]

@@ -140,13 +140,13 @@ mod tests {
             }],
         }];
         let skipped = [Skipped {
-            arm: "look-first-fifo",
+            arm: "adaptive-fifo",
             why: "not allowed".into(),
         }];
         let targets = [Verdict {
             target: "wake-ups/s",
             guest: "idle, 1 vCPU, rings of 256".into(),
-            arm: "look-first",
+            arm: "adaptive",
             wanted: Bound::AtMost(4.0),
             measured: None,
             met: true,
@@ -175,9 +175,9 @@ mod tests {
                     "total": figures, "rounds": [figures],
                 }],
             }],
-            "skipped": [{"arm": "look-first-fifo", "why": "not allowed"}],
+            "skipped": [{"arm": "adaptive-fifo", "why": "not allowed"}],
             "targets": [{
-                "target": "wake-ups/s", "guest": "idle, 1 vCPU, rings of 256", "arm": "look-first",
+                "target": "wake-ups/s", "guest": "idle, 1 vCPU, rings of 256", "arm": "adaptive",
                 "wanted": "≤ 4", "measured": null, "met": true,
             }],
         });

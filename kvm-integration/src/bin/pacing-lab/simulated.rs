@@ -185,7 +185,7 @@ pub fn simulate(plan: &SimPlan, interrupted: &AtomicBool, report: &mut Report<'_
     Ok(())
 }
 
-/// What each number of look-first is good for.
+/// What each number of adaptive is good for.
 pub fn constants(options: &Options) -> impl Iterator<Item = constants::Row> {
     constants::rows(options.seed, Duration::from_secs(options.seconds))
 }

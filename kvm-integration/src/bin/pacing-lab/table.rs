@@ -87,7 +87,7 @@ pub fn verdicts(verdicts: &[Verdict]) -> Table {
     Table::new(TARGETS, verdicts.iter().map(row))
 }
 
-/// What look-first does with one of its numbers changed; a star marks the default.
+/// What adaptive does with one of its numbers changed; a star marks the default.
 pub fn constants(rows: impl Iterator<Item = constants::Row>) -> String {
     let row = |row: constants::Row| {
         let star = if row.is_default { " *" } else { "" };
@@ -214,7 +214,7 @@ mod tests {
         let verdict = |met, measured| Verdict {
             target: "idle",
             guest: "idle, 2 vCPUs, rings of 4096".into(),
-            arm: "look-first",
+            arm: "adaptive",
             wanted: Bound::AtMost(4.0),
             measured,
             met,

@@ -50,7 +50,7 @@ pub struct Verdict {
 }
 
 /// The arms that targets are for; with the second one's reaper, wake-ups are in time.
-const OURS: [&str; 2] = ["look-first", "look-first-fifo"];
+const OURS: [&str; 2] = ["adaptive", "adaptive-fifo"];
 
 /// All targets that these results have figures for.
 pub fn verdicts(results: &[CellResult], simulated: bool) -> Vec<Verdict> {
@@ -292,7 +292,7 @@ mod tests {
             ..measured()
         };
         for (workload, all, fate) in [("constant", measured(), "met"), ("skew", one, "missed")] {
-            let judged = judged(result(workload, 2, &[("look-first", all)]), false);
+            let judged = judged(result(workload, 2, &[("adaptive", all)]), false);
             let wanted = format!("full exits/s 0: {fate}");
             assert!(judged.contains(&wanted), "{judged:?}");
         }
@@ -308,12 +308,12 @@ mod tests {
             passes.map(|verdict| verdict.wanted)
         };
         let at_most = |most| Some(Bound::AtMost(most));
-        assert_eq!(most(1, "look-first", 4096), at_most(1.15));
-        assert_eq!(most(1, "look-first-fifo", 4096), at_most(1.1));
-        assert_eq!(most(1, "look-first-fifo", 1024), at_most(1.2));
-        assert_eq!(most(2, "look-first", 4096), at_most(1.6));
-        assert_eq!(most(4, "look-first", 4096), None);
-        assert_eq!(most(8, "look-first", 4096), at_most(1.3));
+        assert_eq!(most(1, "adaptive", 4096), at_most(1.15));
+        assert_eq!(most(1, "adaptive-fifo", 4096), at_most(1.1));
+        assert_eq!(most(1, "adaptive-fifo", 1024), at_most(1.2));
+        assert_eq!(most(2, "adaptive", 4096), at_most(1.6));
+        assert_eq!(most(4, "adaptive", 4096), None);
+        assert_eq!(most(8, "adaptive", 4096), at_most(1.3));
         assert_eq!(most(1, "fixed", 4096), None);
     }
 
@@ -330,13 +330,13 @@ mod tests {
             ..measured()
         };
         for (full_exits, fate) in [(2, "met"), (3, "missed")] {
-            let arms = [("look-first", few(full_exits)), ("fixed", fixed.clone())];
+            let arms = [("adaptive", few(full_exits)), ("fixed", fixed.clone())];
             let judged = judged(result("fast", 1, &arms), false);
             let wanted = format!("full exits ÷ fixed ≤ 0.02: {fate}");
             assert!(judged.contains(&wanted), "{judged:?}");
         }
         for (full_exits, met) in [(0, true), (2, true), (3, false)] {
-            let arms = [("look-first", few(full_exits)), ("qemu", fixed.clone())];
+            let arms = [("adaptive", few(full_exits)), ("qemu", fixed.clone())];
             let verdicts = verdicts(&[result("fast", 8, &arms)], false);
             let stall = verdicts
                 .iter()
@@ -353,7 +353,7 @@ mod tests {
             stores: 379_000,
             ..measured()
         };
-        let arms = [("look-first", slow), ("no-reaper", measured())];
+        let arms = [("adaptive", slow), ("no-reaper", measured())];
         let judged = judged(result("hot-set", 2, &arms), false);
         let wanted = ["stores ÷ without passes", "stores ÷ best arm"];
         assert_eq!(judged, wanted.map(|name| format!("{name} ≥ 0.95: missed")));
@@ -368,7 +368,7 @@ mod tests {
         };
         // Half the stores in half the time.
         let arms = [
-            ("look-first", cpu(200_000, 500)),
+            ("adaptive", cpu(200_000, 500)),
             ("fixed", cpu(400_000, 1000)),
         ];
         let mut result = result("bursts", 1, &arms);
@@ -390,7 +390,7 @@ mod tests {
             reaper_cpu: Duration::from_micros(1000),
             ..Measured::default()
         };
-        let judged = judged(result("idle", 2, &[("look-first", idle)]), false);
+        let judged = judged(result("idle", 2, &[("adaptive", idle)]), false);
         let wanted = ["wake-ups/s ≤ 4: missed", "reaper CPU % ≤ 0.1: met"];
         assert_eq!(judged, wanted);
     }
@@ -398,7 +398,7 @@ mod tests {
     #[test]
     fn overhead_counts_where_the_reaper_has_a_core() {
         let overhead = |workload, vcpus, simulated| {
-            let result = result(workload, vcpus, &[("look-first", measured())]);
+            let result = result(workload, vcpus, &[("adaptive", measured())]);
             let judged = judged(result, simulated).into_iter();
             let overhead = judged.filter(|words| words.contains("beyond"));
             overhead.collect::<Vec<_>>()
@@ -414,7 +414,7 @@ mod tests {
     #[test]
     fn nothing_is_wanted_where_nothing_helps() {
         let targets = |reset_load| {
-            let mut result = result("constant", 256, &[("look-first", measured())]);
+            let mut result = result("constant", 256, &[("adaptive", measured())]);
             result.reset_load = reset_load;
             judged(result, true).len()
         };
@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn overruns_are_no_figures() {
-        let mut result = result("constant", 1, &[("look-first", measured())]);
+        let mut result = result("constant", 1, &[("adaptive", measured())]);
         result.arms[0].overruns = 1;
         assert_eq!(judged(result, false), [""; 0]);
     }

@@ -1,9 +1,9 @@
-//! What each number of [`LookFirst`] is good for: the policy with one of them changed, under loads
+//! What each number of [`Adaptive`] is good for: the policy with one of them changed, under loads
 //! that each tempt it to another mistake.
 
 use std::time::Duration;
 
-use kvm_dirty_ring::pacing::{LookFirst, Tuning};
+use kvm_dirty_ring::pacing::{Adaptive, Tuning};
 
 use super::{Guest, Lateness, Load, Scenario, run_policy};
 use crate::lab::{Measured, Shape};
@@ -90,7 +90,7 @@ fn row(tuning: &Tuning, seed: u64, time: Duration) -> Row {
     let measured: Vec<Measured> = scenarios(seed, time)
         .iter()
         .map(|scenario| {
-            let policy = Box::new(LookFirst::new(*tuning));
+            let policy = Box::new(Adaptive::new(*tuning));
             run_policy(scenario, Shape::OwnRing, Some(policy)).measured
         })
         .collect();

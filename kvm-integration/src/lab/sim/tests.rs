@@ -177,7 +177,7 @@ fn the_reapers_time_adds_up() {
 #[test]
 fn a_fifo_reaper_has_a_lateness_of_its_own() {
     let scenario = Scenario::new(2, constant());
-    let arm = Arm::named("look-first-fifo").unwrap();
+    let arm = Arm::named("adaptive-fifo").unwrap();
     let lateness = Lateness::FIFO;
     let in_time = Scenario {
         lateness,
@@ -186,7 +186,7 @@ fn a_fifo_reaper_has_a_lateness_of_its_own() {
     let policy = arm.policy.map(|policy| policy());
     let expected = run_policy(&in_time, Shape::OwnRing, policy);
     assert_eq!(run(&scenario, &arm), expected);
-    let other = Arm::named("look-first").unwrap();
+    let other = Arm::named("adaptive").unwrap();
     assert_ne!(run(&scenario, &other), expected);
 }
 

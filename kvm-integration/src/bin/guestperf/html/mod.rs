@@ -37,7 +37,7 @@ pub fn page(
     body += &html(&table::overview(results), &legend);
     if !verdicts.is_empty() {
         body += &format!(
-            "<h2>Is look-first the best?</h2>\n<p>{}. A drop within {} ms of the best, which is one \
+            "<h2>Is adaptive the best?</h2>\n<p>{}. A drop within {} ms of the best, which is one \
              sample, and a stall within {STALL_NOISE} ms can't be told from it.</p>\n{}",
             table::summary(verdicts),
             DROP_NOISE * 1e3,

@@ -4,7 +4,7 @@ use core::time::Duration;
 
 use super::{LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
 
-/// Each number that [`LookFirst`] goes by. `docs/pacing.md` shows what other values do.
+/// Each number that [`Adaptive`] goes by. `docs/pacing.md` shows what other values do.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Tuning {
@@ -92,7 +92,7 @@ impl Default for Tuning {
 ///    a horizon, which doubles from look to look until a full exit or a rate unheard of sets it
 ///    back to a fraction of a millisecond.
 #[derive(Debug, Clone)]
-pub struct LookFirst {
+pub struct Adaptive {
     tuning: Tuning,
     /// Highest rate of any ring, in entries per second, fading.
     peak: f64,
@@ -103,7 +103,7 @@ pub struct LookFirst {
     full_exits: u64,
 }
 
-impl LookFirst {
+impl Adaptive {
     /// The policy with numbers of your own; those that make no sense are moved to where they do.
     pub fn new(tuning: Tuning) -> Self {
         Self {
@@ -146,13 +146,13 @@ impl LookFirst {
     }
 }
 
-impl Default for LookFirst {
+impl Default for Adaptive {
     fn default() -> Self {
         Self::new(Tuning::DEFAULT)
     }
 }
 
-impl Pacing for LookFirst {
+impl Pacing for Adaptive {
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
         if seen.rings.is_empty() {
             return self.tuning.longest;
@@ -285,7 +285,7 @@ mod tests {
         }
     }
 
-    fn look(policy: &mut LookFirst, us: u64, rings: &[RingObservation]) -> (Vec<bool>, u128) {
+    fn look(policy: &mut Adaptive, us: u64, rings: &[RingObservation]) -> (Vec<bool>, u128) {
         let mut reap = vec![false; rings.len()];
         let seen = Observation::new(Duration::from_micros(us), rings);
         let wait = policy.decide(&seen, &mut reap);
@@ -294,15 +294,15 @@ mod tests {
 
     /// Knows a guest that logs 40,000 entries a second, so that a ring fills in 100 ms, and trusts
     /// in what it knows.
-    fn acquainted() -> LookFirst {
-        LookFirst {
+    fn acquainted() -> Adaptive {
+        Adaptive {
             peak: 40_000.0,
             horizon: 10.0,
             pass: Cost {
                 seconds: 0.0,
                 ..Cost::SUPPOSED
             },
-            ..LookFirst::default()
+            ..Adaptive::default()
         }
     }
 
@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn at_first_it_looks_soon_and_then_ever_more_seldom() {
-        let mut policy = LookFirst::default();
+        let mut policy = Adaptive::default();
         let mut wait = 0;
         for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000] {
             let (reap, next) = look(&mut policy, wait, &[ring(0, 0)]);
@@ -444,7 +444,7 @@ mod tests {
             entries: 2000,
         });
         policy.decide(&seen, &mut [false]);
-        let late = |policy: &LookFirst| (policy.late.mean, policy.late.deviation);
+        let late = |policy: &Adaptive| (policy.late.mean, policy.late.deviation);
         assert_eq!(late(&policy), (0.008, 0.004));
         // Of 750 entries that were supposed, at no time, and 2,000.
         let price = 0.004 / 2750.0;
@@ -478,7 +478,7 @@ mod tests {
                     shortest: time,
                     longest: time,
                 };
-                let mut policy = LookFirst::new(tuning);
+                let mut policy = Adaptive::new(tuning);
                 for us in [0, 1000, 1000, 5_000_000] {
                     let mut reap = [false];
                     let rings = [growing(SOFT_LIMIT)];

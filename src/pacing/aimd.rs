@@ -18,11 +18,11 @@ const POOR: f64 = 0.2;
 /// more than 0.8 of the size of one halves the delay; one that found at most 0.2 lengthens it by
 /// 20 ms; it stays within 100 ms and 1 s.
 #[derive(Debug, Clone)]
-pub struct HalveAndCreep {
+pub struct Aimd {
     clock: Period,
 }
 
-impl HalveAndCreep {
+impl Aimd {
     /// Starts at the longest delay.
     pub const fn new() -> Self {
         let clock = Period::new(LONGEST);
@@ -30,13 +30,13 @@ impl HalveAndCreep {
     }
 }
 
-impl Default for HalveAndCreep {
+impl Default for Aimd {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Pacing for HalveAndCreep {
+impl Pacing for Aimd {
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration {
         if self.clock.passes(seen) {
             reap.fill(true);
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn decisions_are_those_worked_out_by_hand() {
-        let mut policy = AtEachPass::new(HalveAndCreep::new(), 1000);
+        let mut policy = AtEachPass::new(Aimd::new(), 1000);
         for (found, delay) in [
             (&[800][..], 1000), // not more than 0.8
             (&[801], 500),
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn creeps_up_to_a_second() {
-        let mut policy = AtEachPass::new(HalveAndCreep::new(), 1000);
+        let mut policy = AtEachPass::new(Aimd::new(), 1000);
         assert_eq!(policy.pass(&[900], false), 500);
         for step in 1..=25 {
             assert_eq!(policy.pass(&[0], false), 500 + 20 * step);
@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn full_exits_are_nothing_to_it() {
-        let mut policy = AtEachPass::new(HalveAndCreep::new(), 1000);
+        let mut policy = AtEachPass::new(Aimd::new(), 1000);
         assert_eq!(policy.pass(&[0], true), 1000);
         assert_eq!(policy.pass(&[300], true), 1000);
     }
