@@ -1,4 +1,5 @@
-//! The only file that names atomics, locks and threads.
+//! The only file that names atomics, locks and threads, but for what is not modelled: the simulated kernel, and the
+//! channels by which the crate's own threads start.
 //!
 //! Built for its own tests with the feature `loom` or `shuttle`, the crate runs on loom's or shuttle's
 //! versions of them, so that the models in `loom-tests/` and `shuttle-tests/` check the code that

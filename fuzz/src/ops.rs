@@ -143,6 +143,8 @@ fn setup(u: &mut Unstructured<'_>, judge: Judge) -> Result<Setup> {
         vcpus: u.int_in_range(1..=3)?,
         mode,
         with_bitmap,
+        // No byte of its own: the corpus stays what it is.
+        protects_spans: before_the_wrap % 2 == 1,
     })
 }
 

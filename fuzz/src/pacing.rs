@@ -5,8 +5,8 @@ use core::time::Duration;
 use arbitrary::{Arbitrary, Result, Unstructured};
 use kvm_dirty_ring::error::PolicyError;
 use kvm_dirty_ring::pacing::{
-    Fixed, Aimd, LONGEST_LOOK, Adaptive, Observation, Pacer, Pacing, PassCost,
-    RingObservation, RunLevels, SHORTEST_LOOK, Tuning,
+    Adaptive, Aimd, Fixed, LONGEST_LOOK, Observation, Pacer, Pacing, PassCost, RingObservation,
+    RunLevels, SHORTEST_LOOK, Tuning,
 };
 
 const MOST_LOOKS: usize = 64;

@@ -1,4 +1,4 @@
-//! Pages as bits.
+//! Pages as bits, and which pass holds which of them.
 //!
 //! A harvesting pass sets them in a *shard* that it holds alone ([`shard`], [`pool`]); devices set
 //! them in *shared* words ([`shared`]); a sync merges both into the bits that its caller reads

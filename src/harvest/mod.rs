@@ -1,4 +1,5 @@
-//! From entries to published pages: passes over rings, and the resets that they share.
+//! From entries to published pages: passes over rings, the resets that they share, and the bits that the kernel itself
+//! keeps.
 //!
 //! May import: ground, bitmap, ring, limit, pacing, slots.
 

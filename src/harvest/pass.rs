@@ -119,13 +119,13 @@ impl Harvester {
 
     /// Whether a ring is broken. The kernel has overwritten entries that nobody had harvested, or whose pages it
     /// had yet to protect, and may at any time again: so all pages of all slots are dirty from then on.
-    pub(crate) fn is_broken(&self) -> bool {
+    pub(crate) fn any_broken(&self) -> bool {
         // Whoever finds a ring broken holds a shard, or resets for one who does: a sync waits for the shards,
         // and their lock orders this count.
         self.counts.overruns.get() > 0
     }
 
-    fn note_broken(&self, breaks: bool) {
+    fn count_broken(&self, breaks: bool) {
         if breaks {
             self.counts.overruns.add(1);
         }
@@ -135,7 +135,7 @@ impl Harvester {
     pub(crate) fn suspects(&self) -> u64 {
         let layout = self.layout();
         let slots = layout.slots.slots();
-        match self.is_broken() {
+        match self.any_broken() {
             true => slots.map(|slot| slot.pages()).sum(),
             false => slots.map(|slot| slot.suspects()).sum(),
         }
@@ -250,9 +250,9 @@ impl Rings for Harvester {
     fn look_for_overruns(&self) -> bool {
         for vcpu in &self.layout().vcpus {
             let breaks = lock(&vcpu.ring).breaks_at_its_reserve();
-            self.note_broken(breaks);
+            self.count_broken(breaks);
         }
-        self.is_broken()
+        self.any_broken()
     }
 
     fn suspect_last_batches(&self) {
@@ -342,7 +342,7 @@ impl<'a> Pass<'a, Harvested> {
             counts.out_of_range.add(misses.out_of_range);
             self.layout.suspect_all();
         }
-        self.harvester.note_broken(breaks);
+        self.harvester.count_broken(breaks);
         Taken {
             entries,
             alone: alone && !vcpu.is_broken(),
@@ -397,11 +397,12 @@ impl Pass<'_, Reset> {
     /// After a full exit that found nothing: looks further for what the kernel has pushed.
     pub(crate) fn look_for_a_gap(&self, vcpu: &Vcpu) {
         let breaks = lock(&vcpu.ring).breaks_at_a_gap();
-        self.harvester.note_broken(breaks);
+        self.harvester.count_broken(breaks);
     }
 
     /// Publishes the pages: whoever holds the shard next may hand them out.
     pub(crate) fn publish(self) {
+        // Dropping the shard does it (`ShardGuard::drop` in the pool): it is given back with nothing left to reset.
         let Reset(()) = self.stage;
     }
 

@@ -7,5 +7,5 @@ pub(crate) mod enable;
 pub(crate) mod ioctl;
 pub(crate) mod mmap;
 pub(crate) mod signals;
-mod stops;
+mod stop_watch;
 pub(crate) mod vm;

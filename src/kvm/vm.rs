@@ -7,7 +7,7 @@ use super::bitmap::Bitmaps;
 use super::enable::{self, RingEntries};
 use super::ioctl;
 use super::signals::SignalsBlocked;
-use super::stops::StopWatch;
+use super::stop_watch::StopWatch;
 use crate::error::EnableError;
 use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
 use crate::slot_id::SlotId;

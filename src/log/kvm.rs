@@ -1,4 +1,4 @@
-//! How a log is made for a KVM virtual machine, and its vCPUs' rings are attached.
+//! Enabling the log of a KVM virtual machine, and mapping the rings of its vCPUs.
 
 use std::os::fd::AsRawFd;
 

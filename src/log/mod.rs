@@ -9,6 +9,7 @@ pub(crate) mod limits;
 pub(crate) mod rate;
 mod rearm;
 pub(crate) mod slots;
+mod sync;
 mod tracking;
 pub(crate) mod vcpu_ring;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
@@ -17,7 +18,7 @@ pub mod vm_memory;
 use core::fmt;
 
 use crate::bitmap::pool::MAX_SHARDS;
-use crate::error::{ResetError, SlotError, SyncError};
+use crate::error::{ResetError, SlotError};
 use crate::harvest::kernel_bits::KernelBits;
 use crate::harvest::pass::Harvester;
 use crate::kernel::{Kernel, Mode};
@@ -28,7 +29,7 @@ use crate::pacing::RingObservation;
 use crate::pacing::alarm::Alarm;
 use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::DirtyPages;
-use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, lock};
+use crate::sync::{Arc, AtomicBool, Mutex};
 
 /// The dirty log of one virtual machine.
 ///
@@ -197,121 +198,6 @@ impl DirtyLog {
         taken
     }
 
-    /// Replaces what is in `dirty` by the pages written since the sync before.
-    ///
-    /// When it returns, each of these pages is protected again: a write that comes later is
-    /// reported by a later sync, so the contents may be read from now on. Pages that the guest
-    /// writes while this runs are reported now or next time. With every vCPU stopped outside of
-    /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
-    /// that were written, whatever other passes were under way.
-    ///
-    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time, and so are all
-    /// pages of a slot that is [not tracked](Self::stop_tracking), and all pages of all slots once a ring is
-    /// [broken](crate::VcpuStats::broken).
-    ///
-    /// Each other page is handed out once, to whichever call comes first: where two parts of a VMM need
-    /// dirty pages, let one sync, and keep the result for both. Pages that were not copied, because
-    /// sending them failed, are the caller's: keep them, or [mark](Self::mark_dirty) them again. While a
-    /// slot is [being removed](Self::retire_slot) its pages are reported still, and `dirty` may name it
-    /// for longer: keep its memory until all of that is copied or cleared.
-    ///
-    /// ```
-    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
-    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
-    /// # let vm = SimVm::new(SimConfig::default());
-    /// # let log = vm.dirty_log();
-    /// # let ram = SlotId::new(0, 0);
-    /// # log.add_slot(ram, 1000)?;
-    /// # vm.create_slot(ram, 1000);
-    /// # let vcpu = vm.add_vcpu();
-    /// # let _ring = log.attach_ring(vcpu.ring_memory())?;
-    /// # let copy = |slot: SlotId, pages: std::ops::Range<u64>| assert_eq!((slot, pages), (ram, 3..5));
-    /// # (3..5).for_each(|page| vcpu.write(ram, page).unwrap());
-    /// let mut dirty = DirtyPages::new(); // made once: its memory is used again each round
-    /// log.sync(&mut dirty)?;
-    /// for run in dirty.runs() {
-    ///     copy(run.slot, run.first_page..run.first_page + run.pages);
-    /// }
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,
-    /// and the pages come with the next sync.
-    pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
-        let started = trace::flush();
-        let synced = self.replace(dirty);
-        trace::flushed(started, || dirty.page_count());
-        self.inner.emit_faults();
-        synced
-    }
-
-    fn replace(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
-        dirty.clear();
-        let mut collected = Collected {
-            pending: lock(&self.inner.pending),
-            dirty,
-            complete: false,
-        };
-        if !collected.pending.is_empty() {
-            core::mem::swap(&mut *collected.pending, collected.dirty);
-        }
-        self.collect(collected.dirty)?;
-        collected.complete = true;
-        // What was the caller's would keep slots that are gone, for as long as no sync needs it.
-        *collected.pending = DirtyPages::new();
-        Ok(())
-    }
-
-    /// Adds every page written before the call, and those under suspicion, to `dirty`.
-    fn collect(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
-        let harvester = &self.inner.harvester;
-        for shard in 0..harvester.pool.len() {
-            // Waits for the pass that holds the shard: its pages are harvested, and we are not to
-            // return without them.
-            let mut pass = harvester.begin_on(harvester.pool.acquire(shard));
-            if shard == 0 {
-                // Before any other shard: a pass that takes one later finds nothing of what we are
-                // bound to report.
-                pass.harvest_all();
-            }
-            if !pass.reset()?.publish_into(dirty) {
-                return Err(SyncError::NoMemory);
-            }
-        }
-        if harvester.kernel().has_bitmap() {
-            self.take_kernel_bits()?;
-        }
-        if !dirty.fit(&harvester.layout().slots) {
-            return Err(SyncError::NoMemory);
-        }
-        let all = harvester.is_broken();
-        for (slot, bits) in dirty.slots_mut() {
-            slot.device().take_into(bits);
-            slot.copy_suspects_into(bits);
-            if all {
-                bits.fill();
-            }
-        }
-        Ok(())
-    }
-
-    /// Moves what the kernel itself has logged to the device bits of each slot.
-    fn take_kernel_bits(&self) -> Result<(), SyncError> {
-        let harvester = &self.inner.harvester;
-        let mut taking = self.inner.kernel_bits.lock();
-        // Now, so that `add_slot` waits for us if an id is about to name another slot.
-        let layout = harvester.layout();
-        for slot in layout.slots.slots().filter(|slot| slot.is_tracked()) {
-            if !taking.fit(slot.pages()) {
-                return Err(SyncError::NoMemory);
-            }
-            let retired = layout.slots.is_retired(slot);
-            taking.take(harvester.kernel(), slot, retired)?;
-        }
-        Ok(())
-    }
-
     /// As [`reap`](Self::reap), for those rings whose place is true in `rings`, in the order in
     /// which the vCPUs were attached. Rings beyond its end are left alone.
     ///
@@ -351,22 +237,6 @@ impl DirtyLog {
     pub fn stats(&self) -> Stats {
         let missing = self.inner.kernel_bits.missing.get();
         Stats::read(&self.inner.harvester, missing, &self.inner.reaper_counts)
-    }
-}
-
-/// What a sync has collected. If it does not complete, by an error or a panic, its pages wait in the
-/// log for the next one.
-struct Collected<'a> {
-    pending: MutexGuard<'a, DirtyPages>,
-    dirty: &'a mut DirtyPages,
-    complete: bool,
-}
-
-impl Drop for Collected<'_> {
-    fn drop(&mut self) {
-        if !self.complete {
-            core::mem::swap(&mut *self.pending, self.dirty);
-        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! What is counted, and what subscribers and recorders hear of it.
+//! What others have counted, as statistics, events and metrics.
 //!
 //! May import: ground, harvest.
 

@@ -1,4 +1,5 @@
-//! Signs that the kernel fills a ring past its end, or over what waits for its reset.
+//! Overruns: the signs that break a ring. They are asked for by `view` at a harvest, by the reset gate before a reset, and
+//! after a full exit that found nothing; `memory` keeps the verdict, `harvest/pass` counts it.
 //!
 //! A kernel that keeps its reserve never does; kvm_pvm's instruction emulator looks for a full ring too seldom.
 //! Then entries are lost, and neither side knows the other's index any more: the ring is broken for good.

@@ -48,8 +48,9 @@ impl Batch {
         }
     }
 
-    /// Arms its pages in `slot`; none of them if the last is not in it (`kvm_reset_dirty_gfn`).
-    pub(super) fn arm(&self, slot: &SimSlot) {
+    /// Arms its pages in `slot`, or all from its first to its last; none of them if the last is not in it
+    /// (`kvm_reset_dirty_gfn`).
+    pub(super) fn arm(&self, slot: &SimSlot, as_span: bool) {
         let last = u64::from(self.pages.ilog2());
         if self
             .first
@@ -58,7 +59,7 @@ impl Batch {
         {
             return;
         }
-        let pages = (0..64).filter(|bit| self.pages >> bit & 1 != 0);
+        let pages = (0..=last).filter(|bit| as_span || self.pages >> bit & 1 != 0);
         pages.for_each(|bit| slot.arm(self.first + bit));
     }
 }
@@ -95,16 +96,19 @@ mod tests {
     #[test]
     fn all_of_it_is_in_the_slot_or_none_is_armed() {
         let slot = SimSlot::new(64);
-        let armed = |entries: &[(u32, u64)]| {
+        let armed_by = |entries: &[(u32, u64)], as_span| {
             (0..64).for_each(|page| _ = slot.disarm(page));
             let mut batches = Vec::new();
             Batch::of_ring(entries, &mut batches);
-            batches.iter().for_each(|batch| batch.arm(&slot));
+            batches.iter().for_each(|batch| batch.arm(&slot, as_span));
             (0..64)
                 .filter(|&page| slot.disarm(page) == Some(true))
                 .collect::<Vec<_>>()
         };
+        let armed = |entries: &[(u32, u64)]| armed_by(entries, false);
         assert_eq!(armed(&[(0, 60), (0, 63)]), [60, 63]);
+        assert_eq!(armed_by(&[(0, 60), (0, 63)], true), [60, 61, 62, 63]);
+        assert_eq!(armed_by(&[(0, 60), (0, 64)], true), [0u64; 0]);
         assert_eq!(armed(&[(0, 60), (0, 64)]), [0u64; 0]);
         assert_eq!(armed(&[(0, 64), (0, 60)]), [0u64; 0]);
         assert_eq!(armed(&[(0, 0), (0, 64), (0, u64::MAX)]), [0]);

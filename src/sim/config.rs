@@ -17,6 +17,9 @@ pub struct SimConfig {
     pub first_index: u32,
     /// How it logs what vCPUs write. In [`Mode::Bitmap`] their rings stay empty.
     pub mode: Mode,
+    /// Whether a reset protects a batch from its first page to its last, as on arm64, and not just the pages that
+    /// its entries name, as on x86.
+    pub protects_spans: bool,
     /// Whether there are bitmaps beside rings, for [what the kernel writes](super::SimVm::kernel_write).
     pub with_bitmap: bool,
 }
@@ -30,6 +33,7 @@ impl Default for SimConfig {
             pml: 0,
             first_index: 0,
             mode: Mode::Rings,
+            protects_spans: false,
             with_bitmap: false,
         }
     }

@@ -204,7 +204,7 @@ impl Kernel for SimVm {
         }
         for batch in batches {
             if let Some(slot) = self.slot(SlotId::from_raw(batch.slot)) {
-                batch.arm(&slot);
+                batch.arm(&slot, self.config().protects_spans);
             }
         }
         self.flush();

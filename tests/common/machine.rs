@@ -58,6 +58,7 @@ impl Machine {
         config.first_index = setup.first_index;
         config.mode = setup.mode;
         config.with_bitmap = setup.with_bitmap;
+        config.protects_spans = setup.protects_spans;
         let vm = SimVm::new(config);
         let memory = Arc::new(Memory {
             log: vm.dirty_log(),

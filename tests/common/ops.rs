@@ -14,6 +14,8 @@ pub struct Setup {
     pub mode: Mode,
     /// Whether there are bitmaps beside rings.
     pub with_bitmap: bool,
+    /// Whether a reset protects whole spans of pages.
+    pub protects_spans: bool,
 }
 
 /// Consecutive pages, written one by one. Numbers are reduced to what exists when it comes to it.

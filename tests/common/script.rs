@@ -12,8 +12,8 @@ pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
     let first_index = prop_oneof![Just(0), (0u32..100).prop_map(|n| u32::MAX - n)];
     // The reserve is there to hold what the buffer holds: a larger buffer would overrun the ring.
     let buffer = any::<prop::sample::Index>();
-    (ring, first_index, 1usize..=3, buffer).prop_map(
-        move |((ring_entries, reserved), first_index, vcpus, buffer)| Setup {
+    (ring, first_index, 1usize..=3, buffer, any::<bool>()).prop_map(
+        move |((ring_entries, reserved), first_index, vcpus, buffer, protects_spans)| Setup {
             ring_entries,
             reserved,
             pml: if pml {
@@ -25,6 +25,7 @@ pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
             vcpus,
             mode: Mode::Rings,
             with_bitmap: false,
+            protects_spans,
         },
     )
 }
