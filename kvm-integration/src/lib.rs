@@ -10,12 +10,14 @@
 //! |---|---|---|
 //! | [`guest`] | the tiny guest and its virtual machine | tests, benchmarks and all programs but `mini-vmm` |
 //! | [`host`] | the machine that it runs on: what it is, its CPUs, signals, refused system calls | as above |
-//! | [`machine`] | a guest to be migrated, on KVM or on the simulated kernel | `live-migration`, `dirty-limit`, `guestperf`, `chaos` |
-//! | [`reaping`] | who empties rings: policies by name, and QEMU's way | `pacing-lab`, `guestperf` |
+//! | [`machine`] | a guest to be migrated, on KVM or on the simulated kernel | `live-migration`, `dirty-limit`, `guestperf`, `pacing-lab` |
+//! | [`reaping`] | how rings are emptied: policies by name, and QEMU's way | `pacing-lab`, `guestperf`; the names also `live-migration`, `dirty-limit`, `chaos` |
 //! | [`migration`] | pre-copy rounds and the comparison after them | `live-migration`, `guestperf` |
-//! | [`cli`] | what programs have in common: options, output, signals | all programs but `mini-vmm` |
+//! | [`charts`] | pages with charts and tables | `guestperf`, `pacing-lab` |
+//! | [`cli`] | what programs have in common: arguments, output, tables, signals | all programs but `mini-vmm` |
 //! | [`guestperf`] | migrations that are measured | `guestperf` |
 //! | [`lab`] | arms and loads, on KVM and in a simulation | `pacing-lab`, `tests/pacing_sim.rs` |
+//! | [`page_set`], [`random`] | pages that migrations send; numbers that look random | whoever needs them |
 //!
 //! The guest is x86-64 code, so the machine itself is there on x86-64 only; everything else builds
 //! everywhere.
@@ -53,6 +55,7 @@ pub mod host;
 pub mod lab;
 pub mod machine;
 pub mod migration;
+pub mod page_set;
 pub mod random;
 pub mod reaping;
 

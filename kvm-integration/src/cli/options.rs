@@ -1,4 +1,4 @@
-//! What several command lines have.
+//! Arguments that several command lines parse.
 
 use kvm_dirty_ring::RingEntries;
 

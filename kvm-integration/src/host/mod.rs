@@ -1,4 +1,4 @@
-//! What this machine is, and whether it can run the guest.
+//! The host: what it is, whether it can run the guest, its CPUs and threads, and the signals and refusals that tests send.
 
 pub mod background;
 pub mod bystanders;

@@ -3,7 +3,6 @@
 
 #[cfg(target_arch = "x86_64")]
 mod kvm;
-pub(crate) mod page_set;
 pub mod rate;
 mod sim;
 #[cfg(target_arch = "x86_64")]

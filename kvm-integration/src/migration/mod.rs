@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::machine::page_set::PageSet;
 use crate::machine::{Guest, GuestSlot};
+use crate::page_set::PageSet;
 use converge::Converge;
 use link::Link;
 

@@ -9,7 +9,7 @@ use kvm_dirty_ring::pacing::Pacing;
 use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId};
 
 use super::converge::share;
-use crate::machine::page_set::PageSet;
+use crate::page_set::PageSet;
 
 /// Dirty tracking of one migration.
 pub trait Tracker {

@@ -1,10 +1,10 @@
 //! Who empties what at a full exit: the crate's way, and QEMU's.
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod full;
+pub(crate) mod full_exit;
 pub mod policy;
 #[cfg(target_arch = "x86_64")]
-mod qemu;
+mod qemu_reaper;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod reaper;
 

@@ -10,8 +10,8 @@ use kvm_dirty_ring::pacing::Pacing;
 use kvm_dirty_ring::{Priority, Reaper};
 
 use super::Shape;
-use super::full::FullExits;
-use super::qemu::{Counts, QemuReaper};
+use super::full_exit::FullExits;
+use super::qemu_reaper::{Counts, QemuReaper};
 use crate::host::cpu_time::cpu_time;
 use crate::host::storm::thread_named;
 

@@ -1,4 +1,4 @@
-//! Figures for people: tables that are aligned, and Markdown, too.
+//! The tables of pacing-lab: figures of arms, targets, and what its constants are good for.
 
 use kvm_integration::cli::markdown::{Table, figure};
 use kvm_integration::lab::sim::constants;

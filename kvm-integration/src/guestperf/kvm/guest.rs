@@ -16,7 +16,7 @@ use crate::guestperf::cell::Cell;
 use crate::host::cores::Cores;
 use crate::machine::vcpus::Vcpus;
 use crate::machine::{Guest, GuestSlot};
-use crate::reaping::full::FullExits;
+use crate::reaping::full_exit::FullExits;
 
 const SLOT: u32 = 1;
 const GPA: u64 = 4 << 30;

@@ -267,8 +267,8 @@ mod tests {
     use super::*;
     use crate::cli::interrupt::Interrupted;
     use crate::guestperf::arm::OURS;
-    use crate::machine::page_set::PageSet;
     use crate::migration::Tracker;
+    use crate::page_set::PageSet;
 
     const CELL: Cell = Cell {
         vcpus: 2,

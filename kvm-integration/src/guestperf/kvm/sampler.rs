@@ -10,7 +10,7 @@ use super::tracking::Delay;
 use crate::guest::vcpu::Progress;
 use crate::guestperf::analysis::Reading;
 use crate::migration::Observer;
-use crate::reaping::full::FullExits;
+use crate::reaping::full_exit::FullExits;
 
 /// Time between two readings.
 const EVERY: Duration = Duration::from_millis(20);

@@ -13,10 +13,10 @@ use super::guest::StressedGuest;
 use crate::guest::vm::TinyVm;
 use crate::guestperf::arm::{Arm, Tracking};
 use crate::machine::Guest;
-use crate::machine::page_set::PageSet;
 use crate::migration::Tracker;
+use crate::page_set::PageSet;
 use crate::reaping::Shape;
-use crate::reaping::full::FullExits;
+use crate::reaping::full_exit::FullExits;
 use crate::reaping::reaper::Reaping;
 
 /// An arm at work.

@@ -21,7 +21,7 @@ use crate::lab::cell::Cell;
 use crate::lab::rhythm::Gait;
 use crate::machine::rate::Dormitory;
 use crate::machine::vcpus::Vcpus;
-use crate::reaping::full::FullExits;
+use crate::reaping::full_exit::FullExits;
 
 const SLOT: u32 = 1;
 const GPA: u64 = 4 << 30;

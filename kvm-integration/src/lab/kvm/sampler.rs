@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kvm_dirty_ring::pacing::RingObservation;
 
 use crate::lab::measure::Sample;
-use crate::reaping::full::FullExits;
+use crate::reaping::full_exit::FullExits;
 use crate::reaping::reaper::Reaping;
 
 /// Time between two samples: a full ring is there for longer, as a rule.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Pacer, Pacing};
 
-use super::full::FullExits;
+use super::full_exit::FullExits;
 use crate::host::background::{Background, Ended};
 use crate::host::cores::confine;
 

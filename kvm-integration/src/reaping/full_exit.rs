@@ -1,4 +1,4 @@
-//! What a vCPU does when its ring is full.
+//! How a full exit is served: the crate's way, its own ring, or QEMU's, all rings under one lock.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,7 +9,7 @@ use kvm_dirty_ring::error::{ResetError, SyncError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, VcpuRing};
 
 use super::Shape;
-use crate::machine::page_set::PageSet;
+use crate::page_set::PageSet;
 
 /// How full exits are served just now, and what is counted of those that QEMU would serve.
 ///
