@@ -310,8 +310,9 @@ pub enum FullError {
     /// The reset failed. The pages are kept; try again, but not without end.
     #[error(transparent)]
     Reset(#[from] ResetError),
-    /// The kernel has overrun the ring, see [`VcpuStats::broken`](crate::VcpuStats::broken), and recycles nothing
-    /// of it any more. This vCPU has no way back into the guest: stop the guest, or give the VM up.
+    /// The kernel has overrun the ring, see [`VcpuStats::broken`](crate::VcpuStats::broken), and nothing of it was
+    /// recycled since the call before. Where the next call says so again, this vCPU has no way back into the guest:
+    /// stop the guest, or give the VM up.
     #[error(
         "the dirty ring of vCPU {vcpu} is broken, as KVM has overrun it, and can't be emptied any more: the vCPU \
          can't run on"
@@ -320,12 +321,12 @@ pub enum FullError {
         /// The vCPU, by its place in the order in which they were attached.
         vcpu: usize,
     },
-    /// In several calls in a row nothing of this vCPU's ring was recycled, by this call or by any other pass since
-    /// the call before. In a ring that stops its vCPU there is always something to recycle, so this is another
-    /// vCPU's ring or another VM's, or resets recycle nothing.
+    /// In several calls in a row nothing of this ring was recycled, by the call or by any other pass since the one
+    /// before, or next to nothing though nobody else had taken any. A ring that stops its vCPU is full: so this is
+    /// another vCPU's ring or another VM's, the vCPU had not stopped for it, or resets recycle nothing.
     #[error(
-        "{calls} full exits of vCPU {vcpu} in a row have recycled nothing of its ring: is it the ring of another \
-         vCPU, or is the log that of another VM?"
+        "{calls} full exits of vCPU {vcpu} in a row have found no full ring: is it the ring of another vCPU, or is \
+         the log that of another VM?"
     )]
     NoRoom {
         /// The vCPU, by its place in the order in which they were attached.

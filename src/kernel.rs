@@ -72,8 +72,9 @@ pub trait Kernel: Send + Sync {
     fn reset(&self) -> io::Result<Recycled>;
 
     /// How many entries of each ring the kernel is likely to keep in reserve: a vCPU stops with
-    /// *ring full* that many before the end. Only a prior; the log learns the true number. But a kernel that
-    /// leaves less than half of them free, or of 64, or of a 32nd of the ring, counts as one that overruns it.
+    /// *ring full* that many before the end. Only a prior; the log learns the true number. But a kernel
+    /// that leaves fewer entries free than half of the least of these counts as one that overruns the ring: this
+    /// number, 64, and a 32nd of the ring.
     fn reserved_entries(&self) -> u32 {
         RESERVED_ENTRIES
     }

@@ -198,6 +198,47 @@ fn forget(kernel: &Torn, mut pushed: VecDeque<Range<u64>>) {
     }));
 }
 
+/// With the vCPUs stopped there is no other sync to see it.
+#[test]
+fn the_last_sync_sees_a_gap_behind_what_it_takes() {
+    for forgotten in 1..4 {
+        let mut machine = Machine::new();
+        let kernel = Arc::clone(&machine.kernel);
+        kernel.write(0..60);
+        let one_by_one = (65..64 + forgotten).map(|page| page..page + 1);
+        forget(&kernel, iter::once(60..65).chain(one_by_one).collect());
+        machine.sync();
+        let seen: Vec<bool> = (60..70)
+            .map(|page| machine.dirty.contains(RAM, page))
+            .collect();
+        kernel.write(64 + forgotten..70);
+        machine.sync();
+        for (page, seen) in (60..70).zip(seen) {
+            assert!(
+                seen || machine.dirty.contains(RAM, page),
+                "page {page} was lost"
+            );
+        }
+        assert_eq!(machine.overruns(), 1);
+    }
+}
+
+/// A gap of more than three, behind a few entries: the full exit that takes these finds it.
+#[test]
+fn a_full_exit_finds_a_gap_behind_what_it_takes() {
+    let mut machine = Machine::new();
+    let kernel = Arc::clone(&machine.kernel);
+    kernel.write(0..60);
+    let one_by_one = (65..69).map(|page| page..page + 1);
+    forget(&kernel, iter::once(60..65).chain(one_by_one).collect());
+    machine.vcpu.on_full().unwrap();
+    kernel.write(100..150);
+    machine.vcpu.on_full().unwrap();
+    assert_eq!(machine.overruns(), 1);
+    machine.sync();
+    assert!(machine.dirty.contains(RAM, 100), "page 100 was lost");
+}
+
 /// The reset would free the entry that the vCPU has pushed: a gap of one, or a few, that shows once it has run
 /// on.
 #[test]

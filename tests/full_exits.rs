@@ -117,6 +117,11 @@ fn resets_that_recycle_nothing_end_in_an_error_until_one_does() {
         let result = machine.ring.on_full();
         assert_eq!(result.is_err(), call >= 3, "call {call}: {result:?}");
     }
+    assert_eq!(
+        machine.log.stats().vcpus[0].soft_limit,
+        60,
+        "what the first exit has shown holds"
+    );
     assert_eq!(machine.vcpu.used(), 60);
     machine.ring.on_full().unwrap();
     assert_eq!(machine.vcpu.used(), 0);
@@ -124,6 +129,96 @@ fn resets_that_recycle_nothing_end_in_an_error_until_one_does() {
     machine.write(100..160);
     (0..2).for_each(|_| machine.ring.on_full().unwrap());
     machine.ring.on_full().unwrap();
+}
+
+/// Resets that fall short may recycle others' entries and not come to this ring: no sign of a wrong one, but not
+/// without end.
+#[test]
+fn resets_that_get_on_elsewhere_are_waited_for() {
+    let (vm, log) = vm();
+    // Rings are recycled in this order.
+    let (other, own) = (vm.add_vcpu(), vm.add_vcpu());
+    let mut others = log.attach_ring(other.ring_memory()).unwrap();
+    let mut ring = log.attach_ring(own.ring_memory()).unwrap();
+    fill(&own);
+    for call in 1..=18 {
+        other.write(RAM, 100 + call).unwrap();
+        others.harvest_and_stop();
+        // That entry, and none of ours.
+        let faults = [1, 0].map(|after| ResetFault::Short { after });
+        vm.inject(faults);
+        let result = ring.on_full();
+        assert_eq!(result.is_err(), call >= 16, "call {call}: {result:?}");
+    }
+    ring.on_full().unwrap();
+    assert_eq!(own.used(), 0);
+}
+
+/// Each full exit of the other vCPU's ring shows another limit.
+#[test]
+fn what_several_exits_of_a_wrong_ring_show_is_forgotten() {
+    for fails in [false, true] {
+        let (vm, log) = vm();
+        let (own, other) = (vm.add_vcpu(), vm.add_vcpu());
+        let mut ring = log.attach_ring(other.ring_memory()).unwrap();
+        fill(&own);
+        for (pages, at) in [(20, 100), (10, 200)] {
+            (0..pages).for_each(|page| other.write(RAM, at + page).unwrap());
+            if fails {
+                vm.inject([ResetFault::Error(libc::EINTR)]);
+            }
+            assert_eq!(ring.on_full().is_err(), fails);
+        }
+        assert!((0..4).any(|_| ring.on_full().is_err()), "no end");
+        assert_eq!(
+            log.stats().vcpus[0].soft_limit,
+            48,
+            "a false soft limit was learnt"
+        );
+    }
+}
+
+/// A kernel may keep nearly all of the ring in reserve.
+#[test]
+fn a_small_soft_limit_is_no_wrong_ring() {
+    for (entries, reserved) in [(4096, 3900), (1024, 961), (64, 61), (32, 31), (2, 1)] {
+        let mut config = SimConfig::default();
+        (config.ring_entries, config.reserved) = (entries, reserved);
+        let vm = SimVm::new(config);
+        let log = vm.dirty_log();
+        log.add_slot(RAM, PAGES).unwrap();
+        vm.create_slot(RAM, PAGES);
+        let vcpu = vm.add_vcpu();
+        let mut ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        for _ in 0..5 {
+            vm.rearm_slot(RAM);
+            fill(&vcpu);
+            ring.on_full().unwrap();
+        }
+        assert_eq!(
+            log.stats().vcpus[0].soft_limit,
+            u64::from(entries - reserved)
+        );
+    }
+}
+
+/// What its exit saw nobody knows once another pass has been there: it shows no soft limit.
+#[test]
+fn a_vcpu_that_is_attached_again_after_its_exit_shows_no_limit() {
+    let (vm, log) = vm();
+    let (vcpu, spare) = (vm.add_vcpu(), vm.add_vcpu());
+    let mut ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let _others = log.attach_ring(spare.ring_memory()).unwrap();
+    (0..40).for_each(|page| vcpu.write(RAM, page).unwrap());
+    ring.harvest_and_stop();
+    (40..48).for_each(|page| vcpu.write(RAM, page).unwrap());
+    assert_eq!(vcpu.write(RAM, 48), Err(WriteError::RingFull));
+    spare.write(RAM, 100).unwrap();
+    drop(ring);
+    log.reap_rings(&[false, true]).unwrap();
+    let mut ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    ring.on_full().unwrap();
+    assert_eq!(log.stats().vcpus[0].soft_limit, 48);
 }
 
 /// Whoever has emptied the ring by the time that its vCPU's thread comes to it has made the room.

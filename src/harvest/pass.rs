@@ -329,6 +329,7 @@ impl<'a> Pass<'a, Harvested> {
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut setter = Setter::new(lookup);
         let (entries, breaks) = ring.harvest_blocks(|entries| setter.take(entries));
+        self.harvester.count_broken(breaks);
         vcpu.note_taken(entries);
         drop(ring);
         setter.set();
@@ -342,7 +343,6 @@ impl<'a> Pass<'a, Harvested> {
             counts.out_of_range.add(misses.out_of_range);
             self.layout.suspect_all();
         }
-        self.harvester.count_broken(breaks);
         Taken {
             entries,
             alone: alone && !vcpu.is_broken(),
@@ -394,7 +394,7 @@ impl<'a> Pass<'a, Harvested> {
 }
 
 impl Pass<'_, Reset> {
-    /// After a full exit that found nothing: looks further for what the kernel has pushed.
+    /// After a full exit that found less than a full ring holds: looks further for what the kernel has pushed.
     pub(crate) fn look_for_a_gap(&self, vcpu: &Vcpu) {
         let breaks = lock(&vcpu.ring).breaks_at_a_gap();
         self.harvester.count_broken(breaks);

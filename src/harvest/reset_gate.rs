@@ -74,6 +74,11 @@ impl ResetGate {
         self.faults.get()
     }
 
+    /// Entries recycled so far, of those that were marked.
+    pub(crate) fn recycled(&self) -> u64 {
+        lock(&self.state).recycled
+    }
+
     pub(crate) fn stats(&self) -> GateStats {
         GateStats {
             resets: self.resets.get(),
@@ -160,10 +165,14 @@ impl ResetGate {
             Ok((kernel.reset()?, is_broken))
         };
         let (first, is_broken) = reset()?;
+        let mut recycled = u64::from(first.entries);
         if is_broken {
+            // How many it should be nobody knows; but one that was cut short is repeated.
+            if recycled < outstanding {
+                reset()?;
+            }
             return Ok(outstanding);
         }
-        let mut recycled = u64::from(first.entries);
         if recycled >= outstanding {
             // `kvm_dirty_ring_reset` looks for signals once more after the last entry, and before it
             // has protected the batch that this one ends: no count shows it.

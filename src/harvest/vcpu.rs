@@ -47,7 +47,18 @@ pub(crate) struct SoftLimit {
     is_shown: bool,
 }
 
+impl SoftLimit {
+    /// What the kernel reports, or nearly so.
+    pub(crate) fn supposed(entries: u64) -> Self {
+        Self {
+            entries,
+            is_shown: false,
+        }
+    }
+}
+
 /// A ring at one moment.
+#[derive(Clone, Copy)]
 pub(crate) struct Seen {
     /// Entries taken so far.
     pub(crate) taken: u64,

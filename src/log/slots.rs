@@ -25,7 +25,9 @@ impl DirtyLog {
     /// memory; or there were entries of slots that are not tracked, and resets fail or fall short: then
     /// nothing has changed, and the call can be repeated.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
-        self.track(&lock(&self.inner().slot_change), slot, pages, None)
+        let added = self.track(&lock(&self.inner().slot_change), slot, pages, None);
+        self.inner().emit_faults();
+        added
     }
 
     /// As [`add_slot`](Self::add_slot), for a slot whose devices mark their writes in `device`, made

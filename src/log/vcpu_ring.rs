@@ -19,6 +19,9 @@ const PATIENCE: u32 = if cfg!(all(test, feature = "modelled")) {
     3
 };
 
+/// The same where resets fall short meanwhile, and recycle something.
+const LONG_PATIENCE: u32 = 16;
+
 impl DirtyLog {
     /// Starts to harvest a ring that is not mapped from a KVM vCPU. One whose [`VcpuRing`] was
     /// dropped may be attached again.
@@ -32,7 +35,9 @@ impl DirtyLog {
             return Err(AttachError::Size { found, expected });
         }
         let harvester = &self.inner().harvester;
-        let new = Arc::new(Vcpu::new(memory, harvester.kernel().reserved_entries()));
+        let reserved = harvester.kernel().reserved_entries();
+        let prior = u64::from(expected.saturating_sub(reserved).max(1));
+        let new = Arc::new(Vcpu::new(memory, reserved));
         // Held until the vCPU is there: whoever changes all limits then reaches it, or has been
         // here.
         let terms = lock(&self.inner().limits.terms);
@@ -60,7 +65,9 @@ impl DirtyLog {
         Ok(VcpuRing {
             inner: Arc::clone(self.inner()),
             index,
-            before: vcpu.seen(),
+            // Of a vCPU that comes back nobody knows what its exit saw.
+            before: Some(vcpu.seen()).filter(|seen| seen.taken == 0),
+            prior,
             calls_in_vain: 0,
             taught: None,
             vcpu,
@@ -75,8 +82,10 @@ impl DirtyLog {
 pub struct VcpuRing {
     inner: Arc<Inner>,
     index: usize,
-    /// The ring when the last full exit was over.
-    before: Seen,
+    /// The ring when the last full exit was over, or when it was attached.
+    before: Option<Seen>,
+    /// Entries at which the vCPU is to stop by what the kernel reports.
+    prior: u64,
     /// Full exits in a row that have made no room.
     calls_in_vain: u32,
     /// The soft limit before the last full exit, if that one showed one.
@@ -97,11 +106,16 @@ impl VcpuRing {
     /// In [`Mode::Bitmap`](crate::Mode::Bitmap) there is no such exit, and nothing to be done.
     ///
     /// # Errors
-    /// The ring is still full, its pages are kept, and nobody has slept. Entering the guest again leads to the
-    /// same exit at once. [`FullError::Reset`]: the reset failed; try again, but not without end.
-    /// [`FullError::Broken`], at once: the kernel has overrun the ring. [`FullError::NoRoom`], by the third call in
-    /// a row: nothing of this ring is recycled, so it is not this vCPU's, or the log is not its VM's. A vCPU that
-    /// waits for another thread's pass or reset gets neither: what that one has recycled counts.
+    /// The vCPU was given no room, its pages are kept, and nobody has slept. Entering the guest again leads to the
+    /// same exit at once.
+    ///
+    /// - [`FullError::Reset`]: the reset failed; try again, but not without end.
+    /// - [`FullError::Broken`]: the kernel has overrun the ring, and nothing of it was recycled since the call before.
+    /// - [`FullError::NoRoom`], by the third call in a row, or the sixteenth where resets fall short and get on: each has found
+    ///   nothing, or next to nothing, that a full ring holds. The ring is not this vCPU's, or the log not its VM's; or
+    ///   the vCPU had not stopped on a full ring. A vCPU that waits for another thread's pass or reset does not get
+    ///   this error: whatever was recycled since the call before counts, by whomever. Two vCPUs whose rings were
+    ///   swapped get it only if the other one's ring fills slowly, and no reaper empties it meanwhile.
     pub fn on_full(&mut self) -> Result<(), FullError> {
         let start = Instant::now();
         let mut entries = 0;
@@ -152,51 +166,71 @@ impl VcpuRing {
         *entries = taken.entries;
         // Whether the vCPU's exit saw nothing but what we have taken: all that was taken before was recycled
         // before, and since then nobody else has taken any. Asked now: another pass may have been faster.
-        let since = self.vcpu.taken() - self.before.taken;
-        let alone = self.before.all_recycled && since == u64::from(taken.entries);
+        let is_all = |before: &Seen| {
+            let since = self.vcpu.taken() - before.taken;
+            before.all_recycled && since == u64::from(taken.entries)
+        };
+        let alone = self.before.as_ref().is_some_and(is_all);
         // No kernel stops a vCPU at so little.
-        let is_little = alone && u64::from(taken.entries) * 16 < self.inner.ring_entries.into();
+        let is_little = alone && u64::from(taken.entries) * 16 < self.prior;
         let limit = self.vcpu.soft_limit();
         if alone && taken.alone && !is_little {
             self.vcpu.learn_soft_limit(taken.entries);
+            self.taught = Some(limit);
         }
         self.vcpu.counts.full_exits.add(1);
         // By now this ring is empty; the others are the reaper's business. It is to see all of the
         // above when it looks, which may be before our reset is done.
         self.inner.alarm.full();
+        let gate = &self.inner.harvester.gate;
+        let (faults, recycled) = (gate.faults(), gate.recycled());
         // Where the ring was empty, another pass has taken its entries: that one's reset is what
         // the vCPU waits for.
         let pass = pass.reset_all()?;
-        if taken.entries == 0 {
+        // What a full ring holds is not all at its head.
+        if taken.entries == 0 || alone && u64::from(taken.entries) < limit.entries {
             pass.look_for_a_gap(&self.vcpu);
         }
         pass.publish();
         if self.inner.harvester.kernel().mode() == Mode::Bitmap {
             return Ok(());
         }
-        self.judge(is_little, limit)
+        let gate = &self.inner.harvester.gate;
+        let fell_short = gate.faults() != faults && gate.recycled() != recycled;
+        self.judge(is_little, fell_short)
     }
 
     /// Whether the vCPU can run on: something of its ring was recycled since the full exit before, by whomever.
-    fn judge(&mut self, is_little: bool, limit_before: SoftLimit) -> Result<(), FullError> {
+    fn judge(&mut self, is_little: bool, fell_short: bool) -> Result<(), FullError> {
         let now = self.vcpu.seen();
-        let recycled = now.reset_index != self.before.reset_index;
-        self.before = now;
+        let before = self.before.replace(now);
+        let recycled = before.is_none_or(|before| before.reset_index != now.reset_index);
         if recycled && !is_little {
             self.calls_in_vain = 0;
-            self.taught = (self.vcpu.soft_limit() != limit_before).then_some(limit_before);
             return Ok(());
         }
-        // What this exit has shown, or the one before it, was no ring that is full.
-        let before = self.taught.take().unwrap_or(limit_before);
-        self.vcpu.set_soft_limit(before);
         let vcpu = self.index;
         if self.vcpu.is_broken() && !recycled {
             return Err(FullError::Broken { vcpu });
         }
         self.calls_in_vain = self.calls_in_vain.saturating_add(1);
-        match self.calls_in_vain {
-            calls @ PATIENCE.. => Err(FullError::NoRoom { vcpu, calls }),
+        let calls = self.calls_in_vain;
+        // They get on, and may not have come to this ring; what the vCPU stopped at is a full ring all the same.
+        if fell_short {
+            return match calls {
+                LONG_PATIENCE.. => Err(FullError::NoRoom { vcpu, calls }),
+                _ => Ok(()),
+            };
+        }
+        // What this exit has shown, or the one before it, was no ring that is full.
+        if let Some(before) = self.taught.take() {
+            self.vcpu.set_soft_limit(before);
+        }
+        match calls {
+            PATIENCE.. => {
+                self.vcpu.set_soft_limit(SoftLimit::supposed(self.prior));
+                Err(FullError::NoRoom { vcpu, calls })
+            }
             _ => Ok(()),
         }
     }

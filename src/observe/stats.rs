@@ -20,7 +20,7 @@ pub struct Stats {
     /// Reset ioctls issued.
     pub resets: u64,
     /// Reset ioctls that recycled fewer entries than were marked: a signal was pending that cannot
-    /// be blocked. The pages concerned are reported by every sync until
+    /// be blocked. Not counted once a ring is [broken](VcpuStats::broken). The pages concerned are reported by every sync until
     /// their slot is re-armed.
     pub short_resets: u64,
     /// Reset ioctls that recycled what was marked, and during which the thread may have been stopped,

@@ -1,5 +1,5 @@
 //! Overruns: the signs that break a ring. They are asked for by `view` at a harvest, by the reset gate before a reset, and
-//! after a full exit that found nothing; `memory` keeps the verdict, `harvest/pass` counts it.
+//! after a full exit that found little; `memory` keeps the verdict, `harvest/pass` counts it.
 //!
 //! A kernel that keeps its reserve never does; kvm_pvm's instruction emulator looks for a full ring too seldom.
 //! Then entries are lost, and neither side knows the other's index any more: the ring is broken for good.
@@ -7,22 +7,21 @@
 use super::view::{LINE, RingView};
 
 impl RingView {
-    /// Whether the kernel has overrun the ring, as far as its entries show before a harvest.
-    pub(super) fn is_overrun(&self) -> bool {
-        self.is_filled_to_its_end() || self.has_gap_within(LINE as u32)
-    }
-
     /// Whether the kernel has filled the ring to the last entry, which its reserve forbids: then it
     /// may have overwritten entries, too.
     ///
     /// The entry behind the head was harvested a whole ring ago. If it is dirty again, the kernel's
     /// write index is at least a ring ahead of ours, and so of its own reset index.
-    fn is_filled_to_its_end(&self) -> bool {
+    pub(super) fn is_filled_to_its_end(&self) -> bool {
         self.memory.at(self.head.wrapping_sub(1)).is_dirty()
     }
 
-    /// Whether the entry at the head is free and one of the next is dirty, up to `distance` away: the kernel's
-    /// index is where we do not expect it.
+    /// Whether the entry at the head is free and one of the next three is dirty: the kernel's index is where we
+    /// do not expect it.
+    pub(super) fn has_gap(&self) -> bool {
+        self.has_gap_within(LINE as u32)
+    }
+
     fn has_gap_within(&self, distance: u32) -> bool {
         let is_dirty = |ahead: u32| self.memory.at(self.head.wrapping_add(ahead)).is_dirty();
         // The kernel pushes in order. Had it pushed at the head while we looked, the entry found
@@ -35,8 +34,8 @@ impl RingView {
         self.head.wrapping_sub(self.reset_index) >= self.entries()
     }
 
-    /// Looks whether the kernel is about to overrun what waits for its reset, or has: it has used up half or
-    /// more of the reserve that it keeps before the first of these. True if that breaks the ring.
+    /// Looks whether the kernel is about to overrun what waits for its reset, or has: it has used up most of the
+    /// reserve that it keeps before the first of these (`half_reserve`). True if that breaks the ring.
     ///
     /// From then on a reset may meet a vCPU at an entry, which it recycles while the vCPU fills it. Then the
     /// page that was harvested is not protected again, or what is logged is forgotten, and no count shows it.
@@ -47,8 +46,8 @@ impl RingView {
         !self.memory.at(reserved).is_free() && self.memory.note_broken()
     }
 
-    /// Looks at every entry for one that is dirty beyond a free head: after a full exit that found nothing. True
-    /// if that breaks the ring.
+    /// Looks at every entry for one that is dirty beyond a free head: after a full exit that found less than a full
+    /// ring holds. True if that breaks the ring.
     pub(crate) fn breaks_at_a_gap(&self) -> bool {
         self.has_gap_within(self.entries()) && self.memory.note_broken()
     }
@@ -71,9 +70,9 @@ mod tests {
         for first_index in [0, 3, u32::MAX - 3] {
             let (producer, mut view) = ring(first_index);
             push(&producer, 0..7);
-            assert!(!view.is_overrun());
+            assert!(!view.is_filled_to_its_end());
             push(&producer, 7..8);
-            assert!(view.is_overrun());
+            assert!(view.is_filled_to_its_end());
             assert_eq!(breaks(&mut view), (8, true));
             assert!(view.memory.is_broken());
             assert_eq!(recycle(&producer).len(), 8);
@@ -87,12 +86,12 @@ mod tests {
         for first_index in [0, 3, u32::MAX - 9] {
             for gap in 0..7 {
                 let (producer, mut view) = ring(first_index);
-                assert!(!view.is_overrun(), "there is nothing");
+                assert!(!view.has_gap(), "there is nothing");
                 push(&producer, 0..gap);
                 RingView::new(producer.memory()).harvest(|_, _| ());
                 recycle(&producer);
                 push(&producer, 100..101);
-                assert_eq!(view.is_overrun(), (1..4).contains(&gap), "of {gap}");
+                assert_eq!(view.has_gap(), (1..4).contains(&gap), "of {gap}");
                 assert_eq!(view.breaks_at_a_gap(), gap > 0, "of {gap}");
                 assert!(!view.breaks_at_a_gap(), "it is known");
                 let expected = if gap > 0 { 0 } else { 1 };

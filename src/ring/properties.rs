@@ -107,7 +107,7 @@ impl Oracle {
     /// harvest has broken the ring.
     fn harvest(&mut self, taken: u32) -> (Vec<(u32, u64)>, bool) {
         let size = self.entries.len() as u64;
-        let overrun = self.is_dirty(self.head + size - 1) || self.has_gap(4);
+        let overrun = self.is_dirty(self.head + size - 1);
         self.follow_reset_index();
         let mut payloads = Vec::new();
         for _ in 0..taken {
@@ -117,7 +117,7 @@ impl Oracle {
             assert!(self.was_full || before == State::Dirty, "not dirty");
             self.head += 1;
         }
-        let breaks = self.look(overrun || self.head - self.reset_index >= size);
+        let breaks = self.look(overrun || self.has_gap(4) || self.head - self.reset_index >= size);
         assert_ne!(self.at(self.head).0, State::Dirty, "left behind");
         (payloads, breaks)
     }

@@ -42,6 +42,12 @@ impl RingView {
         }
     }
 
+    /// Whether the kernel has overrun the ring, or may have, as a harvest has found: entries are lost then, and may
+    /// be again.
+    pub fn is_broken(&self) -> bool {
+        self.memory.is_broken()
+    }
+
     /// Size of the ring, in entries.
     pub fn entries(&self) -> u32 {
         self.memory.entries()
@@ -84,7 +90,7 @@ impl RingView {
     #[inline(always)]
     pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
         // Before anything moves the head.
-        let mut overrun = self.is_overrun();
+        let mut overrun = self.is_filled_to_its_end();
         self.follow_reset_index();
         let mut taken = 0;
         while taken < self.entries() {
@@ -112,6 +118,8 @@ impl RingView {
         // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
         // the ring, maybe while we were at it.
         overrun |= self.all_wait();
+        // What lies behind a gap is to come with this harvest: it may be the last.
+        overrun |= self.has_gap();
         (taken, overrun && self.memory.note_broken())
     }
 
