@@ -15,7 +15,7 @@ impl DirtyLog {
     /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
     /// that were written, whatever other passes were under way.
     ///
-    /// Pages under suspicion (see [`Stats::suspect_pages`]) are reported each time, and so are all
+    /// Pages under suspicion (see [`Stats::suspect_pages`](crate::Stats::suspect_pages)) are reported each time, and so are all
     /// pages of a slot that is [not tracked](Self::stop_tracking), and all pages of all slots once a ring is
     /// [broken](crate::VcpuStats::broken).
     ///
