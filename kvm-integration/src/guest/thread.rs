@@ -8,7 +8,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::thread::{Builder, JoinHandle};
+use std::thread::{self, Builder, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::signal::Killable;
 
@@ -26,6 +27,8 @@ pub enum Action {
     Continue,
     /// Park, as if by [`VcpuThread::request_pause`], until someone resumes.
     Pause,
+    /// Keep the vCPU out for a moment: it has no way into the guest, as its broken ring can't be emptied.
+    StayOut,
     /// End the thread.
     Stop,
     /// End the thread with this error.
@@ -268,6 +271,9 @@ fn prepare(ready: Sender<libc::pid_t>, index: u32, cpu: Option<usize>) -> Result
     Ok(())
 }
 
+/// Time between two tries of a vCPU that has no way into the guest.
+const STAY_OUT: Duration = Duration::from_millis(1);
+
 /// The thread's loop. It parks only after `KVM_RUN` said EINTR: that run completes an `out` that
 /// the handler was told of, so that a parked vCPU is between two instructions.
 fn run(
@@ -286,6 +292,11 @@ fn run(
         };
         match handler(exit) {
             Action::Continue => {}
+            // Here it parks without EINTR. After a full ring there is no `out` to complete, and kvm_pvm's emulator
+            // looks at the ring again before it looks whether the vCPU is to leave.
+            Action::StayOut if !parking.may_run() => return Ok(vcpu),
+            // Not a sleep: in a storm of signals what is left of one grows, by the timer slack of each.
+            Action::StayOut => thread::park_timeout(STAY_OUT),
             Action::Pause => parking.tell(Want::Pause),
             Action::Stop => parking.tell(Want::Stop),
             Action::Fail(source) => return Err(VcpuError::Handler(index, source)),

@@ -1,8 +1,5 @@
 //! A kernel that overruns its rings: kvm_pvm's emulator, which looks for a full ring too seldom.
 
-use std::thread;
-use std::time::Duration;
-
 use kvm_dirty_ring::error::{FullError, SlotError};
 use kvm_integration::{Action, Exit, Host, Load, Mode, VcpuThread, Workload};
 use libtest_mimic::Completion::Completed;
@@ -31,10 +28,7 @@ fn overrun() -> Result<Option<(Machine, VcpuThread)>, Failed> {
     let handler = move |exit| match exit {
         Exit::RingFull => match ring.on_full() {
             Ok(()) => Action::Continue,
-            Err(FullError::Broken { vcpu: 0 }) => {
-                thread::sleep(Duration::from_millis(1));
-                Action::Continue
-            }
+            Err(FullError::Broken { vcpu: 0 }) => Action::StayOut,
             Err(error) => Action::Fail(error.into()),
         },
         _ => Action::Continue,

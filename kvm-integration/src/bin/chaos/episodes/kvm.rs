@@ -14,7 +14,7 @@ use super::fault::{Counts, Fault};
 use super::helpers::nap;
 use super::ledger::{Instance, gpa};
 use super::plan::Kind;
-use super::world::{CHUNK, Job, LONGEST_LIST, STAYS_OUT, Vcpu, World};
+use super::world::{CHUNK, Job, LONGEST_LIST, Vcpu, World};
 use kvm_integration::guest::program::{Load, Mode};
 use kvm_integration::guest::thread::{Action, VcpuThread};
 use kvm_integration::guest::vcpu::Exit;
@@ -145,7 +145,7 @@ fn handler(
             match ring.on_full() {
                 Ok(()) => failures = 0,
                 // It has no way back into the guest, which the episode goes on without.
-                Err(FullError::Broken { .. }) => thread::sleep(STAYS_OUT),
+                Err(FullError::Broken { .. }) => return Action::StayOut,
                 // The next exit tries again, and comes at once.
                 Err(_) if failures < MOST_FAILURES => {
                     failures += 1;

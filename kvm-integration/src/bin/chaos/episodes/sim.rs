@@ -293,7 +293,7 @@ impl Guest {
         match self.ring.on_full() {
             Ok(()) => {}
             // It has no way back into the guest, which the episode goes on without.
-            Err(FullError::Broken { .. }) => thread::sleep(STAYS_OUT),
+            Err(FullError::Broken { .. }) => thread::park_timeout(STAYS_OUT),
             // The next exit tries again.
             Err(_) => thread::yield_now(),
         }
