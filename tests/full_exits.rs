@@ -202,7 +202,7 @@ fn a_small_soft_limit_is_no_wrong_ring() {
     }
 }
 
-/// What its exit saw nobody knows once another pass has been there: it shows no soft limit.
+/// Other passes have harvested since its exit, so what is left in the ring shows no soft limit.
 #[test]
 fn a_vcpu_that_is_attached_again_after_its_exit_shows_no_limit() {
     let (vm, log) = vm();

@@ -167,7 +167,7 @@ impl ResetGate {
         let (first, is_broken) = reset()?;
         let mut recycled = u64::from(first.entries);
         if is_broken {
-            // How many it should be nobody knows; but one that was cut short is repeated.
+            // In a broken ring the count may be short for good. One repetition makes up for a reset that was cut short.
             if recycled < outstanding {
                 reset()?;
             }

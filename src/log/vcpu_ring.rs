@@ -65,7 +65,7 @@ impl DirtyLog {
         Ok(VcpuRing {
             inner: Arc::clone(self.inner()),
             index,
-            // Of a vCPU that comes back nobody knows what its exit saw.
+            // A vCPU that is attached again may have exited before: its exit saw another state of the ring.
             before: Some(vcpu.seen()).filter(|seen| seen.taken == 0),
             prior,
             calls_in_vain: 0,
@@ -215,7 +215,7 @@ impl VcpuRing {
         }
         self.calls_in_vain = self.calls_in_vain.saturating_add(1);
         let calls = self.calls_in_vain;
-        // They get on, and may not have come to this ring; what the vCPU stopped at is a full ring all the same.
+        // The resets have recycled something, and may not have come to this ring yet: it is full all the same.
         if fell_short {
             return match calls {
                 LONG_PATIENCE.. => Err(FullError::NoRoom { vcpu, calls }),

@@ -260,7 +260,7 @@ pub fn pause_all(threads: &[VcpuThread]) -> bool {
         == 0
 }
 
-/// Readies the calling thread, and tells its id when that went well.
+/// Readies the calling thread, and sends its id once that has succeeded.
 fn prepare(ready: Sender<libc::pid_t>, index: u32, cpu: Option<usize>) -> Result<(), VcpuError> {
     kick::let_through().map_err(|source| VcpuError::Spawn(index, source))?;
     if let Some(cpu) = cpu {

@@ -45,8 +45,8 @@ fn not_pvm() -> Outcome {
     skip("only kvm_pvm is known to overrun its rings")
 }
 
-/// Every page of every slot is reported by each sync, as nobody knows what the overwritten entries named; no
-/// re-arming ends that; another vCPU, and a slot that comes later, are none the worse for it.
+/// Each sync reports every page of every slot, as the overwritten entries may have named any of them; re-arming
+/// is refused; another vCPU, and a slot that comes later, are none the worse for it.
 fn overrun_breaks_the_ring() -> Outcome {
     let Some((mut machine, vcpu)) = overrun()? else {
         return not_pvm();
