@@ -17,6 +17,7 @@ mod kvm {
     mod complete;
     mod full;
     mod guest;
+    mod held_call;
     mod hotplug;
     mod limit;
     mod machine;

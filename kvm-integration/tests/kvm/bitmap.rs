@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use seccompiler::{
 };
 
 use super::harness::Outcome;
+use super::held_call::HeldCalls;
 use super::machine::{
     Machine, assert_unsuspicious, gpa, nap, page_of, pause, resume, run_passes, slot_id, stop,
     wait_paused,
@@ -30,6 +31,7 @@ use super::machine::{
 
 tests![
     last_sync_is_complete,
+    a_page_written_before_the_clearing_is_kept,
     a_large_slot_is_cleared_in_parts,
     protection_is_as_the_vmm_wants_it,
     both_modes_say_the_same,
@@ -81,6 +83,56 @@ fn last_sync_is_complete() -> Outcome {
     let mut machine = Machine::with_bitmap(&[1500, 547])?;
     assert_eq!(machine.log.mode(), Mode::Bitmap);
     stop_and_sync(&mut machine, 4)?;
+    Ok(Completed)
+}
+
+/// A page that is written after the bitmap was read keeps its bit: only those that were read are cleared.
+fn a_page_written_before_the_clearing_is_kept() -> Outcome {
+    const CLEAR_DIRTY_LOG: u32 = 0xc018_aec0;
+    // Two words of one call.
+    let machine = Machine::with_bitmap(&[128])?;
+    let writer_of = |index, page| {
+        let list = vec![page_of(1, page)];
+        let load = Load::new(kvm_integration::Mode::Native, list.into()).pass_exits();
+        machine.spawn(index, &load)
+    };
+    let dirty = || {
+        let mut dirty = DirtyPages::new();
+        machine.log.sync(&mut dirty)?;
+        Ok::<Vec<u64>, Failed>(dirty.pages().map(|(_, page)| page).collect())
+    };
+    // What the guest has not written is clean.
+    assert_eq!(dirty()?, [0; 0]);
+    let mut vcpus = vec![writer_of(0, 3)?, writer_of(1, 70)?];
+    wait_paused(&vcpus)?;
+    let (listener, held_calls) = mpsc::channel();
+    thread::scope(|scope| {
+        let sync = scope.spawn(|| {
+            listener.send(HeldCalls::of_this_thread(CLEAR_DIRTY_LOG)?)?;
+            dirty()
+        });
+        let between = || {
+            let calls = held_calls.recv()?;
+            let clearing = calls.wait()?;
+            for (index, page) in [(2, 5), (3, 100)] {
+                vcpus.push(writer_of(index, page)?);
+            }
+            let written = wait_paused(&vcpus);
+            drop(clearing);
+            written?;
+            // The listener stays until the sync has ended.
+            Ok::<_, Failed>((sync.join().expect("no panic")?, calls))
+        };
+        let (pages, _) = between()?;
+        assert_eq!(pages, [3, 70]);
+        Ok::<_, Failed>(())
+    })?;
+    assert_eq!(
+        dirty()?,
+        [5, 100],
+        "pages written before the clearing were lost"
+    );
+    stop(vcpus)?;
     Ok(Completed)
 }
 
