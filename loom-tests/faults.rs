@@ -3,6 +3,7 @@
 use super::kernel::{Copy, Fault, Machine};
 use super::model;
 use crate::DirtyPages;
+use crate::error::FullError;
 use crate::sync::thread;
 
 /// A reset stops half-way while a guest writes and a reaper works: the pages it left unprotected
@@ -77,7 +78,12 @@ fn short_reset_beside_a_harvest() {
             let log = log.clone();
             move || log.reap().unwrap()
         });
-        ring.on_full().unwrap();
+        match ring.on_full() {
+            // Were a reset to recycle the reaper's entries alone, that would be no room for a vCPU without
+            // patience. What this is about is what happens to pages.
+            Ok(()) | Err(FullError::NoRoom { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
         reaper.join().unwrap();
         let mut copy = Copy::new(&machine);
         copy.round(&machine, &log);

@@ -93,6 +93,13 @@ pub enum EnableError {
         "KVM refused the dirty rings, as it does once a vCPU exists: enable them before the first"
     )]
     VcpuExists,
+    /// A vCPU exists already, or the rings are enabled already and a memslot exists: on a host whose rings have
+    /// [bitmaps beside them](crate::HostSupport::with_bitmap) KVM answers both alike.
+    #[error(
+        "KVM refused the dirty rings, as it does once a vCPU exists, and for a second time: enable them \
+         once, before the first vCPU and the first memslot"
+    )]
+    TooLate,
     /// A memslot exists already, on a host whose rings have [bitmaps beside
     /// them](crate::HostSupport::with_bitmap). The VM has rings by now, for good, and what the kernel
     /// writes without a vCPU would be lost: make another VM.
@@ -127,6 +134,12 @@ pub enum AttachError {
     /// The log does not rest on a VM's file descriptor.
     #[error("the log has a kernel of its own, not a KVM VM's: attach rings by `attach_ring`")]
     NotKvm,
+    /// The log reads bitmaps, and the vCPU has a ring: what it writes is in there, and in no bitmap.
+    #[error(
+        "the vCPU has a dirty ring, and the log reads bitmaps, which don't have what it writes: attach it to \
+         the log that enabled the rings"
+    )]
+    HasRing,
     /// The vCPU's ring is attached already, and its [`VcpuRing`](crate::VcpuRing) still there.
     #[error("the vCPU's ring is attached already: drop its VcpuRing before attaching it again")]
     Twice,

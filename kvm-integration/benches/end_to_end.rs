@@ -5,14 +5,14 @@
 //! the ring is emptied by a thread on another core.
 
 fn main() {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(tiny_guest)]
     if let Err(error) = x86::run() {
         // Without KVM there is nothing to measure, which is not a failure of what is measured.
         eprintln!("end-to-end SKIPPED: {error}");
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod x86 {
     use std::error::Error;
     use std::sync::Arc;

@@ -4,14 +4,14 @@
 //! of 4 GiB, all of which are there; each time its log is switched while it runs.
 
 fn main() {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(tiny_guest)]
     if let Err(error) = x86::run() {
         // Without KVM there is nothing to measure, which is not a failure of what is measured.
         eprintln!("switching SKIPPED: {error}");
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod x86 {
     use std::error::Error;
     use std::io;

@@ -19,11 +19,11 @@
 //! | [`lab`] | arms and loads, on KVM and in a simulation | `pacing-lab`, `tests/pacing_sim.rs` |
 //! | [`page_set`], [`random`] | pages that migrations send; numbers that look random | whoever needs them |
 //!
-//! The guest is x86-64 code, so the machine itself is there on x86-64 only; everything else builds
-//! everywhere.
+//! The guest is code for x86-64 and arm64, so the machine itself is there on these only; everything else
+//! builds everywhere.
 //!
 //! ```no_run
-//! # #[cfg(target_arch = "x86_64")]
+//! # #[cfg(tiny_guest)]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //! use kvm_integration::{
@@ -43,7 +43,7 @@
 //! thread.stop()?;
 //! # Ok(())
 //! # }
-//! # #[cfg(not(target_arch = "x86_64"))]
+//! # #[cfg(not(tiny_guest))]
 //! # fn main() {}
 //! ```
 
@@ -64,14 +64,14 @@ pub use guest::workload::{Region, Workload};
 pub use host::{Host, HostError, kvm_available, storm};
 pub use reaping::policy::Policy;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub use guest::{
     error::{VcpuError, VmError},
-    program::{self, Load, Mode},
+    program::{self, Exit, Load, Mode},
     stress::Stress,
     thread::{Action, Kicker, VcpuThread, pause_all},
-    vcpu::{Exit, Progress, TinyVcpu},
+    vcpu::{Progress, TinyVcpu},
     vm::TinyVm,
 };
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub use host::refusal;

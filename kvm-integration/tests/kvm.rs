@@ -7,7 +7,7 @@
 
 use std::process::ExitCode;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod kvm {
     #[macro_use]
     mod harness;
@@ -59,16 +59,17 @@ mod kvm {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 fn main() -> ExitCode {
     kvm::run()
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(tiny_guest))]
 fn main() -> ExitCode {
     let required = std::env::var_os("KVM_REQUIRED").is_some_and(|value| value == "1");
     eprintln!(
-        "KVM suite SKIPPED: its guest is x86-64 code; set KVM_REQUIRED=1 to make this a failure"
+        "KVM suite SKIPPED: {}; set KVM_REQUIRED=1 to make this a failure",
+        kvm_integration::host::NO_GUEST
     );
     ExitCode::from(u8::from(required))
 }

@@ -405,7 +405,7 @@ fn auto_says_what_and_why() {
     // Every KVM that this suite takes for one has rings.
     assert!(log.starts_with("log: rings, "), "{log}");
     let object: Value = serde_json::from_str(&ran.stdout).unwrap();
-    let backend = if kvm_available().is_ok() && cfg!(target_arch = "x86_64") {
+    let backend = if kvm_available().is_ok() && cfg!(tiny_guest) {
         "kvm"
     } else {
         "sim"

@@ -31,7 +31,7 @@ fn assert_migrated(ran: &Ran) {
         let pages = line.strip_suffix(" pages to send")?;
         pages.parse().ok()
     });
-    if cfg!(target_arch = "x86_64") {
+    if cfg!(tiny_guest) {
         assert_eq!(pages, Some(BYTES / 4096), "{stdout}");
     }
     let counts = stdout.lines().find_map(|line| {
@@ -61,7 +61,7 @@ fn a_simulated_guest_goes_on_in_another_process() {
 fn it_runs_anywhere() {
     let ran = run(PROGRAM, "");
     assert_migrated(&ran);
-    let on_kvm = cfg!(target_arch = "x86_64") && kvm_available().is_ok();
+    let on_kvm = cfg!(tiny_guest) && kvm_available().is_ok();
     assert_eq!(ran.stderr.contains(SIMULATED), !on_kvm, "{}", ran.stderr);
 }
 

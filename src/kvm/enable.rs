@@ -160,7 +160,12 @@ pub(super) fn enable(
     }
     // `kvm_vm_ioctl_enable_dirty_log_ring` returns EINVAL for a wrong size, for a second time, both ruled
     // out by now, and once a vCPU exists.
-    enable_cap(fd, cap, entries.bytes(), EnableError::VcpuExists)?;
+    let refused = match support.with_bitmap {
+        // Of rings that are there beside bitmaps `is_enabled` hears nothing once there is a memslot.
+        true => EnableError::TooLate,
+        false => EnableError::VcpuExists,
+    };
+    enable_cap(fd, cap, entries.bytes(), refused)?;
     if !support.with_bitmap {
         return Ok(None);
     }
@@ -265,7 +270,8 @@ fn is_on_in(modules: &Path) -> bool {
 /// take entries from whoever has the rings.
 ///
 /// Where a VM can have both, KVM takes the bitmaps beside rings only, once more without harm, and as
-/// long as there is no memslot.
+/// long as there is no memslot. From then on a VM with both looks like one with bitmaps alone: what shows
+/// its rings is a vCPU, when it is attached.
 fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError> {
     if with_bitmap {
         let cap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;

@@ -40,6 +40,10 @@ impl DirtyLog {
     /// KVM's `mmu_lock` for the dirty part of a slot only; without `INITIALLY_SET`, whether or not the
     /// VMM has set that. With it no harm is done, either: pages of new slots begin as dirty.
     ///
+    /// On arm64, a VM whose rings were enabled before its first memslot, by another log, has bitmaps beside them,
+    /// and looks like one without rings: [`attach_vcpu`](Self::attach_vcpu) notices it, so attach each vCPU.
+    /// The syncs of a log without attached vCPUs miss all that vCPUs write there.
+    ///
     /// One log a VM, and no `KVM_GET_DIRTY_LOG` or `KVM_CLEAR_DIRTY_LOG` of the VMM beside it: who takes
     /// a bitmap takes it from the other, without a trace.
     ///
@@ -65,23 +69,24 @@ impl DirtyLog {
     /// Maps the ring of a vCPU of this VM and starts to harvest it: for each vCPU, at any time
     /// before it runs, and again if its [`VcpuRing`] was dropped; the mapping outlives the
     /// descriptor. In [`Mode::Bitmap`] the vCPU has an empty ring of ours, so that a VMM does the
-    /// same in both modes.
+    /// same in both modes; and one that has a ring in KVM is noticed.
     ///
     /// The link of its descriptor in `/proc/self/fd` names the vCPU. In a jail without `/proc` one
     /// that comes again looks like another, and a second consumer of its ring would lose pages: attach
     /// each vCPU once there, and keep its `VcpuRing` while it is unplugged.
     ///
     /// # Errors
-    /// The ring cannot be mapped; somebody has the vCPU's [`VcpuRing`]; or the log is not a KVM
-    /// VM's.
+    /// The ring cannot be mapped; somebody has the vCPU's [`VcpuRing`]; the log reads bitmaps and the vCPU has a
+    /// ring; or the log is not a KVM VM's.
     pub fn attach_vcpu(&self, vcpu_fd: &impl AsRawFd) -> Result<VcpuRing, AttachError> {
         if !self.is_kvm() {
             return Err(AttachError::NotKvm);
         }
         let memory = match self.mode() {
-            Mode::Rings => mmap::map_ring(vcpu_fd, self.ring_entries()),
-            Mode::Bitmap => Ok(mmap::empty_ring(vcpu_fd)),
+            Mode::Rings => mmap::map_ring(vcpu_fd, self.ring_entries()).map(Some),
+            Mode::Bitmap => mmap::empty_ring(vcpu_fd),
         };
-        self.attach_ring(memory.map_err(AttachError::Map)?)
+        let memory = memory.map_err(AttachError::Map)?;
+        self.attach_ring(memory.ok_or(AttachError::HasRing)?)
     }
 }

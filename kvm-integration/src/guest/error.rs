@@ -83,7 +83,7 @@ impl VmError {
 pub enum VcpuError {
     /// The guest left for a reason it has no cause for.
     #[error(
-        "vCPU {index} left the guest with {exit} at rip {rip:#x} (store {stores}): an MMIO exit \
+        "vCPU {index} left the guest with {exit} at {at:#x} (store {stores}): an MMIO exit \
          means that its list holds a page of no slot, a shutdown that it faulted"
     )]
     UnexpectedExit {
@@ -92,7 +92,7 @@ pub enum VcpuError {
         /// The exit, as kvm-ioctls calls it.
         exit: String,
         /// The instruction.
-        rip: u64,
+        at: u64,
         /// The stores reported so far.
         stores: u64,
     },

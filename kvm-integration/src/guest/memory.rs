@@ -6,8 +6,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-/// Bytes of a guest page.
-pub const PAGE_SIZE: u64 = 4096;
+/// Bytes of a page, of the host's as of the guest's: KVM logs by its own.
+pub const PAGE_SIZE: u64 = kib_of(env!("TINY_GUEST_PAGE_KIB")) << 10;
+
+const fn kib_of(digits: &str) -> u64 {
+    let (mut kib, mut at) = (0, 0);
+    while at < digits.len() {
+        kib = kib * 10 + (digits.as_bytes()[at] - b'0') as u64;
+        at += 1;
+    }
+    kib
+}
+
 /// Slots of a test's own begin here or above; below is the boot slot's.
 pub const LOWEST_GPA: u64 = 1 << 30;
 /// Slots of a test's own end here or below.

@@ -5,23 +5,33 @@ pub mod parking;
 pub mod stamp;
 pub mod workload;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+#[cfg(target_arch = "aarch64")]
+use aarch64 as processor;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as processor;
+
+#[cfg(tiny_guest)]
 pub mod error;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub(crate) mod kick;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod program;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod slots;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod slowdown;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod stress;
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(all(test, tiny_guest))]
 mod tests;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod thread;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod vcpu;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod vm;

@@ -1,6 +1,4 @@
-//! The machine's memslots, and the page tables that map them: one to one, by pages of 2 MiB. Every
-//! entry has its accessed and dirty bits set already, or the CPU would set them, dirtying pages of
-//! the tables.
+//! The machine's memslots, mapped one to one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,20 +7,11 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use super::error::VmError;
-use super::memory::{GuestMemory, HIGHEST_GPA, PAGE_SIZE};
+use super::memory::GuestMemory;
+use super::processor::tables;
 
 /// The slot of code, page tables, progress and lists.
 const BOOT_SLOT: u32 = 0;
-
-/// The page of the topmost table; the next ones follow.
-pub(super) const PML4: u64 = 2;
-const PDPT: u64 = 3;
-const DIRECTORIES: u64 = 4;
-/// Present, writable, user, accessed.
-const TABLE: u64 = 0x27;
-/// The same, dirty, and a page of 2 MiB.
-const LARGE_PAGE: u64 = 0xe7;
-const LARGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// A machine with its memory.
 #[derive(Debug)]
@@ -40,20 +29,40 @@ struct Slot {
 }
 
 impl Slots {
-    /// With the boot slot alone.
-    pub(super) fn new(fd: VmFd, boot: Arc<GuestMemory>) -> Result<Self, VmError> {
-        boot.write_u64(PML4 * PAGE_SIZE, (PDPT * PAGE_SIZE) | TABLE);
-        for gib in 0..HIGHEST_GPA >> 30 {
-            let directory = (DIRECTORIES + gib) * PAGE_SIZE;
-            boot.write_u64(PDPT * PAGE_SIZE + gib * 8, directory | TABLE);
-        }
-        let this = Self {
+    /// Without slots. The boot slot comes with the first one, or with a vCPU: arm64 takes no rings once there is one.
+    pub(super) fn new(fd: VmFd, boot: Arc<GuestMemory>) -> Self {
+        tables::begin(&boot);
+        tables::map(&boot, 0, boot.bytes());
+        Self {
             fd,
             slots: Mutex::default(),
-            boot: Arc::clone(&boot),
-        };
-        this.insert(BOOT_SLOT, 0, boot, false)?;
-        Ok(this)
+            boot,
+        }
+    }
+
+    /// Gives KVM the boot slot, unless it has it.
+    pub(super) fn boot(&self) -> Result<(), VmError> {
+        self.add_boot(&mut self.lock())
+    }
+
+    fn add_boot(&self, slots: &mut BTreeMap<u32, Slot>) -> Result<(), VmError> {
+        if !slots.contains_key(&BOOT_SLOT) {
+            let (gpa, memory) = (0, Arc::clone(&self.boot));
+            self.add(slots, BOOT_SLOT, Slot { gpa, memory }, false)?;
+        }
+        Ok(())
+    }
+
+    fn add(
+        &self,
+        slots: &mut BTreeMap<u32, Slot>,
+        id: u32,
+        slot: Slot,
+        logged: bool,
+    ) -> Result<(), VmError> {
+        self.set_region(id, &slot, slot.memory.bytes(), logged)?;
+        slots.insert(id, slot);
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Slot>> {
@@ -68,15 +77,13 @@ impl Slots {
         memory: Arc<GuestMemory>,
         logged: bool,
     ) -> Result<(), VmError> {
-        self.map(gpa, memory.bytes());
         let mut slots = self.lock();
+        self.add_boot(&mut slots)?;
+        tables::map(&self.boot, gpa, memory.bytes());
         if slots.contains_key(&id) {
             return Err(VmError::SlotExists { id });
         }
-        let slot = Slot { gpa, memory };
-        self.set_region(id, &slot, slot.memory.bytes(), logged)?;
-        slots.insert(id, slot);
-        Ok(())
+        self.add(&mut slots, id, Slot { gpa, memory }, logged)
     }
 
     pub(super) fn remove(&self, id: u32) -> Result<(), VmError> {
@@ -113,17 +120,6 @@ impl Slots {
             "KVM_SET_USER_MEMORY_REGION",
             format!("slot {id}"),
         ))
-    }
-
-    /// Maps these addresses one to one, wherever they aren't yet. Running vCPUs need not be told:
-    /// entries only turn from absent to present, and no TLB keeps absent ones.
-    fn map(&self, gpa: u64, bytes: u64) {
-        for large_page in gpa / LARGE_PAGE_SIZE..(gpa + bytes).div_ceil(LARGE_PAGE_SIZE) {
-            // The directories are adjacent, so they are one array of entries.
-            let entry = DIRECTORIES * PAGE_SIZE + large_page * 8;
-            self.boot
-                .write_u64(entry, (large_page * LARGE_PAGE_SIZE) | LARGE_PAGE);
-        }
     }
 }
 

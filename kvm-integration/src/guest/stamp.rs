@@ -6,7 +6,8 @@ use crate::guest::memory::PAGE_SIZE;
 const LANE: u64 = 64;
 
 /// How many vCPUs there can be: each has a cache line of its own in every page.
-pub const MAX_VCPUS: u32 = (PAGE_SIZE / LANE) as u32 / 2;
+pub const MAX_VCPUS: u32 = 32;
+const _: () = assert!(MAX_VCPUS as u64 * LANE <= PAGE_SIZE);
 
 /// Where in each page vCPU `index` stores its stamp, in bytes.
 pub fn stamp_offset(index: u32) -> u64 {

@@ -30,7 +30,7 @@ fn the_guest_does_as_its_code_says() {
     let stress = Stress { share, seed: 9 };
     // Not the first one: its random bytes must be where its own registers say.
     let vcpu = vm.create_stressed_vcpu(1, &stress).unwrap();
-    let ticks = vcpu.tsc_hz().unwrap();
+    let ticks = vcpu.clock_hz().unwrap();
     let thread = VcpuThread::spawn(vcpu, |_| Action::Pause).unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     while thread.passes() < 700 {

@@ -16,7 +16,8 @@ use vmm_sys_util::signal::Killable;
 use super::error::VcpuError;
 use super::kick::{self, ImmediateExit};
 use super::parking::{Barrier, EndGuard, Parking, Want};
-use super::vcpu::{Exit, Progress, Ran, TinyVcpu};
+use super::program::Exit;
+use super::vcpu::{Progress, Ran, TinyVcpu};
 use crate::host::cores::confine;
 use crate::host::storm::this_thread;
 

@@ -2,27 +2,15 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_EXIT_DIRTY_RING_FULL, kvm_regs};
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::error::{VcpuError, VmError};
 use super::kick::ImmediateExit;
 use super::memory::GuestMemory;
-use super::program::{self, CHUNK_PORT, Mode, PASS_PORT, Places};
+use super::processor;
+use super::program::Exit;
 use super::slots::Slots;
-
-/// Why the guest left, if all is well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Exit {
-    /// It stored to another chunk of pages.
-    Chunk,
-    /// It is through its list, and will start over.
-    PassDone,
-    /// The vCPU's dirty ring is full: it won't run before entries were harvested and reset.
-    RingFull,
-    /// It did not leave by itself: a [`Kicker`](crate::guest::thread::Kicker) has thrown it out.
-    Kicked,
-}
 
 /// Reads how far a vCPU is, also while it runs.
 #[derive(Clone, Debug)]
@@ -44,7 +32,7 @@ impl Progress {
     }
 
     /// Under [`Stress`](crate::guest::stress::Stress): the longest time between two pages since the last
-    /// call of this, in ticks of the time-stamp counter.
+    /// call of this, in ticks of its clock.
     pub fn take_longest_gap(&self) -> u64 {
         self.boot.take_u64(self.offset + 16)
     }
@@ -72,24 +60,16 @@ pub(crate) enum Ran {
 impl TinyVcpu {
     pub(super) fn new(
         vm: Arc<Slots>,
-        cpuid: &CpuId,
         index: u32,
-        mode: Mode,
-        registers: &kvm_regs,
-        places: &Places,
+        progress: u64,
+        set_up: impl FnOnce(&VcpuFd) -> Result<(), VmError>,
     ) -> Result<Self, VmError> {
         let failed = |call| VmError::kvm(call, format!("vCPU {index}"));
         let fd = vm
             .fd
             .create_vcpu(index.into())
             .map_err(failed("KVM_CREATE_VCPU"))?;
-        // Without it KVM takes guest-physical addresses to have 36 bits, and where it walks the
-        // page tables itself, it faults on those that map more than 64 GiB.
-        fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-        let mut sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        program::enter_long_mode(&mut sregs, mode, places);
-        fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-        fd.set_regs(registers).map_err(failed("KVM_SET_REGS"))?;
+        set_up(&fd)?;
         let immediate_exit = ImmediateExit::map(&fd, vm.fd.run_size())
             .map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(0)))
             .map_err(failed("mmap"))?;
@@ -99,7 +79,7 @@ impl TinyVcpu {
             index,
             progress: Progress {
                 boot: Arc::clone(&vm.boot),
-                offset: places.progress,
+                offset: progress,
             },
             _vm: vm,
         })
@@ -120,19 +100,10 @@ impl TinyVcpu {
         &self.progress
     }
 
-    /// Its registers: see [`program`] for what they hold.
-    pub fn registers(&self) -> Result<kvm_regs, VmError> {
-        let failed = VmError::kvm("KVM_GET_REGS", format!("vCPU {}", self.index));
-        self.fd.get_regs().map_err(failed)
-    }
-
-    /// Ticks a second of its time-stamp counter.
-    pub fn tsc_hz(&self) -> Result<f64, VmError> {
+    /// Ticks a second of its clock, by which gaps are counted.
+    pub fn clock_hz(&self) -> Result<f64, VmError> {
         let failed = VmError::kvm("KVM_GET_TSC_KHZ", format!("vCPU {}", self.index));
-        self.fd
-            .get_tsc_khz()
-            .map(|khz| f64::from(khz) * 1e3)
-            .map_err(failed)
+        processor::clock_hz(&self.fd).map_err(failed)
     }
 
     pub(crate) fn immediate_exit(&self) -> &Arc<ImmediateExit> {
@@ -142,8 +113,6 @@ impl TinyVcpu {
     /// Enters the guest once.
     pub(crate) fn run(&mut self) -> Result<Ran, VcpuError> {
         let exit = match self.fd.run() {
-            Ok(VcpuExit::IoOut(CHUNK_PORT, _)) => return Ok(Ran::Left(Exit::Chunk)),
-            Ok(VcpuExit::IoOut(PASS_PORT, _)) => return Ok(Ran::Left(Exit::PassDone)),
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                 return Ok(Ran::Left(Exit::RingFull));
             }
@@ -154,14 +123,17 @@ impl TinyVcpu {
             }
             Err(source) => return Err(VcpuError::Run(self.index, source)),
             Ok(VcpuExit::InternalError) => self.internal_error(),
-            Ok(other) => format!("{other:x?}"),
+            Ok(other) => match processor::meaning(&other) {
+                Some(exit) => return Ok(Ran::Left(exit)),
+                None => format!("{other:x?}"),
+            },
         };
-        let rip = self.fd.get_regs().map_or(u64::MAX, |regs| regs.rip);
+        let at = processor::program_counter(&self.fd).unwrap_or(u64::MAX);
         let stores = self.progress.stores();
         Err(VcpuError::UnexpectedExit {
             index: self.index,
             exit,
-            rip,
+            at,
             stores,
         })
     }

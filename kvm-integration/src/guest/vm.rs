@@ -5,23 +5,22 @@
 //! | page | holds |
 //! |---|---|
 //! | 0 | nothing: `kvm_pvm` ends a guest that executes `out` in its page 0 |
-//! | 1 | the code: at its start that of [`program`], halfway that of [`stress`] |
-//! | 2, 3 | PML4 and PDPT |
-//! | 4 … 515 | a page directory for each of the 512 GiB |
+//! | 1 | the code: at its start the loop over a list, halfway that of memory stress |
+//! | 2 … 515 | page tables: on x86-64 PML4, PDPT, and a directory for each of 512 GiB |
 //! | 516 … 547 | each vCPU's progress |
 //! | 1024 … | each vCPU's list, or its random buffer |
 
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::error::VmError;
 use super::memory::{GuestMemory, HIGHEST_GPA, LOWEST_GPA, PAGE_SIZE};
-use super::program::{self, CODE, Load, Mode, Places};
-use super::slots::{PML4, Slots};
+use super::processor::{self, BOOT_END, Processor, Registers, tables};
+use super::program::{Load, Mode, Places};
+use super::slots::Slots;
 use super::stamp::MAX_VCPUS;
-use super::stress::{self, Stress};
+use super::stress::{RANDOM_WORDS, Stress};
 use super::vcpu::TinyVcpu;
 
 /// Entries in a vCPU's list, unless [`TinyVm::with_capacity`] says otherwise.
@@ -40,7 +39,7 @@ const LISTS: u64 = 1024;
 #[derive(Debug)]
 pub struct TinyVm {
     slots: Arc<Slots>,
-    cpuid: CpuId,
+    processor: Processor,
     vcpus: u32,
     list_capacity: usize,
 }
@@ -62,21 +61,19 @@ impl TinyVm {
         let pages = list_pages
             .checked_mul(u64::from(vcpus))
             .and_then(|pages| pages.checked_add(LISTS))
-            .filter(|&pages| pages <= LOWEST_GPA / PAGE_SIZE)
+            .filter(|&pages| pages <= BOOT_END / PAGE_SIZE)
             .filter(|_| (1..=MAX_VCPUS).contains(&vcpus))
             .ok_or(VmError::Capacity(vcpus, list_entries))?;
         let boot = Arc::new(GuestMemory::new(pages)?);
-        boot.write_bytes(ENTRY * PAGE_SIZE, CODE);
-        boot.write_bytes(ENTRY * PAGE_SIZE + STRESS_ENTRY, stress::CODE);
+        boot.write_bytes(ENTRY * PAGE_SIZE, processor::program::code());
+        boot.write_bytes(ENTRY * PAGE_SIZE + STRESS_ENTRY, processor::stress::code());
         let fd = kvm
             .create_vm()
             .map_err(VmError::kvm("KVM_CREATE_VM", "the machine"))?;
-        let cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(VmError::kvm("KVM_GET_SUPPORTED_CPUID", "the machine"))?;
+        let processor = Processor::of(kvm, &fd)?;
         Ok(Self {
-            slots: Arc::new(Slots::new(fd, boot)?),
-            cpuid,
+            slots: Arc::new(Slots::new(fd, boot)),
+            processor,
             vcpus,
             list_capacity: list_pages as usize * per_page,
         })
@@ -159,7 +156,7 @@ impl TinyVm {
             });
         }
         let places = self.places(index, 0)?;
-        let registers = program::registers(index, load, &places);
+        let registers = processor::program::registers(index, load, &places);
         let words = load.list.iter().copied();
         self.create(index, load.mode, &registers, &places, words)
     }
@@ -171,16 +168,19 @@ impl TinyVm {
     /// The index is out of bounds, the capacity is too small, or KVM refuses.
     pub fn create_stressed_vcpu(&self, index: u32, stress: &Stress) -> Result<TinyVcpu, VmError> {
         let capacity = self.list_capacity;
-        if capacity < stress::RANDOM_WORDS {
+        if capacity < RANDOM_WORDS {
             return Err(VmError::List {
                 index,
-                entries: stress::RANDOM_WORDS,
+                entries: RANDOM_WORDS,
                 chunk: 0,
                 capacity,
             });
         }
         let places = self.places(index, STRESS_ENTRY)?;
-        let (registers, words) = (stress.registers(&places), stress.random_words());
+        let (registers, words) = (
+            processor::stress::registers(stress, &places),
+            stress.random_words(),
+        );
         self.create(index, Mode::Native, &registers, &places, words)
     }
 
@@ -191,7 +191,7 @@ impl TinyVm {
         }
         Ok(Places {
             code: ENTRY * PAGE_SIZE + entry,
-            page_tables: PML4 * PAGE_SIZE,
+            page_tables: tables::ROOT * PAGE_SIZE,
             list: LISTS * PAGE_SIZE + u64::from(index) * self.list_capacity as u64 * 8,
             progress: (PROGRESS + u64::from(index)) * PAGE_SIZE,
         })
@@ -202,12 +202,15 @@ impl TinyVm {
         &self,
         index: u32,
         mode: Mode,
-        registers: &kvm_regs,
+        registers: &Registers,
         places: &Places,
         words: impl Iterator<Item = u64>,
     ) -> Result<TinyVcpu, VmError> {
         let vm = Arc::clone(&self.slots);
-        let vcpu = TinyVcpu::new(vm, &self.cpuid, index, mode, registers, places)?;
+        vm.boot()?;
+        let vcpu = TinyVcpu::new(vm, index, places.progress, |fd| {
+            self.processor.set_up(fd, index, mode, registers, places)
+        })?;
         for (word, at) in words.zip((places.list..).step_by(8)) {
             self.slots.boot.write_u64(at, word);
         }

@@ -5,13 +5,13 @@
 //! by page, over and over. It runs quietly for a while, is migrated, and runs quietly again.
 
 #[cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, reason = "guests run on x86-64 only")
+    not(tiny_guest),
+    allow(dead_code, reason = "there is no guest for this machine")
 )]
 pub(crate) mod analysis;
 pub mod arm;
 pub mod cell;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod kvm;
 pub mod result;
 

@@ -2,11 +2,11 @@
 
 pub mod background;
 pub mod bystanders;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub(crate) mod cores;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub(crate) mod cpu_time;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod refusal;
 pub mod storm;
 
@@ -18,6 +18,8 @@ use anyhow::{Result, bail};
 use kvm_dirty_ring::HostSupport;
 use kvm_ioctls::Kvm;
 use serde::Serialize;
+
+use crate::guest::memory::PAGE_SIZE;
 
 /// The machine a figure was measured on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -69,6 +71,12 @@ pub enum HostError {
     /// There are no dirty rings to be had.
     #[error(transparent)]
     NoRings(#[from] kvm_dirty_ring::error::HostError),
+    /// The machine's pages are not those that the guest was built for.
+    #[error(
+        "this machine has pages of {0} bytes, and the guest was built for {PAGE_SIZE}: build it with \
+         TINY_GUEST_PAGE_KIB={kib}", kib = .0 >> 10
+    )]
+    PageSize(u64),
     /// KVM offers dirty rings and makes no virtual machine.
     #[error(
         "KVM makes no virtual machine: virtualization may be off in the firmware or in use by \
@@ -76,6 +84,9 @@ pub enum HostError {
     )]
     NoVm(#[source] kvm_ioctls::Error),
 }
+
+/// Why programs can't run the guest here, where they can't for want of one.
+pub const NO_GUEST: &str = "the guest is code for x86-64 and arm64, and this machine is neither";
 
 /// Opens `/dev/kvm` and makes sure that it makes virtual machines with a dirty ring.
 ///
@@ -89,10 +100,10 @@ pub fn kvm_available() -> Result<Kvm, HostError> {
 /// KVM that can run the tiny guest; with dirty rings if there must be any.
 ///
 /// # Errors
-/// As above; or the machine is no x86-64 one.
+/// As above; or there is no guest for the machine.
 pub fn kvm_for_guest(with_rings: bool) -> Result<Kvm> {
-    if !cfg!(target_arch = "x86_64") {
-        bail!("the guest is x86-64 code and this machine is not");
+    if !cfg!(tiny_guest) {
+        bail!(NO_GUEST);
     }
     match HostSupport::query() {
         Err(kvm_dirty_ring::error::HostError::NoDirtyRing) if !with_rings => {}
@@ -102,6 +113,11 @@ pub fn kvm_for_guest(with_rings: bool) -> Result<Kvm> {
 }
 
 fn kvm_that_works() -> Result<Kvm, HostError> {
+    // SAFETY: takes no pointer.
+    match unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64 {
+        PAGE_SIZE => {}
+        other => return Err(HostError::PageSize(other)),
+    }
     let made = Kvm::new().and_then(|kvm| kvm.create_vm().map(|_| kvm));
     made.map_err(HostError::NoVm)
 }

@@ -10,7 +10,7 @@ pub mod rhythm;
 pub mod sim;
 pub mod turn;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub mod kvm;
 
 pub use crate::reaping::Shape;

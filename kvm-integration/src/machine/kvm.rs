@@ -9,9 +9,9 @@ use kvm_ioctls::Kvm;
 use super::rate::{Dormitory, Throttle};
 use super::vcpus::Vcpus;
 use super::{Guest, GuestSlot, Kick, Machine, Setup, unattached};
+use crate::guest::program::Exit;
 use crate::guest::program::{Load, Mode};
 use crate::guest::thread::{Action, VcpuThread};
-use crate::guest::vcpu::Exit;
 use crate::guest::vm::TinyVm;
 
 /// How KVM is to log what the guest writes.

@@ -1,11 +1,11 @@
 //! A guest that writes its memory all the time, ready to be migrated: on KVM, or on the simulated
 //! kernel.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod kvm;
 pub mod rate;
 mod sim;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub(crate) mod vcpus;
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId};
 use crate::guest::memory::GuestMemory;
 use crate::guest::workload::{Region, Workload};
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub use kvm::{KvmMachine, Logging};
 use rate::{Dormitory, Throttle};
 pub use sim::SimMachine;

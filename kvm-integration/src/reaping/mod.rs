@@ -1,11 +1,11 @@
 //! Who empties what at a full exit: the crate's way, and QEMU's.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub(crate) mod full_exit;
 pub mod policy;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod qemu_reaper;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 pub(crate) mod reaper;
 
 /// Who empties what when a vCPU stops on a full ring.

@@ -12,8 +12,10 @@ use kvm_bindings::{
 };
 use kvm_dirty_ring::error::{AttachError, EnableError, SyncError};
 use kvm_dirty_ring::pacing::Adaptive;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, Reaper, RingEntries, SlotId};
-use kvm_integration::{GuestMemory, Load, TinyVm, Workload, kvm_available};
+use kvm_dirty_ring::{
+    DirtyLog, DirtyPages, HostSupport, Mode, Reaper, RingEntries, SlotId, VcpuRing,
+};
+use kvm_integration::{GuestMemory, Load, PAGE_SIZE, TinyVm, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 use seccompiler::SeccompCmpArgLen::Dword;
@@ -93,7 +95,7 @@ fn a_page_written_before_the_clearing_is_kept() -> Outcome {
     let machine = Machine::with_bitmap(&[128])?;
     let writer_of = |index, page| {
         let list = vec![page_of(1, page)];
-        let load = Load::new(kvm_integration::Mode::Native, list.into()).pass_exits();
+        let load = Load::new(kvm_integration::Mode::Native, list).pass_exits();
         machine.spawn(index, &load)
     };
     let dirty = || {
@@ -223,7 +225,10 @@ fn a_removal_takes_what_was_written() -> Outcome {
     pause(&vcpus)?;
     let retired = machine.log.retire_slot(slot_id(2))?;
     // KVM has no bits of it any more: they are in the log.
-    let left = machine.vm.vm_fd().get_dirty_log(2, 200 * 4096)?;
+    let left = machine
+        .vm
+        .vm_fd()
+        .get_dirty_log(2, 200 * PAGE_SIZE as usize)?;
     assert!(left.iter().all(|&word| word == 0), "{left:x?}");
     machine.round()?;
     assert_eq!(
@@ -318,6 +323,14 @@ fn a_slot_that_kvm_cannot_have_is_dirty() -> Outcome {
     Ok(Completed)
 }
 
+/// Bitmaps don't have what a vCPU writes that has a ring.
+fn has_ring(attached: Result<VcpuRing, AttachError>) {
+    assert!(
+        matches!(attached, Err(AttachError::HasRing)),
+        "{attached:?}"
+    );
+}
+
 fn what_is_refused() -> Outcome {
     let no_vm = |result: Result<DirtyLog, EnableError>| {
         assert!(matches!(result, Err(EnableError::NotAVm)), "{result:?}");
@@ -326,17 +339,21 @@ fn what_is_refused() -> Outcome {
     no_vm(DirtyLog::enable_bitmap(&kvm_available()?));
 
     let rings = Machine::new(1024, &[64])?;
-    let refused = DirtyLog::enable_bitmap(rings.vm.vm_fd());
-    assert!(
-        matches!(refused, Err(EnableError::AlreadyEnabled)),
-        "{refused:?}"
-    );
-    // Rings that were refused are no reason for bitmaps.
-    let refused = DirtyLog::enable_auto(rings.vm.vm_fd(), entries());
-    assert!(
-        matches!(refused, Err(EnableError::AlreadyEnabled)),
-        "{refused:?}"
-    );
+    let late = DirtyLog::enable_bitmap(rings.vm.vm_fd());
+    let twice = DirtyLog::enable_auto(rings.vm.vm_fd(), entries());
+    if HostSupport::query()?.with_bitmap {
+        // It has both from then on, and no descriptor of its own shows the rings.
+        assert!(matches!(twice, Err(EnableError::TooLate)), "{twice:?}");
+        let load = rings.load(Workload::Walk, 0, 1);
+        let vcpu = rings.vm.create_vcpu(0, &load)?;
+        has_ring(late?.attach_vcpu(vcpu.fd()));
+    } else {
+        // Rings that were refused are no reason for bitmaps.
+        for refused in [late, twice] {
+            let enabled = matches!(refused, Err(EnableError::AlreadyEnabled));
+            assert!(enabled, "{refused:?}");
+        }
+    }
 
     let machine = Machine::with_bitmap(&[64])?;
     let load = machine.load(Workload::Walk, 0, 1);
@@ -348,11 +365,18 @@ fn what_is_refused() -> Outcome {
     Ok(Completed)
 }
 
-/// The bitmaps are gone then, and no sync takes that for clean.
+/// The bitmaps are gone then, or have nothing that vCPUs write, and no sync takes that for clean.
 fn rings_behind_the_logs_back_are_noticed() -> Outcome {
     let mut machine = Machine::with_bitmap(&[64])?;
     machine.round()?;
-    let _rings = DirtyLog::enable(machine.vm.vm_fd(), entries())?;
+    match DirtyLog::enable(machine.vm.vm_fd(), entries()) {
+        // The latter where bitmaps beside them come too late: the rings are enabled all the same.
+        Ok(_) | Err(EnableError::SlotExists) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let load = machine.load(Workload::Walk, 0, 1);
+    let vcpu = machine.vm.create_vcpu(0, &load)?;
+    has_ring(machine.log.attach_vcpu(vcpu.fd()));
     let synced = machine.log.sync(&mut DirtyPages::new());
     match synced {
         Err(SyncError::Bitmap(error)) => assert_eq!(error.raw_os_error(), Some(libc::ENXIO)),

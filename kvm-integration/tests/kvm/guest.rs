@@ -78,7 +78,7 @@ fn stores_what_its_progress_says() -> Outcome {
             let vcpus = vcpus?;
             run_passes(&vcpus, 3)?;
             for vcpu in stop(vcpus)? {
-                check_stamps(&vcpu, &list(vcpu.index()), &memory)?;
+                check_stamps(&vcpu, &load(vcpu.index()), &memory)?;
             }
             for (id, memory) in (1..).zip(&memory) {
                 let log = vm.vm_fd().get_dirty_log(id, memory.bytes() as usize)?;
@@ -92,9 +92,9 @@ fn stores_what_its_progress_says() -> Outcome {
 
 /// Each page's stamp must be that of the last store to it, up to the one step of stores that may
 /// not have been reported yet.
-fn check_stamps(vcpu: &TinyVcpu, list: &[u64], memory: &[Arc<GuestMemory>]) -> Result<(), Failed> {
+fn check_stamps(vcpu: &TinyVcpu, load: &Load, memory: &[Arc<GuestMemory>]) -> Result<(), Failed> {
+    let (list, step) = (&load.list, load.granule());
     let (stores, length) = (vcpu.progress().stores(), list.len() as u64);
-    let step = vcpu.registers()?.rbx;
     let last_of = |stores: u64| -> HashMap<u64, u64> {
         let from = stores.saturating_sub(length);
         (from..stores)

@@ -60,6 +60,15 @@ struct Argument {
     value: u64,
 }
 
+mod numbers {
+    pub use libc::*;
+
+    /// There the C library reads links by a call that takes a directory, too.
+    #[cfg(target_arch = "aarch64")]
+    #[allow(non_upper_case_globals)]
+    pub const SYS_readlink: c_long = SYS_readlinkat;
+}
+
 macro_rules! calls {
     (@) => { None };
     (@ $place:literal $name:ident $value:literal) => {
@@ -68,7 +77,7 @@ macro_rules! calls {
     ($($call:ident $(($place:literal: $name:ident = $value:literal))?),* $(,)?) => {
         &[$(Call {
             symbol: stringify!($call),
-            number: libc::$call,
+            number: numbers::$call,
             argument: calls!(@ $($place $name $value)?),
         }),*]
     };
@@ -422,7 +431,11 @@ fn confined() -> Outcome {
     let log = machine.log.clone();
 
     // Full exits alone, with syncs beside them; then slots that KVM need not know of.
-    let syncing = Confined::to(&[ANY, PASS, DROP])?;
+    let mut rows = vec![ANY, PASS, DROP];
+    if support.with_bitmap {
+        rows.push(BITMAP);
+    }
+    let syncing = Confined::to(&rows)?;
     for _ in 0..5 {
         run_passes(&vcpus, 1)?;
         let sync = move || {

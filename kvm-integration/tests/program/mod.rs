@@ -121,8 +121,8 @@ pub fn test(name: &str, everywhere: &[Test], on_kvm: &[Test]) -> ExitCode {
 
 /// Why the guest can't run on KVM here, if it can't.
 fn missing() -> Option<String> {
-    if !cfg!(target_arch = "x86_64") {
-        return Some("the guest is x86-64 code".into());
+    if !cfg!(tiny_guest) {
+        return Some(kvm_integration::host::NO_GUEST.into());
     }
     kvm_available().err().map(|error| error.to_string())
 }

@@ -146,7 +146,7 @@ impl Stops {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 fn start(options: &Options) -> Result<Box<dyn Machine>> {
     use kvm_integration::kvm_available;
     use kvm_integration::machine::{KvmMachine, Logging};
@@ -154,7 +154,7 @@ fn start(options: &Options) -> Result<Box<dyn Machine>> {
     Ok(Box::new(machine))
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(tiny_guest))]
 fn start(_options: &Options) -> Result<Box<dyn Machine>> {
-    anyhow::bail!("the guest is x86-64 code and this machine is not")
+    anyhow::bail!(kvm_integration::host::NO_GUEST)
 }

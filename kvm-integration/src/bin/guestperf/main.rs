@@ -5,12 +5,12 @@
 
 mod column;
 mod html;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod measure;
 mod options;
 #[cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, reason = "what is planned is run on x86-64 only")
+    not(tiny_guest),
+    allow(dead_code, reason = "what is planned needs a guest")
 )]
 mod plan;
 mod report;
@@ -29,7 +29,7 @@ use kvm_integration::Host;
 use kvm_integration::cli::output::{self, Output, say};
 use kvm_integration::guestperf::CellResult;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 use measure::measure;
 use options::Options;
 use plan::Plan;
@@ -76,7 +76,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode> {
     Ok(output::status(report::missed_pages(&results)))
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(tiny_guest))]
 fn measure(_: &Plan, _: &AtomicBool, _: &mut dyn FnMut(CellResult) -> Result<()>) -> Result<()> {
-    anyhow::bail!("the guest is x86-64 code and this machine is not")
+    anyhow::bail!(kvm_integration::host::NO_GUEST)
 }

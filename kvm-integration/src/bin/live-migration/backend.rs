@@ -4,7 +4,7 @@ use anyhow::Result;
 use kvm_dirty_ring::Mode;
 use kvm_integration::cli::backend::{Wanted, choose};
 use kvm_integration::host::kvm_for_guest;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 use kvm_integration::machine::{KvmMachine, Logging};
 use kvm_integration::machine::{Machine, Setup, SimMachine};
 
@@ -13,7 +13,7 @@ use crate::options::BackendChoice;
 /// Whoever was chosen.
 pub enum Backend {
     /// KVM, which works, and how it is to log.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(tiny_guest)]
     Kvm(kvm_ioctls::Kvm, Logging),
     /// The simulated kernel.
     Sim,
@@ -29,7 +29,7 @@ impl Backend {
             BackendChoice::Sim => (Wanted::Sim, false),
         };
         let (kvm, why) = choose(wanted, || kvm_for_guest(with_rings))?;
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(tiny_guest)]
         if let Some(kvm) = kvm {
             let logging = match choice {
                 BackendChoice::Auto => Logging::Auto,
@@ -44,7 +44,7 @@ impl Backend {
     /// The name.
     pub fn name(&self) -> &'static str {
         match self {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             Self::Kvm(..) => "kvm",
             Self::Sim => "sim",
         }
@@ -53,11 +53,11 @@ impl Backend {
     /// How the guest's writes are logged, and why so: one line.
     pub fn tell_mode(&self, mode: Mode) -> String {
         let why = match (self, mode) {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             (Self::Kvm(_, Logging::Auto), Mode::Rings) => "because KVM has dirty rings",
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             (Self::Kvm(_, Logging::Auto), _) => "because this KVM has no dirty rings",
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             (Self::Kvm(..), _) => "as asked for",
             (Self::Sim, _) => "simulated",
         };
@@ -67,7 +67,7 @@ impl Backend {
     /// Makes the guest and lets it run.
     pub fn start(&self, setup: &Setup) -> Result<Box<dyn Machine>> {
         Ok(match self {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             Self::Kvm(kvm, logging) => Box::new(KvmMachine::start(kvm, setup, *logging)?),
             Self::Sim => Box::new(SimMachine::start(setup)?),
         })

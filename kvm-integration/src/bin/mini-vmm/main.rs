@@ -2,10 +2,15 @@
 //! `-- --sim`. It starts itself once more as the destination, at the other end of a Unix socket. Memory
 //! goes in rounds while vCPU and device write it; once they are stopped, the rest, and the vCPU's state.
 //!
-//! To be copied from. `machine.rs` is the VM, `kvm.rs` what it asks of KVM, and the guest.
+//! To be copied from. `machine.rs` is the VM, `kvm.rs` what it asks of KVM, and a file by the name of the
+//! processor has what differs, and the guest.
 //! `simulated.rs` stands in for KVM where there is none: nothing to copy from.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg_attr(target_arch = "aarch64", path = "aarch64.rs")]
+#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
+#[cfg(tiny_guest)]
+mod cpu;
+#[cfg(tiny_guest)]
 mod kvm;
 mod machine;
 mod simulated;

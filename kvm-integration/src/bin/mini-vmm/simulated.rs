@@ -18,7 +18,7 @@ const BATCH: u32 = 64;
 
 /// On KVM, where it can be had, unless somebody asked for the stand-in.
 pub fn create_unless_kvm(asked_for: bool) -> Result<(Machine, Vcpu)> {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(tiny_guest)]
     if !asked_for {
         match kvm_ioctls::Kvm::new() {
             Ok(kvm) => return crate::kvm::create(&kvm),
@@ -29,7 +29,7 @@ pub fn create_unless_kvm(asked_for: bool) -> Result<(Machine, Vcpu)> {
         "mini-vmm: THE KERNEL AND THE GUEST ARE SIMULATED, {}",
         match asked_for {
             true => "as asked for",
-            false => "for want of a KVM for x86-64",
+            false => "for want of KVM",
         }
     );
     create()

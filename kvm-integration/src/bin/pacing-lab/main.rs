@@ -6,11 +6,11 @@
 mod html;
 mod options;
 #[cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, reason = "what is planned is run on x86-64 only")
+    not(tiny_guest),
+    allow(dead_code, reason = "what is planned needs a guest")
 )]
 mod plan;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod real;
 mod report;
 mod run;
@@ -30,7 +30,7 @@ use kvm_integration::lab::CellResult;
 
 use options::Options;
 use plan::Plan;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 use real::measure;
 use simulated::{SimPlan, simulate};
 
@@ -84,7 +84,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(tiny_guest))]
 fn measure(_: &Plan, _: &AtomicBool, _: &mut run::Report<'_>) -> Result<Vec<run::Skipped>> {
-    anyhow::bail!("the guest is x86-64 code and this machine is not: choose --sim")
+    anyhow::bail!("{}: choose --sim", kvm_integration::host::NO_GUEST)
 }

@@ -7,9 +7,10 @@ use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use crate::guest::memory::GuestMemory;
+use crate::guest::program::Exit;
 use crate::guest::stress::{RANDOM_WORDS, Stress};
 use crate::guest::thread::{Action, VcpuThread};
-use crate::guest::vcpu::{Exit, Progress};
+use crate::guest::vcpu::Progress;
 use crate::guest::vm::TinyVm;
 use crate::guest::workload::Region;
 use crate::guestperf::cell::Cell;
@@ -30,7 +31,7 @@ pub(super) struct StressedGuest {
     slots: Vec<GuestSlot>,
     pub(super) vcpus: Vcpus,
     /// Ticks a second of the counter that the vCPUs measure gaps with.
-    pub(super) tsc_hz: f64,
+    pub(super) clock_hz: f64,
 }
 
 impl StressedGuest {
@@ -68,7 +69,7 @@ impl StressedGuest {
             full_exits: log.as_ref().map(|log| Arc::new(FullExits::new(log))),
             slots: vec![slot],
             vcpus: Vcpus::default(),
-            tsc_hz: 0.0,
+            clock_hz: 0.0,
         };
         for index in 0..cell.vcpus {
             let stress = Stress {
@@ -76,7 +77,7 @@ impl StressedGuest {
                 seed: u64::from(index) + 1,
             };
             let vcpu = this.vm.create_stressed_vcpu(index, &stress)?;
-            this.tsc_hz = vcpu.tsc_hz()?;
+            this.clock_hz = vcpu.clock_hz()?;
             let ring = log.as_ref().map(|log| log.attach_vcpu(vcpu.fd()));
             let handler = this.handler(ring.transpose()?);
             let thread = VcpuThread::spawn_pinned(vcpu, cores.of_vcpu(index), handler)?;

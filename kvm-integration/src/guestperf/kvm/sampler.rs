@@ -19,7 +19,7 @@ const EVERY: Duration = Duration::from_millis(20);
 pub(super) struct Sampler {
     progress: Vec<Progress>,
     full_exits: Option<Arc<FullExits>>,
-    tsc_hz: f64,
+    clock_hz: f64,
     delay: Delay,
     readings: Mutex<Vec<Raw>>,
 }
@@ -32,7 +32,7 @@ impl Sampler {
         Self {
             progress: guest.progress(),
             full_exits: guest.full_exits.clone(),
-            tsc_hz: guest.tsc_hz,
+            clock_hz: guest.clock_hz,
             delay: Delay::clone(delay),
             readings: Mutex::default(),
         }
@@ -53,7 +53,7 @@ impl Sampler {
         // One at a time, so that readings are in order and each gap is in one of them.
         let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
         let gaps = self.progress.iter().map(Progress::take_longest_gap);
-        let gap = gaps.max().unwrap_or(0) as f64 / self.tsc_hz;
+        let gap = gaps.max().unwrap_or(0) as f64 / self.clock_hz;
         // Relaxed: a number by itself; 0 is no delay yet.
         let delay = self.delay.load(Ordering::Relaxed);
         let full_exits = self.full_exits.as_ref().map_or(0, |full| full.counts().0);

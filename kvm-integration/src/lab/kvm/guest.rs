@@ -9,9 +9,9 @@ use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use crate::guest::memory::{GuestMemory, PAGE_SIZE};
+use crate::guest::program::Exit;
 use crate::guest::program::{Load, Mode};
 use crate::guest::thread::{Action, VcpuThread};
-use crate::guest::vcpu::Exit;
 use crate::guest::vm::TinyVm;
 use crate::guest::workload::{Region, Workload};
 use crate::host::check_available;

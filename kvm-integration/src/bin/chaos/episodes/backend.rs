@@ -1,7 +1,7 @@
 //! Who runs the guests, and what can be had of them.
 
 use anyhow::Result;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 use kvm_integration::Host;
 use kvm_integration::cli::backend::{Wanted, choose};
 use kvm_integration::host::kvm_for_guest;
@@ -13,7 +13,7 @@ use super::fault::Fault;
 #[derive(Debug)]
 pub enum Backend {
     /// KVM, which works.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(tiny_guest)]
     Kvm(kvm_ioctls::Kvm),
     /// The simulated kernel.
     Sim,
@@ -23,7 +23,7 @@ impl Backend {
     /// Chooses, and says in one line what was chosen and why.
     pub fn choose(wanted: Wanted) -> Result<(Self, String)> {
         let (kvm, why) = choose(wanted, || kvm_for_guest(true))?;
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(tiny_guest)]
         if let Some(kvm) = kvm {
             return Ok((Self::Kvm(kvm), why));
         }
@@ -33,7 +33,7 @@ impl Backend {
     /// The name, as on the command line.
     pub fn name(&self) -> &'static str {
         match self {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             Self::Kvm(_) => "kvm",
             Self::Sim => "sim",
         }
@@ -46,7 +46,7 @@ impl Backend {
     /// Whether it can be had to overrun a ring.
     pub fn overruns(&self) -> bool {
         match self {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             Self::Kvm(_) => Host::detect().is_pvm(),
             Self::Sim => true,
         }

@@ -19,7 +19,7 @@ mod copier;
 mod episode;
 mod fault;
 mod helpers;
-#[cfg(target_arch = "x86_64")]
+#[cfg(tiny_guest)]
 mod kvm;
 mod ledger;
 mod plan;
@@ -71,7 +71,7 @@ impl Chaos {
         let plan = Plan::draw(&self.backend, self.seed, number);
         let counts = &self.counts;
         match &self.backend {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(tiny_guest)]
             Backend::Kvm(kvm) => {
                 let vcpus = plan.vcpus.len() + plan.late.len();
                 let world = kvm::KvmWorld::new(kvm, vcpus as u32, plan.ring_entries)?;
