@@ -9,7 +9,7 @@ output=ttyAMA1
 modules=() # KVM is built in.
 module_options=()
 shown=()
-environment=()
+environment=(KVM_SUITE_SCALE=0.1)
 
 refused() {
     [ "$kernel" != 6.1 ] || echo "KVM on arm64 has no dirty rings before Linux 6.2"
@@ -18,6 +18,7 @@ refused() {
 emulator() {
     local machine=$kept/qemu-arm cpu=cortex-a72
     unpack "$machine" trixie amd64 . qemu-system-arm
+    emulated_by="QEMU $(version "$machine" qemu-system-arm)"
     # The fastest has no pages of 16 KiB. That which has them has VHE, too.
     [ "$pages" = 4k ] || cpu=neoverse-n1
     by_loader "$machine" qemu-system-aarch64 -L "$machine/usr/share/qemu" \

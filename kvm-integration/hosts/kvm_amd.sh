@@ -9,13 +9,14 @@ output=ttyS1
 modules=(kvm-amd)
 module_options=()
 shown=(kvm_amd/parameters/npt kvm_amd/parameters/pml kvm/parameters/tdp_mmu)
-environment=()
+environment=(KVM_SUITE_SCALE=0.1)
 
 refused() { :; }
 
 emulator() {
     local machine=$kept/qemu-x86
     unpack "$machine" trixie amd64 . qemu-system-x86
+    emulated_by="QEMU $(version "$machine" qemu-system-x86)"
     by_loader "$machine" qemu-system-x86_64 -L "$machine/usr/share/qemu" -L "$machine/usr/share/seabios" \
         `# One thread for all CPUs: with one for each QEMU hung, or reset itself, in storms of signals.` \
         -machine q35 -accel tcg,thread=single -cpu EPYC,+svm,+npt -smp "$cpus" -m 4G \

@@ -8,7 +8,7 @@ console=ttyS0
 output=ttyS1
 modules=(kvm-intel)
 shown=(kvm_intel/parameters/ept kvm_intel/parameters/pml kvm/parameters/tdp_mmu)
-environment=()
+environment=(KVM_SUITE_SCALE=0.1)
 
 refused() {
     module_options=("kvm_intel pml=$pml")
@@ -19,6 +19,7 @@ emulator() {
     # Debian 12's own is 2.7, which logs addresses in the middle of pages by PML.
     local machine=$kept/bochs libraries=$kept/bochs/usr/lib/x86_64-linux-gnu disc=$run/disc
     unpack "$machine" trixie amd64 . bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso
+    emulated_by="Bochs $(version "$machine" bochs)"
     command -v script > /dev/null || cannot_be_had "script, of Debian's bsdutils, is missing"
 
     mkdir -p "$disc/isolinux"

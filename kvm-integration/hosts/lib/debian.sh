@@ -78,9 +78,14 @@ unpack() {
         cannot_be_had "Debian $release for $architecture: $* can't be fetched"
     local package
     for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder"; done
+    # With the versions, for who wants to know.
+    ls "$folder/packages" > "$folder/packages.txt"
     rm -r "$folder/packages"
-    touch "$folder/unpacked"
+    mv "$folder/packages.txt" "$folder/unpacked"
 }
+
+# version FOLDER PACKAGE: the version of what was unpacked, as its makers call it.
+version() { sed -n "s/^$2_\(.*%3a\)\{0,1\}\([0-9.]*\).*/\2/p" "$1/unpacked"; }
 
 # by_loader FOLDER PROGRAM ARGS...: makes the array `command_line`, which runs what was unpacked into FOLDER.
 by_loader() {
