@@ -47,7 +47,7 @@ machine_run() {
     : > "$run/console"
     : > "$run/output"
     # With all that it has started: an emulator that hangs is not asked twice.
-    timeout --kill-after=10 "$((limit + 30))" nice -n 5 "${command_line[@]}" > "$run/emulator" 2>&1 < /dev/null &
+    timeout --kill-after=10 "$((limit + 30))" "${command_line[@]}" > "$run/emulator" 2>&1 < /dev/null &
     emulator=$!
     trap 'kill "$emulator" 2> /dev/null; exit 1' INT TERM
     tail --pid="$emulator" --lines=+1 --follow "$run/console" | tr -d '\r' >&2 &
