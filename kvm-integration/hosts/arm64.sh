@@ -4,6 +4,7 @@ architecture=arm64
 kernels=(6.12 newest) # The first unless one is asked for.
 cpus=2
 each=240
+slowness=1
 console=ttyAMA0
 output=ttyAMA1
 modules=() # KVM is built in.

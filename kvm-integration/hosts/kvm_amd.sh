@@ -4,6 +4,7 @@ architecture=amd64
 kernels=(newest 6.1 6.12) # The first unless one is asked for.
 cpus=2
 each=240
+slowness=1
 console=ttyS0
 output=ttyS1
 modules=(kvm-amd)

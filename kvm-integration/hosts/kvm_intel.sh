@@ -4,6 +4,7 @@ architecture=amd64
 kernels=(6.1) # The first unless one is asked for.
 cpus=1        # With one, what a PML buffer holds while its vCPU is elsewhere can't be seen.
 each=400
+slowness=2 # A second of the machine takes two of ours, or more.
 console=ttyS0
 output=ttyS1
 modules=(kvm-intel)
