@@ -21,7 +21,6 @@ emulator() {
     local machine=$kept/bochs libraries=$kept/bochs/usr/lib/x86_64-linux-gnu disc=$run/disc
     unpack "$machine" trixie amd64 . bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso
     emulated_by="Bochs $(version "$machine" bochs)"
-    command -v script > /dev/null || cannot_be_had "script, of Debian's bsdutils, is missing"
 
     mkdir -p "$disc/isolinux"
     cp "$kernel_image" "$disc/vmlinuz"
@@ -61,7 +60,6 @@ info: action=ignore
 debug: action=ignore
 CONF
     export LTDL_LIBRARY_PATH=$libraries/bochs/plugins BXSHARE=$machine/usr/share/bochs TERM=xterm
-    # Its display is a terminal, of a size that it likes. Powering off is a panic to it, so its status says nothing.
     by_loader "$machine" bochs-bin -q -f "$run/bochsrc"
-    command_line=(script -qfec "stty cols 100 rows 30; exec$(quoted "${command_line[@]}")" /dev/null)
+    command_line=("$hosts/lib/bochs" "$run/screen" "${command_line[@]}")
 }

@@ -46,11 +46,8 @@ machine_run() {
     local console held=
     : > "$run/console"
     : > "$run/output"
-    # An input that says nothing and never ends: at an end, `script` no longer reads what Bochs draws, which then waits
-    # for ever.
-    [ -e "$run/input" ] || mkfifo "$run/input"
     # With all that it has started: an emulator that hangs is not asked twice.
-    timeout --kill-after=10 "$((limit + 30))" "${command_line[@]}" > "$run/emulator" 2>&1 <> "$run/input" &
+    timeout --kill-after=10 "$((limit + 30))" "${command_line[@]}" > "$run/emulator" 2>&1 < /dev/null &
     emulator=$!
     trap 'kill "$emulator" 2> /dev/null; exit 1' INT TERM
     tail --pid="$emulator" --lines=+1 --follow "$run/console" | tr -d '\r' >&2 &
