@@ -9,6 +9,7 @@ pub(crate) mod cpu_time;
 #[cfg(target_arch = "x86_64")]
 pub mod refusal;
 pub mod storm;
+pub mod threads;
 
 use std::fmt;
 use std::fs;
