@@ -53,6 +53,25 @@ impl Host {
     pub fn is_pvm(&self) -> bool {
         self.kvm_kind.split('+').any(|kind| kind == "kvm_pvm")
     }
+
+    /// Whether the processor has a buffer for the pages that a guest writes (page-modification logging),
+    /// which come to the ring late, and KVM uses it.
+    pub fn has_pml(&self) -> bool {
+        self.kvm_kind.split('+').any(|kind| {
+            let parameter = fs::read_to_string(format!("/sys/module/{kind}/parameters/pml"));
+            parameter.is_ok_and(|value| value.trim_end() == "Y")
+        })
+    }
+
+    /// Whether the kernel's resets look for signals, which KVM does since Linux 6.17.
+    pub fn resets_look_for_signals(&self) -> bool {
+        let mut numbers = self
+            .kernel
+            .split(['.', '-'])
+            .map_while(|part| part.parse().ok());
+        let version: [u32; 2] = [0; 2].map(|none| numbers.next().unwrap_or(none));
+        version >= [6, 17]
+    }
 }
 
 /// One line for the head of a table: `kvm_intel, Linux 6.18.0, 8 cores`.
