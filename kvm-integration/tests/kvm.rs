@@ -39,6 +39,7 @@ mod kvm {
     mod seccomp;
     mod signals;
     mod slots;
+    mod stat;
     mod suspicion;
     mod tracking;
 
