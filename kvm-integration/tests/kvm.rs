@@ -31,6 +31,7 @@ mod kvm {
     mod machine;
     mod order;
     mod overrun;
+    mod pml;
     mod process;
     mod raw;
     mod refusals;
@@ -62,6 +63,7 @@ mod kvm {
                 signals::tests(),
                 suspicion::tests(),
                 overrun::tests(),
+                pml::tests(),
                 process::tests(),
                 bitmap::tests(),
                 seccomp::tests(),
