@@ -113,21 +113,16 @@ const PAGES: u64 = 300;
 /// not in the ring before. Afterwards each must have been there, once.
 fn kicks(rounds: u64) -> Result<u64, Failed> {
     let mut machine = RawMachine::new(4096, PAGES, false)?;
-    let kick = |machine: &RawMachine| {
-        pause(from_ref(&machine.vcpu))?;
-        machine.vcpu.resume();
-        Ok::<_, Failed>(())
-    };
+    pause(from_ref(&machine.vcpu))?;
+    machine.harvest();
+    machine.reset()?;
     let mut waited = 0;
     for round in 0..rounds {
-        pause(from_ref(&machine.vcpu))?;
-        machine.harvest();
-        machine.reset()?;
         machine.vcpu.resume();
-        // One of them whole, since all pages are protected.
+        // One of them whole, in which all pages were protected.
         run_passes(from_ref(&machine.vcpu), 2)?;
         let early = machine.harvest();
-        kick(&machine)?;
+        pause(from_ref(&machine.vcpu))?;
         let late = machine.harvest();
         let different: HashSet<&u64> = early.iter().chain(&late).collect();
         let (early, late, different) = (early.len(), late.len(), different.len());
@@ -183,6 +178,7 @@ fn final_sync_after_a_kick_is_complete() -> Outcome {
             reaper.pause();
         }
         for round in 0..scaled(50, 5) {
+            run_passes(&vcpus, 1)?;
             nap(Duration::from_micros(round * 377 % 3000));
             machine.round()?;
             machine.finish(&vcpus)?;
