@@ -48,9 +48,12 @@ fn reuse(reaper: bool) -> Result<(), Failed> {
     let leavers = [machine.spawn(1, &loads[0])?, machine.spawn(2, &loads[1])?];
     pause(&leavers)?;
     let (mut round, mut checked) = (0, 0);
-    // On a busy machine many a reset waits for a change of slots.
+    // On a busy machine many a reset waits for a change of slots, however few rounds are wanted.
     while round < rounds || checked == 0 {
-        assert!(round < 20 * rounds, "each round had a doubtful reset");
+        assert!(
+            round < rounds.max(20) * 20,
+            "each round had a doubtful reset"
+        );
         let doubts = machine.log.stats().doubtful_resets;
         let leaver = &leavers[round % 2..][..1];
         leaver[0].resume();

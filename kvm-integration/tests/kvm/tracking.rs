@@ -41,9 +41,12 @@ fn stops_and_starts(mut machine: Machine) -> Result<Option<u64>, Failed> {
     let vcpus = machine.spawn_all(Workload::Random, 2)?;
     let all = machine.pages();
     let (mut round, mut calm, mut huge) = (0, 0, None);
-    // On a busy machine many a reset waits for a switch.
+    // On a busy machine many a reset waits for a switch, however few rounds are wanted.
     while round < rounds || calm == 0 {
-        assert!(round < 20 * rounds, "each round had a doubtful reset");
+        assert!(
+            round < rounds.max(60) * 20,
+            "each round had a doubtful reset"
+        );
         round += 1;
         let doubts = machine.log.stats().doubtful_resets;
         for id in [1, 2] {
