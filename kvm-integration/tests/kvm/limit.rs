@@ -39,7 +39,6 @@ fn sleeps(log: &DirtyLog) -> bool {
 /// A vCPU that would write without end, beside a reaper: what it dirties, by its own count, is what
 /// it may in that time, the credit of a quarter of a second, and what it owes.
 fn a_limit_is_not_exceeded() -> Outcome {
-    const RATE: u64 = 2000;
     let mut machine = Machine::new(4096, &[60_000])?;
     let vcpus = machine.spawn_all(Workload::Walk, 2)?;
     let reaper = Reaper::spawn(&machine.log, Adaptive::default())?;
@@ -52,8 +51,10 @@ fn a_limit_is_not_exceeded() -> Outcome {
     let in_a_second = stores().into_iter().zip(before);
     let burst = in_a_second.map(|(after, before)| after - before).max();
     let burst = burst.expect("there are vCPUs");
+    // A limit that it would exceed, on a slow machine too.
+    let rate = (burst / 4).clamp(1, 2000);
     let (start, before) = (Instant::now(), stores());
-    machine.log.set_dirty_limits(limit(RATE))?;
+    machine.log.set_dirty_limits(limit(rate))?;
     // Until it has slept, and for a while.
     let slept = |log: &DirtyLog| log.stats().vcpus.iter().all(|vcpu| vcpu.limited_ns > 0);
     wait_beside(&vcpus, "a sleep of each vCPU", || slept(&machine.log))?;
@@ -70,7 +71,7 @@ fn a_limit_is_not_exceeded() -> Outcome {
         rings.iter().map(|ring| ring.taken + ring.waiting).collect()
     };
     for (at, (after, before)) in stores().iter().zip(before).enumerate() {
-        let allowed = (start.elapsed().as_secs_f64() * RATE as f64) as u64 + RATE / 4 + burst;
+        let allowed = (start.elapsed().as_secs_f64() * rate as f64) as u64 + rate / 4 + burst;
         let written = after - before;
         assert!(written <= allowed, "vCPU {at}: {written} of {allowed}");
         // Whoever takes the entries from the rings, all are counted; a chunk may be under way. A store is logged

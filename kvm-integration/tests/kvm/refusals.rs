@@ -127,19 +127,22 @@ fn no_vm() -> Outcome {
     Ok(Completed)
 }
 
+/// That rings are on can't be told from a vCPU that is there, once there is a memslot, where they have bitmaps beside
+/// them.
+fn refused_again(machine: &Machine) -> Result<(), Failed> {
+    let with_bitmap = HostSupport::query()?.with_bitmap;
+    match DirtyLog::enable(machine.vm.vm_fd(), entries()) {
+        Err(EnableError::AlreadyEnabled) if !with_bitmap => Ok(()),
+        Err(EnableError::TooLate) if with_bitmap => Ok(()),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
 fn twice() -> Outcome {
     let mut machine = Machine::new(1024, &[64])?;
-    let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
-    assert!(
-        matches!(again, Err(EnableError::AlreadyEnabled)),
-        "{again:?}"
-    );
+    refused_again(&machine)?;
     let vcpus = machine.spawn_all(Workload::Walk, 1)?;
-    let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
-    assert!(
-        matches!(again, Err(EnableError::AlreadyEnabled)),
-        "{again:?}"
-    );
+    refused_again(&machine)?;
     run_passes(&vcpus, 2)?;
     machine.finish(&vcpus)?;
     assert_eq!(machine.dirty().page_count(), 64);
@@ -157,11 +160,7 @@ fn twice_takes_no_entries() -> Outcome {
     })?;
     wait_paused(from_ref(&thread))?;
     assert_eq!(ring.harvest_and_stop(), 64);
-    let again = DirtyLog::enable(machine.vm.vm_fd(), entries());
-    assert!(
-        matches!(again, Err(EnableError::AlreadyEnabled)),
-        "{again:?}"
-    );
+    refused_again(&machine)?;
     machine.round()?;
     assert_eq!(machine.dirty().page_count(), 64);
     assert_unsuspicious(&machine.log.stats());
