@@ -115,6 +115,20 @@ mod tests {
         }
     }
 
+    /// Entries that wait for their reset where the head is look like a harvest that has begun. In a broken ring they
+    /// may be of any lap.
+    #[test]
+    fn a_broken_ring_is_not_guessed_at() {
+        let producer = Producer::new(8, 0);
+        (0..5).for_each(|page| producer.push(0, page));
+        let memory = producer.memory();
+        RingView::new(producer.memory()).harvest(|_, _| ());
+        let gauge = Gauge::new(&memory, 0);
+        assert_eq!(gauge.occupancy(), 5);
+        assert!(memory.note_broken());
+        assert_eq!(gauge.occupancy(), 0);
+    }
+
     /// What waits for a reset from before does not count: during a harvest it is distinguished from what is harvested.
     #[test]
     fn what_waits_for_a_reset_does_not_count_during_a_harvest() {

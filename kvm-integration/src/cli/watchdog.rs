@@ -1,10 +1,12 @@
-//! Ends the program should it hang: nothing else can end a thread that does.
+//! Ends the program should it hang, and says what each thread is at: nothing else can end a thread that does.
 
 use std::io;
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
+
+use crate::host::threads;
 
 /// Watches until it is dropped.
 #[derive(Debug)]
@@ -26,7 +28,10 @@ impl Watchdog {
                     Err(RecvTimeoutError::Disconnected) => return,
                     Err(RecvTimeoutError::Timeout) => {
                         let (time, what) = current;
-                        eprintln!("error: {what} has taken {time:?} and hangs");
+                        eprintln!(
+                            "error: {what} has taken {time:?} and hangs\n{}",
+                            threads::states()
+                        );
                         process::exit(2);
                     }
                 }

@@ -1,5 +1,7 @@
 //! What goes wrong with the machine and its vCPUs.
 
+use std::error::Error;
+
 use super::memory::{HIGHEST_GPA, LOWEST_GPA, MemoryError};
 use super::stamp::MAX_VCPUS;
 
@@ -116,4 +118,12 @@ pub enum VcpuError {
     /// The thread could not be pinned.
     #[error("vCPU {0} could not be pinned to CPU {1}: choose one this process may run on")]
     Pin(u32, usize, #[source] std::io::Error),
+}
+
+impl VcpuError {
+    /// Its text, with those of all its causes.
+    pub(super) fn with_causes(&self) -> String {
+        let causes = std::iter::successors(self.source(), |&cause| cause.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
 }

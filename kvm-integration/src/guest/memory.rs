@@ -1,6 +1,8 @@
 //! The memory behind a guest's slot, and its copies.
 
+use std::fs;
 use std::io;
+use std::ops::Range;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -47,31 +49,56 @@ pub enum MemoryError {
 #[derive(Debug)]
 pub struct GuestMemory {
     map: MmapRaw,
+    /// Where in the mapping the memory begins, in bytes.
+    start: usize,
     pages: u64,
 }
+
+/// Bytes of a huge page of the host.
+const HUGE_PAGE_SIZE: usize = 2 << 20;
 
 impl GuestMemory {
     /// Maps `pages` pages that take room only once touched (`MAP_NORESERVE`).
     pub fn new(pages: u64) -> Result<Self, MemoryError> {
-        let bytes = match pages.checked_mul(PAGE_SIZE).map(usize::try_from) {
-            Some(Ok(bytes)) if pages > 0 && pages <= 1 << 40 => bytes,
-            _ => return Err(MemoryError::Size(pages)),
-        };
-        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
-        let map = MmapRaw::from(map.map_err(|source| MemoryError::Map(pages, source))?);
+        let map = map(pages, 0)?;
         // Huge pages would make sparse touches cost 2 MiB each, and make the guest's first faults
         // depend on the machine's settings. EINVAL where the kernel has no huge pages: as wanted.
         let _ = map.advise(Advice::NoHugePage);
-        Ok(Self { map, pages })
+        let start = 0;
+        Ok(Self { map, start, pages })
+    }
+
+    /// Maps `pages` pages, touches all of them, and asks for huge pages of 2 MiB. Whether the kernel had any,
+    /// [`huge_bytes`](Self::huge_bytes) tells.
+    pub fn with_huge_pages(pages: u64) -> Result<Self, MemoryError> {
+        let map = map(pages, HUGE_PAGE_SIZE)?;
+        let start = (map.as_mut_ptr() as usize).wrapping_neg() % HUGE_PAGE_SIZE;
+        // It fails where the kernel has none.
+        let _ = map.advise(Advice::HugePage);
+        let memory = Self { map, start, pages };
+        memory.touch();
+        Ok(memory)
+    }
+
+    /// How many of the bytes are in huge pages now (`AnonHugePages` of /proc/self/smaps).
+    pub fn huge_bytes(&self) -> io::Result<u64> {
+        let smaps = fs::read_to_string("/proc/self/smaps")?;
+        let ours = self.host_addr()..self.host_addr() + self.bytes();
+        // The kernel may have made one mapping of several that are next to each other, or several of one.
+        Ok(huge_bytes_of(&smaps, ours).min(self.bytes()))
+    }
+
+    fn touch(&self) {
+        for page in 0..self.pages {
+            self.write_u64(page * PAGE_SIZE, 0);
+        }
     }
 
     /// Maps `pages` pages and touches all of them, so that a measurement has no first faults of
     /// the host's own in it.
     pub fn prefaulted(pages: u64) -> Result<Self, MemoryError> {
         let memory = Self::new(pages)?;
-        for page in 0..pages {
-            memory.write_u64(page * PAGE_SIZE, 0);
-        }
+        memory.touch();
         Ok(memory)
     }
 
@@ -87,7 +114,7 @@ impl GuestMemory {
 
     /// Where the mapping starts in this process, for `KVM_SET_USER_MEMORY_REGION`.
     pub fn host_addr(&self) -> u64 {
-        self.map.as_mut_ptr() as u64
+        self.at(0, 0) as u64
     }
 
     /// Reads the word at `offset`.
@@ -183,10 +210,38 @@ impl GuestMemory {
             "{length} bytes at {offset:#x} are not in guest memory of {} pages",
             self.pages
         );
-        // SAFETY: offset ≤ the mapping's length, as just checked, so the pointer stays inside the
-        // mapping or one past its end.
-        unsafe { self.map.as_mut_ptr().add(offset as usize) }
+        // SAFETY: start + bytes() ≤ the mapping's length, and offset ≤ bytes(), as just checked, so the
+        // pointer stays inside the mapping or one past its end.
+        unsafe { self.map.as_mut_ptr().add(self.start + offset as usize) }
     }
+}
+
+/// A mapping of so many pages and so many bytes more.
+fn map(pages: u64, more: usize) -> Result<MmapRaw, MemoryError> {
+    let bytes = match pages.checked_mul(PAGE_SIZE).map(usize::try_from) {
+        Some(Ok(bytes)) if pages > 0 && pages <= 1 << 40 => bytes + more,
+        _ => return Err(MemoryError::Size(pages)),
+    };
+    let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+    let map = map.map_err(|source| MemoryError::Map(pages, source))?;
+    Ok(MmapRaw::from(map))
+}
+
+/// The bytes in huge pages of all mappings that have a part in `place`.
+fn huge_bytes_of(smaps: &str, place: Range<u64>) -> u64 {
+    let (mut inside, mut kib) = (false, 0);
+    for line in smaps.lines() {
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        let ends = word.split_once('-');
+        if let Some((start, end)) = ends.and_then(|(a, b)| address(a).zip(address(b))) {
+            inside = start < place.end && place.start < end;
+        } else if inside && word == "AnonHugePages:" {
+            let number = rest.trim().trim_end_matches(" kB");
+            kib += number.parse::<u64>().unwrap_or(0);
+        }
+    }
+    kib << 10
 }
 
 #[cfg(test)]
@@ -211,6 +266,22 @@ mod tests {
             (differing(), b.read_u64(2 * PAGE_SIZE + 16)),
             (vec![], 0x0100)
         );
+    }
+
+    #[test]
+    fn huge_pages_are_aligned_and_counted() {
+        let memory = GuestMemory::with_huge_pages(1024).unwrap();
+        assert_eq!(memory.host_addr() % HUGE_PAGE_SIZE as u64, 0);
+        memory.write_u64(memory.bytes() - 8, 7);
+        assert!(memory.huge_bytes().unwrap() <= memory.bytes());
+        let small = GuestMemory::prefaulted(1024).unwrap();
+        assert_eq!(small.huge_bytes().unwrap(), 0);
+
+        let smaps = "1000-3000 rw-p 00000000 00:00 0 \nRss:  9 kB\nAnonHugePages:      2048 kB\n\
+            3000-4000 rw-p 00000000 00:00 0 /a-b\nAnonHugePages:      4096 kB\n";
+        let places = [0x1000..0x2000, 0x2000..0x4000, 0x3000..0x3001, 0..0x1000];
+        let found = places.map(|place| huge_bytes_of(smaps, place) >> 10);
+        assert_eq!(found, [2048, 6144, 4096, 0]);
     }
 
     #[test]

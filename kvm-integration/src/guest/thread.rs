@@ -5,9 +5,9 @@
 //! when it is wanted to run. So a kick is never lost: before `KVM_RUN` the flag keeps the vCPU
 //! out, inside the signal throws it out, and after it the flag is still set.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::Duration;
 
@@ -48,6 +48,8 @@ pub struct VcpuThread {
     /// The handler is to be called once the vCPU is out.
     kicked: Arc<AtomicBool>,
     progress: Progress,
+    /// The error with which the thread ends.
+    error: Arc<OnceLock<String>>,
     thread: Option<JoinHandle<Result<TinyVcpu, VcpuError>>>,
 }
 
@@ -83,12 +85,18 @@ impl VcpuThread {
         immediate_exit.set(false);
         let parking = Arc::new(Parking::new(immediate_exit));
         let kicked = Arc::<AtomicBool>::default();
+        let error = Arc::<OnceLock<String>>::default();
         let (ready, is_ready) = mpsc::channel();
         let thread = Builder::new().name(format!("vcpu-{index}")).spawn({
             let (guard, kicked) = (EndGuard(Arc::clone(&parking)), Arc::clone(&kicked));
+            let reason = Arc::clone(&error);
             move || {
-                prepare(ready, index, cpu)?;
-                run(&guard.0, &kicked, vcpu, handler)
+                let ran = prepare(ready, index, cpu);
+                let ran = ran.and_then(|()| run(&guard.0, &kicked, vcpu, handler));
+                // Before the guard tells that it has ended.
+                ran.inspect_err(|error| {
+                    reason.get_or_init(|| error.with_causes());
+                })
             }
         });
         let mut this = Self {
@@ -97,6 +105,7 @@ impl VcpuThread {
             parking,
             kicked,
             progress,
+            error,
             thread: Some(thread.map_err(failed)?),
         };
         match is_ready.recv() {
@@ -138,6 +147,16 @@ impl VcpuThread {
     /// [`join`](Self::join) gives.
     pub fn ended(&self) -> bool {
         self.parking.ended()
+    }
+
+    /// Why the thread has ended, if it has; for whoever can't [`join`](Self::join) it.
+    pub fn why_ended(&self) -> Option<String> {
+        let index = self.index;
+        let why = || match self.error.get() {
+            Some(error) => format!("vCPU {index} has ended: {error}"),
+            None => format!("vCPU {index} has ended, as it was told to, or by a panic"),
+        };
+        self.ended().then(why)
     }
 
     /// Sends the thread a signal that asks for nothing: an interruption to be survived. For a

@@ -9,6 +9,7 @@ pub(crate) mod cpu_time;
 #[cfg(tiny_guest)]
 pub mod refusal;
 pub mod storm;
+pub mod threads;
 
 use std::fmt;
 use std::fs;
@@ -53,6 +54,25 @@ impl Host {
     /// [`Mode::Emulated`]: crate::guest::program::Mode::Emulated
     pub fn is_pvm(&self) -> bool {
         self.kvm_kind.split('+').any(|kind| kind == "kvm_pvm")
+    }
+
+    /// Whether the processor has a buffer for the pages that a guest writes (page-modification logging),
+    /// which come to the ring late, and KVM uses it.
+    pub fn has_pml(&self) -> bool {
+        self.kvm_kind.split('+').any(|kind| {
+            let parameter = fs::read_to_string(format!("/sys/module/{kind}/parameters/pml"));
+            parameter.is_ok_and(|value| value.trim_end() == "Y")
+        })
+    }
+
+    /// Whether the kernel's resets look for signals, which KVM does since Linux 6.17.
+    pub fn resets_look_for_signals(&self) -> bool {
+        let mut numbers = self
+            .kernel
+            .split(['.', '-', '+'])
+            .map_while(|part| part.parse().ok());
+        let version: [u32; 2] = [0; 2].map(|none| numbers.next().unwrap_or(none));
+        version >= [6, 17]
     }
 }
 
@@ -205,6 +225,37 @@ fn kernel_release() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernels_that_look_for_signals_are_told_by_their_version() {
+        let looks = |kernel: &str| {
+            let kernel = kernel.into();
+            let host = Host {
+                kernel,
+                ..Host::detect()
+            };
+            host.resets_look_for_signals()
+        };
+        let new = [
+            "6.17.0",
+            "6.17-rc3",
+            "6.17+deb13-amd64",
+            "6.18.44",
+            "7.0.1",
+            "7.2-rc1",
+            "10.0",
+        ];
+        assert!(new.into_iter().all(looks));
+        let old = [
+            "6.1.0-44-amd64",
+            "6.12.57+deb13-arm64",
+            "6.16.12",
+            "5.11.0",
+            "unknown",
+            "",
+        ];
+        assert!(!old.into_iter().any(looks));
+    }
 
     #[test]
     fn meminfo_is_read() {

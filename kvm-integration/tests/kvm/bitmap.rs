@@ -30,6 +30,7 @@ use super::machine::{
     Machine, assert_unsuspicious, gpa, nap, page_of, pause, resume, run_passes, slot_id, stop,
     wait_paused,
 };
+use super::scale::{at_most, scaled};
 
 tests![
     last_sync_is_complete,
@@ -59,7 +60,7 @@ fn vm() -> Result<TinyVm, Failed> {
 fn stop_and_sync(machine: &mut Machine, vcpus: u32) -> Result<(), Failed> {
     let vcpus = machine.spawn_all(Workload::Random, vcpus)?;
     let reaper = Reaper::spawn(&machine.log, Adaptive::default())?;
-    for round in 0..60 {
+    for round in 0..scaled(60, 4) {
         for _ in 0..3 {
             // So that they are met at no moment in particular.
             nap(Duration::from_micros(round * 37 % 1000));
@@ -141,8 +142,9 @@ fn a_page_written_before_the_clearing_is_kept() -> Outcome {
 /// More than a GiB, which more than one call clears: where there is something to clear.
 fn a_large_slot_is_cleared_in_parts() -> Outcome {
     const GIB: u64 = 1 << 18;
-    let mut machine = Machine::with_bitmap(&[3 * GIB + 70])?;
-    let pages = [0, GIB - 1, GIB, 3 * GIB + 1, 3 * GIB + 69];
+    let whole = at_most(3, 1) * GIB;
+    let mut machine = Machine::with_bitmap(&[whole + 70])?;
+    let pages = [0, GIB - 1, GIB, whole + 1, whole + 69];
     let list = pages.map(|page| page_of(1, page));
     let load = Load::new(kvm_integration::Mode::Native, list.into()).pass_exits();
     let vcpu = [machine.spawn(0, &load)?];

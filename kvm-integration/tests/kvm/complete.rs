@@ -17,6 +17,7 @@ use super::harness::Outcome;
 use super::machine::{
     Machine, Over, assert_unsuspicious, nap, page_of, pause, resume, run_passes, slot_id, stop,
 };
+use super::scale::{at_most, scaled};
 
 tests![
     final_sync_beside_a_reaper,
@@ -31,7 +32,7 @@ fn stop_and_sync(workload: Workload, vcpus: u32, period: Duration) -> Result<(),
     let mut machine = Machine::new(1024, &[1500, 548])?;
     let vcpus = machine.spawn_all(workload, vcpus)?;
     let reaper = Reaper::spawn(&machine.log, Fixed::new(period))?;
-    for round in 0..200 {
+    for round in 0..scaled(200, 10) {
         // So that they are stopped at no moment in particular.
         nap(Duration::from_micros(round * 37 % 2000));
         machine.finish(&vcpus)?;
@@ -41,7 +42,9 @@ fn stop_and_sync(workload: Workload, vcpus: u32, period: Duration) -> Result<(),
     }
     reaper.stop()?;
     stop(vcpus)?;
-    assert_unsuspicious(&machine.log.stats());
+    let stats = machine.log.stats();
+    assert!(stats.entries > 0, "they have written nothing: {stats:?}");
+    assert_unsuspicious(&stats);
     Ok(())
 }
 
@@ -52,7 +55,11 @@ fn final_sync_beside_a_reaper() -> Outcome {
 }
 
 fn final_sync_of_many_vcpus() -> Outcome {
-    stop_and_sync(Workload::Random, 8, Duration::from_millis(1))?;
+    stop_and_sync(
+        Workload::Random,
+        at_most(8, 4) as u32,
+        Duration::from_millis(1),
+    )?;
     Ok(Completed)
 }
 
@@ -61,7 +68,8 @@ fn final_sync_of_many_vcpus() -> Outcome {
 fn snapshots_without_a_reaper() -> Outcome {
     let mut machine = Machine::new(1024, &[3000, 1096])?;
     let vcpus = machine.spawn_all(Workload::Random, 2)?;
-    for _ in 0..20 {
+    let rounds = scaled(20, 3);
+    for _ in 0..rounds {
         run_passes(&vcpus, 1)?;
         machine.finish(&vcpus)?;
         resume(&vcpus);
@@ -70,7 +78,7 @@ fn snapshots_without_a_reaper() -> Outcome {
     let stats = machine.log.stats();
     assert!(stats.full_exits() > 0, "{stats:?}");
     // A pass for each full exit, and four for each sync.
-    assert_eq!(stats.passes, stats.full_exits() + 4 * 20, "{stats:?}");
+    assert_eq!(stats.passes, stats.full_exits() + 4 * rounds, "{stats:?}");
     assert_unsuspicious(&stats);
     Ok(Completed)
 }
@@ -95,7 +103,7 @@ fn syncs_beside_each_other() -> Outcome {
             Ok(())
         });
         let guard = Over(&over);
-        for _ in 0..100 {
+        for _ in 0..scaled(100, 10) {
             machine.round()?;
             nap(Duration::from_micros(300));
         }
@@ -121,7 +129,7 @@ fn device_writes_are_merged() -> Outcome {
     let load = Load::new(Mode::Native, list.collect());
     let vcpus = vec![machine.spawn(0, &load)?];
     let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_millis(1)))?;
-    for round in 1..=30_u64 {
+    for round in 1..=scaled(30, 3) {
         let written = thread::scope(|scope| -> Result<u64, Failed> {
             let device = scope.spawn(|| {
                 // Runs of pages, here and there, each marked once it is written.

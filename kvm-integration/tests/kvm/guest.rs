@@ -17,6 +17,7 @@ use super::harness::{Outcome, chain};
 use super::machine::{
     gpa, nap, page_of, pause, resume, run_passes, stop, wait, wait_beside, wait_paused,
 };
+use super::scale::scaled;
 
 tests![
     stores_what_its_progress_says,
@@ -130,7 +131,7 @@ fn stands_still_while_paused() -> Outcome {
     }
     let progress =
         |vcpus: &[VcpuThread]| -> Vec<u64> { vcpus.iter().map(VcpuThread::progress).collect() };
-    for _ in 0..200 {
+    for _ in 0..scaled(200, 10) {
         pause(&vcpus)?;
         let still = progress(&vcpus);
         vcpus.iter().for_each(VcpuThread::interrupt);
@@ -147,7 +148,7 @@ fn stands_still_while_paused() -> Outcome {
         })?;
     }
     // As fast as can be, a resume right behind each request.
-    for _ in 0..2000 {
+    for _ in 0..scaled(2000, 100) {
         vcpus[1].request_pause();
         vcpus[1].resume();
     }
@@ -185,6 +186,12 @@ fn handlers_end_it() -> Outcome {
     let failing = VcpuThread::spawn(vm.create_vcpu(0, &load)?, |_| Action::Fail("no".into()))?;
     wait("the end of the vCPU", || failing.ended())?;
     assert!(!failing.pause());
+    // Nor for anything that it might have done.
+    let failing = [failing];
+    let waited = wait_beside(&failing, "nothing", || false).expect_err("it has ended");
+    let why = "vCPU 0 has ended: the handler of vCPU 0 failed: no; this was waited for: nothing";
+    assert_eq!(waited.message(), Some(why));
+    let [failing] = failing;
     let error = failing.join().expect_err("its handler failed");
     assert_eq!(chain(&error), "the handler of vCPU 0 failed: no");
     let panicking = VcpuThread::spawn(vm.create_vcpu(1, &load)?, |_| {
@@ -192,6 +199,8 @@ fn handlers_end_it() -> Outcome {
         std::panic::resume_unwind(Box::new("on purpose"))
     })?;
     wait("the end of the vCPU", || panicking.ended())?;
+    let why = panicking.why_ended().ok_or("it has not ended")?;
+    assert!(why.ends_with("by a panic"), "{why}");
     let error = panicking.stop().expect_err("its handler panicked");
     assert!(
         matches!(error, VcpuError::Panicked { index: 1, .. }),

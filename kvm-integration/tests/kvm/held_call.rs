@@ -15,7 +15,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-use super::machine::PATIENCE;
+use super::machine::patience;
 
 /// The calls that a thread is held in. When it is dropped, held calls fail with `ENOSYS`.
 pub struct HeldCalls(OwnedFd);
@@ -63,10 +63,11 @@ impl HeldCalls {
             events: libc::POLLIN,
             revents: 0,
         };
+        let patience = patience();
         // SAFETY: one such request, which is ours.
-        match unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } {
+        match unsafe { libc::poll(&mut poll, 1, patience.as_millis() as i32) } {
             1 if poll.revents & libc::POLLIN != 0 => {}
-            0 => return Err(format!("{PATIENCE:?} went by without the call").into()),
+            0 => return Err(format!("{patience:?} went by without the call").into()),
             _ => return Err("the thread ended without the call".into()),
         }
         // SAFETY: for the kernel, which wants zeroes, all of them are right.

@@ -74,10 +74,12 @@ fn a_limit_is_not_exceeded() -> Outcome {
         let allowed = (start.elapsed().as_secs_f64() * rate as f64) as u64 + rate / 4 + burst;
         let written = after - before;
         assert!(written <= allowed, "vCPU {at}: {written} of {allowed}");
-        // Whoever takes the entries from the rings, all are counted; a chunk may be under way.
+        // Whoever takes the entries from the rings, all are counted; a chunk may be under way. A store is logged
+        // twice if a reset protects its page after the fault and before the store itself.
+        let resets = machine.log.stats().resets;
         assert!(
-            logged[at] > 0 && logged[at] <= after + 64,
-            "{logged:?} {after}"
+            logged[at] > 0 && logged[at] <= after + 64 + resets,
+            "{logged:?} {after}, {resets} resets"
         );
     }
     machine.log.set_dirty_limits(None)?;

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::{DirtyLog, DirtyPages, RingEntries, SlotId, Stats, VcpuRing};
+use kvm_integration::host::threads::states;
 use kvm_integration::{
     Action, Exit, GuestMemory, Load, Mode, PAGE_SIZE, Region, TinyVcpu, TinyVm, VcpuThread,
     Workload, kvm_available,
@@ -13,6 +14,7 @@ use kvm_integration::{
 use libtest_mimic::Failed;
 
 use super::harness::{chain, remark};
+use super::scale;
 
 /// Sleeps, through signals too: `sleep` begins anew after each, and would never end in a storm.
 pub fn nap(time: Duration) {
@@ -21,14 +23,19 @@ pub fn nap(time: Duration) {
 }
 
 /// How long a test waits for what must come, on however slow or busy a machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub fn patience() -> Duration {
+    scale::patience(Duration::from_secs(60))
+}
 
 /// Waits for something that is sure to come.
 pub fn wait(what: &str, mut until: impl FnMut() -> bool) -> Result<(), Failed> {
-    let deadline = Instant::now() + PATIENCE;
+    let (patience, start) = (patience(), Instant::now());
     while !until() {
-        if Instant::now() > deadline {
-            let missing = format!("{PATIENCE:?} went by without {what}");
+        if start.elapsed() > patience {
+            let missing = format!(
+                "{patience:?} went by without {what}; the threads:\n{}",
+                states()
+            );
             // At once: a test that fails stops its vCPUs first, and what hangs may keep it from that.
             remark(&missing);
             return Err(missing.into());
@@ -45,10 +52,10 @@ pub fn wait_beside(
     mut until: impl FnMut() -> bool,
 ) -> Result<(), Failed> {
     wait(what, || until() || vcpus.iter().any(VcpuThread::ended))?;
-    if vcpus.iter().any(VcpuThread::ended) {
-        return Err("a vCPU has ended".into());
+    match vcpus.iter().find_map(VcpuThread::why_ended) {
+        Some(why) => Err(format!("{why}; this was waited for: {what}").into()),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Says that it is over when it is dropped, so that no thread goes on for ever beside a test that fails.
@@ -58,6 +65,13 @@ impl Drop for Over<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Bytes of a page of the host's, which need not be the guest's.
+pub fn host_page_size() -> u64 {
+    // SAFETY: sysconf takes an integer.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).expect("pages have a size")
 }
 
 /// A virtual machine whose log copies it.
@@ -116,7 +130,12 @@ impl Machine {
     }
 
     pub fn add_slot(&mut self, id: u32, pages: u64) -> Result<(), Failed> {
-        let memory = Arc::new(GuestMemory::new(pages)?);
+        self.add_memory(id, GuestMemory::new(pages)?)
+    }
+
+    /// Adds slot `id` with this memory.
+    pub fn add_memory(&mut self, id: u32, memory: GuestMemory) -> Result<(), Failed> {
+        let (pages, memory) = (memory.pages(), Arc::new(memory));
         self.log.add_slot(slot_id(id), pages)?;
         self.vm.add_slot(id, gpa(id), Arc::clone(&memory), true)?;
         self.slots.push(Slot {

@@ -18,6 +18,7 @@ use libtest_mimic::Failed;
 use super::harness::Outcome;
 use super::machine::{Machine, Over, assert_unsuspicious, nap, pause, resume, run_passes, stop};
 use super::raw::RawMachine;
+use super::scale::scaled;
 
 tests![
     copy_before_reset_loses_writes,
@@ -36,7 +37,7 @@ enum Order {
 const PAGES: u64 = 512;
 
 /// Rounds of a migration by hand. How many pages the copy missed in all.
-fn lost_pages(order: Order, rounds: u32) -> Result<usize, Failed> {
+fn lost_pages(order: Order, rounds: u64) -> Result<usize, Failed> {
     let mut machine = RawMachine::new(2048, PAGES, false)?;
     let copy = GuestMemory::new(PAGES)?;
     let mut lost = 0;
@@ -81,7 +82,7 @@ fn copy_before_reset_loses_writes() -> Outcome {
 }
 
 fn reset_before_copy_loses_none() -> Outcome {
-    assert_eq!(lost_pages(Order::ResetFirst, 20)?, 0);
+    assert_eq!(lost_pages(Order::ResetFirst, scaled(20, 3))?, 0);
     Ok(Completed)
 }
 
@@ -89,7 +90,7 @@ fn reset_before_copy_loses_none() -> Outcome {
 fn log_loses_none() -> Outcome {
     let mut machine = Machine::new(1024, &[PAGES])?;
     let vcpus = machine.spawn_all(Workload::Walk, 1)?;
-    for _ in 0..100 {
+    for _ in 0..scaled(100, 5) {
         run_passes(&vcpus, 2)?;
         machine.round()?;
         machine.finish(&vcpus)?;
@@ -105,7 +106,7 @@ fn log_beside_a_reaper_loses_none() -> Outcome {
     let mut machine = Machine::new(1024, &[4 * PAGES])?;
     let vcpus = machine.spawn_all(Workload::Walk, 2)?;
     let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_micros(100)))?;
-    for _ in 0..500 {
+    for _ in 0..scaled(500, 10) {
         for _ in 0..3 {
             machine.round()?;
         }
@@ -136,7 +137,7 @@ fn log_beside_many_passes_loses_none() -> Outcome {
         };
         let passes = [scope.spawn(reap), scope.spawn(reap)];
         let mut rounds = || -> Result<(), Failed> {
-            for round in 0..800 {
+            for round in 0..scaled(800, 16) {
                 nap(Duration::from_micros(round % 8 * 100));
                 machine.round()?;
                 machine.finish(&vcpus)?;

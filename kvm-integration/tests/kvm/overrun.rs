@@ -58,7 +58,7 @@ fn overrun_breaks_the_ring() -> Outcome {
         vcpu.resume();
         resume(&native);
         run_passes(&native, 1)?;
-        assert!(vcpu.pause(), "the vCPU has ended");
+        assert!(vcpu.pause(), "{:?}", vcpu.why_ended());
         pause(&native)?;
         assert_eq!(machine.round()?, all);
         machine.compare()?;

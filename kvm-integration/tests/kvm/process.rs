@@ -11,7 +11,11 @@ use kvm_integration::{TinyVm, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 
 use super::harness::Outcome;
-use super::machine::{Machine, assert_unsuspicious, pause, resume, run_passes, serve, stop};
+use super::machine::{
+    Machine, assert_unsuspicious, host_page_size, pause, resume, run_passes, serve, stop,
+};
+use super::raw::RING_OFFSET_PAGES;
+use super::scale::scaled;
 
 tests![
     rings_are_not_inherited,
@@ -57,10 +61,11 @@ fn rings_are_not_inherited() -> Outcome {
     let mut machine = Machine::new(1024, &[256])?;
     let vcpus = machine.spawn_all(Workload::Walk, 1)?;
     run_passes(&vcpus, 1)?;
-    // Mappings of a vCPU from its page 64 on.
+    // Mappings of a vCPU, from where its ring begins.
+    let start = format!(" {:08x} ", RING_OFFSET_PAGES * host_page_size());
     let rings = |process: &str| {
         let maps = fs::read_to_string(format!("/proc/{process}/maps"))?;
-        let is_vcpu = |line: &&str| line.contains("kvm-vcpu") && line.contains(" 00040000 ");
+        let is_vcpu = |line: &&str| line.contains("kvm-vcpu") && line.contains(&start);
         Ok::<_, io::Error>(maps.lines().filter(is_vcpu).count())
     };
     let before = rings("self")?;
@@ -94,11 +99,11 @@ fn two_machines() -> Outcome {
         Reaper::spawn(&machines[0].log, period.clone())?,
         Reaper::spawn(&machines[1].log, period)?,
     ];
-    for round in 0..20 {
+    for round in 0..scaled(20, 4) {
         run_passes(&vcpus[0], 1)?;
         run_passes(&vcpus[1], 1)?;
         // One stands still while the other runs, and its log with it.
-        let still = round % 2;
+        let still = (round % 2) as usize;
         machines[still].finish(&vcpus[still])?;
         let entries = machines[still].log.stats().entries;
         run_passes(&vcpus[1 - still], 1)?;

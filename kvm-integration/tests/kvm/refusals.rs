@@ -10,7 +10,7 @@ use kvm_dirty_ring::error::{AttachError, EnableError, RingSizeError};
 use kvm_dirty_ring::sim::{SimConfig, SimVm};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, HostSupport, RingEntries};
 use kvm_integration::{
-    Action, Exit, GuestMemory, Load, Mode, PAGE_SIZE, TinyVcpu, TinyVm, VcpuThread, Workload,
+    Action, Exit, GuestMemory, Host, Load, Mode, PAGE_SIZE, TinyVcpu, TinyVm, VcpuThread, Workload,
     kvm_available,
 };
 use libtest_mimic::Completion::Completed;
@@ -18,7 +18,8 @@ use libtest_mimic::Failed;
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, gpa, page_of, run_passes, slot_id, stop, wait_paused,
+    Machine, assert_unsuspicious, gpa, host_page_size, page_of, run_passes, slot_id, stop,
+    wait_paused,
 };
 
 tests![
@@ -80,17 +81,11 @@ fn ring_sizes() -> Outcome {
         let expected = RingSizeError::NotPowerOfTwo { entries };
         assert_eq!(RingEntries::new(entries), Err(expected));
     }
-    let small = RingEntries::new(128);
-    assert!(
-        matches!(
-            small,
-            Err(RingSizeError::TooSmall {
-                entries: 128,
-                min: 256
-            })
-        ),
-        "{small:?}"
-    );
+    // A page of 16-byte entries.
+    let least = u32::try_from(host_page_size() / 16)?;
+    let (entries, min) = (least / 2, least);
+    let refused = RingSizeError::TooSmall { entries, min };
+    assert_eq!(RingEntries::new(entries), Err(refused));
     let large = RingEntries::new(131_072);
     assert!(
         matches!(
@@ -105,12 +100,16 @@ fn ring_sizes() -> Outcome {
 
     let largest = DirtyLog::enable(vm()?.vm_fd(), RingEntries::new(max)?)?;
     assert_eq!(largest.ring_entries(), max);
-    // A page is enough, but for the entries that Intel's page-modification logging reserves.
+    // A page is enough, but for the entries that page-modification logging reserves.
     let vm = vm()?;
-    match DirtyLog::enable(vm.vm_fd(), RingEntries::new(256)?) {
-        Ok(log) => assert_eq!(log.ring_entries(), 256),
+    match DirtyLog::enable(vm.vm_fd(), RingEntries::new(least)?) {
+        Ok(log) => {
+            assert_eq!(log.ring_entries(), least);
+            assert!(least >= 1024 || !Host::detect().has_pml());
+        }
         Err(EnableError::RingSize(RingSizeError::TooSmall { entries, min })) => {
-            assert_eq!((entries, min), (256, 1024));
+            assert_eq!((entries, min), (least, 1024));
+            assert!(Host::detect().has_pml());
             still_works(vm)?;
         }
         Err(other) => return Err(other.into()),
@@ -213,7 +212,8 @@ fn manual_protection() -> Outcome {
     Ok(Completed)
 }
 
-/// Finding out about manual protection makes a slot for a moment: where there is room for it.
+/// Finding out about manual protection makes a slot for a moment: where there is room for it. Hosts with bitmaps
+/// beside rings refuse rings once there is a slot.
 fn slots_of_the_vmm_are_left_alone() -> Outcome {
     let vm = vm()?;
     let slots = vm.vm_fd().check_extension_raw(KVM_CAP_NR_MEMSLOTS.into());
@@ -221,6 +221,14 @@ fn slots_of_the_vmm_are_left_alone() -> Outcome {
     let pages = 16;
     vm.add_slot(1, gpa(1), Arc::new(GuestMemory::new(pages)?), true)?;
     vm.add_slot(last, gpa(2), Arc::new(GuestMemory::new(1)?), true)?;
+    if HostSupport::query()?.with_bitmap {
+        let refused = DirtyLog::enable(vm.vm_fd(), entries());
+        assert!(
+            matches!(refused, Err(EnableError::SlotExists)),
+            "{refused:?}"
+        );
+        return Ok(Completed);
+    }
     still_works(vm)?;
     Ok(Completed)
 }

@@ -13,6 +13,7 @@ use super::machine::{
     Machine, Over, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop,
     wait_beside, wait_paused,
 };
+use super::scale::{at_most, scaled};
 
 tests![
     each_vcpu_has_its_own_ring,
@@ -97,7 +98,7 @@ fn rounds(
     share: impl Fn(u64) -> Range<u64>,
 ) -> Result<(), Failed> {
     let mut seen = Vec::new();
-    for _ in 0..50 {
+    for _ in 0..scaled(50, 3) {
         wait_paused(vcpus)?;
         pause(vcpus)?;
         let before = machine.log.stats();
@@ -139,8 +140,9 @@ fn late_vcpu() -> Outcome {
 fn more_vcpus_while_others_run() -> Outcome {
     let mut machine = Machine::new(1024, &[4096])?;
     let mut vcpus = Vec::new();
-    for index in 0..16 {
-        vcpus.push(machine.spawn(index, &machine.load(Workload::Random, index, 16))?);
+    let many = at_most(16, 4) as u32;
+    for index in 0..many {
+        vcpus.push(machine.spawn(index, &machine.load(Workload::Random, index, many))?);
         machine.round()?;
         let before = vcpus[0].progress();
         wait_beside(&vcpus, "progress beside a new vCPU", || {
@@ -148,7 +150,7 @@ fn more_vcpus_while_others_run() -> Outcome {
         })?;
     }
     machine.finish(&vcpus)?;
-    assert_eq!(machine.log.stats().vcpus.len(), 16);
+    assert_eq!(machine.log.stats().vcpus.len(), many as usize);
     stop(vcpus)?;
     assert_unsuspicious(&machine.log.stats());
     Ok(Completed)

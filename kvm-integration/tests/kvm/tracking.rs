@@ -11,13 +11,16 @@ use kvm_integration::{GuestMemory, TinyVm, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
-use super::harness::Outcome;
+use super::harness::{Outcome, remark, skip};
 use super::machine::{Machine, assert_unsuspicious, gpa, nap, resume, run_passes, slot_id, stop};
+use super::scale::scaled;
+use super::stat::vm_stat;
 
 tests![
     stops_and_starts_with_rings,
     stops_and_starts_beside_a_reaper,
     stops_and_starts_with_bitmaps,
+    stops_and_starts_with_huge_pages,
     one_slot_stops_and_the_other_goes_on,
     a_slot_is_created_without_its_log,
 ];
@@ -31,20 +34,26 @@ fn switch(machine: &Machine, id: u32, on: bool) -> Result<(), SlotError> {
 }
 
 /// Each time: unlogged for a while, then a migration to its end, after which source and copy must
-/// be the same; some with a sync while nothing is logged, some called off and begun anew.
-fn stops_and_starts(mut machine: Machine, rounds: u64) -> Result<(), Failed> {
+/// be the same; some with a sync while nothing is logged, some called off and begun anew. How many huge pages KVM
+/// has mapped at most while nothing was logged, if it says.
+fn stops_and_starts(mut machine: Machine) -> Result<Option<u64>, Failed> {
+    let rounds = scaled(60, 8);
     let vcpus = machine.spawn_all(Workload::Random, 2)?;
     let all = machine.pages();
-    let (mut round, mut calm) = (0, 0);
-    // On a busy machine many a reset waits for a switch.
+    let (mut round, mut calm, mut huge) = (0, 0, None);
+    // On a busy machine many a reset waits for a switch, however few rounds are wanted.
     while round < rounds || calm == 0 {
-        assert!(round < 20 * rounds, "each round had a doubtful reset");
+        assert!(
+            round < rounds.max(60) * 20,
+            "each round had a doubtful reset"
+        );
         round += 1;
         let doubts = machine.log.stats().doubtful_resets;
         for id in [1, 2] {
             switch(&machine, id, false)?;
         }
         run_passes(&vcpus, 1)?;
+        huge = huge.max(vm_stat(machine.vm.vm_fd(), "pages_2m")?);
         if round % 3 == 0 {
             assert_eq!(machine.round()?, all, "untracked, round {round}");
             run_passes(&vcpus, 1)?;
@@ -71,26 +80,59 @@ fn stops_and_starts(mut machine: Machine, rounds: u64) -> Result<(), Failed> {
     }
     stop(vcpus)?;
     assert_unsuspicious(&machine.log.stats());
-    Ok(())
+    Ok(huge)
 }
 
 fn stops_and_starts_with_rings() -> Outcome {
-    stops_and_starts(Machine::new(1024, &[1500, 548])?, 60)?;
+    stops_and_starts(Machine::new(1024, &[1500, 548])?)?;
     Ok(Completed)
 }
 
 fn stops_and_starts_beside_a_reaper() -> Outcome {
     let machine = Machine::new(1024, &[1500, 548])?;
     let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_micros(300)))?;
-    stops_and_starts(machine, 60)?;
+    stops_and_starts(machine)?;
     reaper.stop()?;
     Ok(Completed)
 }
 
 /// KVM throws its bitmaps away with the flag.
 fn stops_and_starts_with_bitmaps() -> Outcome {
-    stops_and_starts(Machine::with_bitmap(&[1500, 548])?, 60)?;
+    stops_and_starts(Machine::with_bitmap(&[1500, 548])?)?;
     Ok(Completed)
+}
+
+/// Memory in huge pages is mapped as such while it is not tracked. KVM has to split these mappings, or to make new
+/// ones, once it is.
+fn stops_and_starts_with_huge_pages() -> Outcome {
+    let mut mapped = Some(0);
+    for mut machine in [Machine::new(1024, &[])?, Machine::with_bitmap(&[])?] {
+        for (id, huge_pages) in [(1, 3), (2, 1)] {
+            let memory = GuestMemory::with_huge_pages(huge_pages * 512)?;
+            assert_eq!((gpa(id) | memory.host_addr()) % (2 << 20), 0);
+            let (had, all) = (memory.huge_bytes()? >> 10, memory.bytes() >> 10);
+            if had < all {
+                return skip(&format!("the kernel had {had} of {all} KiB in huge pages"));
+            }
+            machine.add_memory(id, memory)?;
+        }
+        let most = stops_and_starts(machine)?;
+        mapped = most.zip(mapped).map(|(most, before)| most.max(before));
+    }
+    // Nothing was lost in any case.
+    match mapped {
+        Some(0) => skip("KVM has mapped no huge page of memory in huge pages"),
+        Some(mapped) => {
+            remark(&format!(
+                "KVM has mapped {mapped} huge pages at a time, of 4"
+            ));
+            Ok(Completed)
+        }
+        None => {
+            remark("whether KVM has mapped huge pages of memory in huge pages, it does not say");
+            Ok(Completed)
+        }
+    }
 }
 
 fn one_slot_stops_and_the_other_goes_on() -> Outcome {
