@@ -493,7 +493,10 @@ fn confined() -> Outcome {
     };
     let (machine, finished) = syncing.run(finish);
     finished?;
-    assert_unsuspicious(&log.stats());
+    let mut stats = log.stats();
+    // That of the slot that KVM does not know, where rings have bitmaps beside them.
+    stats.missing_bitmaps -= u64::from(support.with_bitmap);
+    assert_unsuspicious(&stats);
     resume(&vcpus);
     drop(stop(vcpus)?);
     drop(log);
