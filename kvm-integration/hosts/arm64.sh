@@ -12,18 +12,22 @@ module_options=()
 shown=()
 environment=(KVM_SUITE_SCALE=0.1)
 
+settle() {
+    # The fastest has no pages of 16 KiB. That which has them has VHE, too.
+    processor=cortex-a72
+    [ "$pages" = 4k ] || processor=neoverse-n1
+}
+
 refused() {
     [ "$kernel" != 6.1 ] || echo "KVM on arm64 has no dirty rings before Linux 6.2"
 }
 
 emulator() {
-    local machine=$kept/qemu-arm cpu=cortex-a72
+    local machine=$kept/qemu-arm
     unpack "$machine" trixie amd64 . qemu-system-arm
     emulated_by="QEMU $(version "$machine" qemu-system-arm)"
-    # The fastest has no pages of 16 KiB. That which has them has VHE, too.
-    [ "$pages" = 4k ] || cpu=neoverse-n1
     by_loader "$machine" qemu-system-aarch64 -L "$machine/usr/share/qemu" \
-        -machine virt,virtualization=on,gic-version=3 -accel tcg,thread=single -cpu "$cpu" -smp "$cpus" -m 3G \
+        -machine virt,virtualization=on,gic-version=3 -accel tcg,thread=single -cpu "$processor" -smp "$cpus" -m 3G \
         -display none -monitor none -nic none -no-reboot \
         -serial "file:$run/console" -serial "file:$run/output" \
         -kernel "$kernel_image" -initrd "$run/initramfs" \

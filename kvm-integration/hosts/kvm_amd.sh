@@ -12,6 +12,8 @@ module_options=()
 shown=(kvm_amd/parameters/npt kvm_amd/parameters/pml kvm/parameters/tdp_mmu)
 environment=(KVM_SUITE_SCALE=0.1)
 
+settle() { :; }
+
 refused() { :; }
 
 emulator() {

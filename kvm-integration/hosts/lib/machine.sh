@@ -20,7 +20,7 @@ machine_initramfs() {
     cp "$hosts/guest/suite" "$tree/bin/suite"
     grep -v -e '^#' -e '^$' "$hosts/$host.skipped" > "$tree/skipped" || true
     {
-        echo "output=$output limit=$((limit / slowness)) shown='${shown[*]}' programs='${programs[*]} kvm'"
+        echo "processor='$processor' output=$output limit=$((limit / slowness)) shown='${shown[*]}' programs='${programs[*]} kvm'"
         for option in "${module_options[@]}"; do echo "options_${option%% *}='${option#* }'"; done
         echo "export KVM_REQUIRED=1 LIMIT=$((limit / slowness)) EACH=$each ${environment[*]}"
         echo 'job() {'

@@ -8,6 +8,8 @@ programs_build() {
     local folder=$1 target built=$kept/built-$architecture file
     command -v cargo > /dev/null || cannot_be_had "cargo is missing: the programs are built from source"
     export RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_STRIP=debuginfo
+    # The guest is built for pages of one size.
+    export TINY_GUEST_PAGE_KIB=${pages%k}
     case $architecture in
         amd64) target=x86_64-unknown-linux-gnu ;;
         arm64) target=aarch64-unknown-linux-gnu && rust_for_arm64 ;;
