@@ -4,12 +4,12 @@ architecture=amd64
 kernels=(6.1 6.12 newest) # The first unless one is asked for.
 cpus=1        # With one, what a PML buffer holds while its vCPU is elsewhere can't be seen.
 each=400
-slowness=2 # A second of the machine takes two of ours, or more.
+slowness=3 # A second of the machine takes two or three of ours.
 console=ttyS0
 output=ttyS1
 modules=(kvm-intel)
 shown=(kvm_intel/parameters/ept kvm_intel/parameters/pml kvm/parameters/tdp_mmu)
-environment=(KVM_SUITE_SCALE=0.1)
+environment=(KVM_SUITE_SCALE=0.05)
 
 settle() { module_options=("kvm_intel pml=$pml"); }
 
