@@ -1,15 +1,20 @@
 //! How a ring entry finds its bit: one table for each shard, made when slots change.
 
-use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::words::BLOCK_WORDS;
 use crate::prefetch;
 use crate::ring::entry::Entry;
-use crate::ring::memory::BLOCK;
+use crate::ring::view::{LINE, Take};
 use crate::slots::table::Table;
 use crate::sync::{Plain, PlainU8, PlainU64};
+
+/// Bytes of bits that are likely to be in a cache that is near: for more, words are asked for early.
+const CACHED_BYTES: u64 = 256 << 10;
+
+/// Pages whose bits fill eight cache lines: entries that are farther apart find nothing of each other's.
+const FAR_PAGES: u64 = 8 * 8 * 64;
 
 /// Where one slot's bits of one shard are.
 #[derive(Clone, Copy)]
@@ -28,8 +33,10 @@ pub(crate) struct Targets {
     /// How many bits of an id count, and the bits of a slot's number that no slot here has.
     id_bits: u32,
     foreign_bits: u32,
-    /// Where bits go that have no place.
-    nowhere: PlainU64,
+    /// Whether all slots are of address space 0.
+    has_one_space: bool,
+    /// Whether the bits are more than a cache of their own holds.
+    is_large: bool,
 }
 
 // SAFETY: the pointers are to `Sync` memory that lives as long as the table they were made of.
@@ -66,7 +73,8 @@ impl Targets {
             targets: targets.into(),
             id_bits,
             foreign_bits: !(((1 << space_bits) - 1) << 16 | ((1 << id_bits) - 1)),
-            nowhere: PlainU64::default(),
+            has_one_space: space_bits == 0,
+            is_large: table.slots().map(|slot| slot.pages() / 8).sum::<u64>() > CACHED_BYTES,
         }
     }
 
@@ -76,7 +84,8 @@ impl Targets {
             targets: &self.targets,
             id_bits: self.id_bits,
             foreign_bits: self.foreign_bits,
-            nowhere: &self.nowhere,
+            has_one_space: self.has_one_space,
+            is_large: self.is_large,
         }
     }
 }
@@ -87,7 +96,8 @@ pub(crate) struct Lookup<'a> {
     targets: &'a [Target],
     id_bits: u32,
     foreign_bits: u32,
-    nowhere: &'a PlainU64,
+    has_one_space: bool,
+    is_large: bool,
 }
 
 /// Entries that have no bit, by reason.
@@ -97,91 +107,149 @@ pub(crate) struct Misses {
     pub(crate) out_of_range: u64,
 }
 
-/// One bit to be set.
-#[derive(Clone, Copy)]
-struct Hit<'a> {
-    word: &'a PlainU64,
-    mask: u64,
-}
-
-/// The bits that a pass is about to set.
+/// Sets the bits of the entries that a pass takes.
 ///
-/// The bits of a block of entries are all looked up, and their memory asked for, before the first
-/// of them is set; and they are set only when the next block's are looked up. So while one waits
-/// for its memory, the others' is on its way.
+/// What counts is few instructions an entry, that nothing waits for memory, and that no branch depends on which slots
+/// come in turn.
 pub(crate) struct Setter<'a> {
     lookup: Lookup<'a>,
-    /// Two blocks in turn: one looked up, one to be set.
-    hits: [[MaybeUninit<Hit<'a>>; BLOCK as usize]; 2],
-    /// Which of them was looked up last, and how many it has.
-    last: usize,
-    len: usize,
     pub(crate) misses: Misses,
 }
 
 impl<'a> Setter<'a> {
     pub(crate) fn new(lookup: Lookup<'a>) -> Self {
-        Self {
-            lookup,
-            hits: [[MaybeUninit::uninit(); BLOCK as usize]; 2],
-            last: 0,
-            len: 0,
-            misses: Misses::default(),
-        }
+        let misses = Misses::default();
+        Self { lookup, misses }
     }
 
-    /// Looks up the bits of a block of dirty entries, at most [`BLOCK`], marks the entries for
-    /// reset, and sets the bits of the block before.
+    /// Sets the bits of `entries`, each where `target` says for its slot, and marks them for reset.
     #[inline(always)]
-    pub(crate) fn take(&mut self, entries: &[Entry]) {
-        let Some(first) = entries.first() else {
-            return;
-        };
-        let next = 1 - self.last;
-        let (lookup, hits, misses) = (self.lookup, &mut self.hits[next], &mut self.misses);
-        let (slot, _) = first.payload();
-        // Most blocks are of one slot, which then is looked up once. For the others no branch
-        // depends on the slot: a cache of the last one would cost more by its misses than it saves.
-        if entries.iter().all(|entry| entry.payload().0 == slot) {
+    fn set(&mut self, entries: &[Entry], target: impl Fn(&Entry) -> Target) {
+        for_each(entries, |entry| {
+            target(entry).set(entry.page(), &mut self.misses);
+            // Only now: from here on the kernel may overwrite the payload.
+            entry.mark_reset();
+        });
+    }
+}
+
+/// Shows each entry to `each`, the entries of a line in one step.
+#[inline(always)]
+fn for_each(entries: &[Entry], mut each: impl FnMut(&Entry)) {
+    let lines = entries.chunks_exact(LINE);
+    let rest = lines.remainder();
+    for line in lines {
+        line.iter().for_each(&mut each);
+    }
+    rest.iter().for_each(each);
+}
+
+/// The slot of all entries; `None` if they are of several, which the first few show as a rule, or if there are none.
+#[inline(always)]
+fn slot_of_all(entries: &[Entry]) -> Option<u32> {
+    let slot = entries.first()?.slot();
+    let mut lines = entries.chunks_exact(LINE);
+    let is = |entry: &Entry| entry.slot() == slot;
+    let all = lines.all(|line| line.iter().all(is)) && lines.remainder().iter().all(is);
+    all.then_some(slot)
+}
+
+impl Take for Setter<'_> {
+    #[inline(always)]
+    fn take(&mut self, entries: &[Entry]) {
+        let lookup = self.lookup;
+        // Most blocks are of one slot, which then is looked up once.
+        if let Some(slot) = slot_of_all(entries) {
             let target = *lookup.target(slot);
-            for (entry, hit) in entries.iter().zip(hits) {
-                hit.write(lookup.hit(&target, entry.payload().1, misses));
-                // Only now: from here on the kernel may overwrite the payload.
-                entry.mark_reset();
-            }
+            self.set(entries, |_| target);
+        } else if lookup.has_one_space {
+            self.set(entries, |entry| *lookup.target_in_one_space(entry.slot()));
         } else {
-            for (entry, hit) in entries.iter().zip(hits) {
-                let (slot, page) = entry.payload();
-                hit.write(lookup.hit(lookup.target(slot), page, misses));
-                // As above.
-                entry.mark_reset();
-            }
+            self.set(entries, |entry| *lookup.target(entry.slot()));
         }
-        self.set();
-        (self.last, self.len) = (next, entries.len());
     }
 
-    /// Sets the bits that were looked up last, and forgets them.
     #[inline(always)]
-    pub(crate) fn set(&mut self) {
-        let mut word = self.lookup.nowhere;
-        let mut mask = 0;
-        for hit in &self.hits[self.last][..core::mem::take(&mut self.len)] {
-            // SAFETY: `take` has written the first `len` of the block it looked up last.
-            let hit = unsafe { hit.assume_init() };
-            // Neighbours in one word are stored together: each store would wait for the one before.
-            if !core::ptr::eq(word, hit.word) {
-                word.store(word.load() | mask);
-                word = hit.word;
-                mask = 0;
-            }
-            mask |= hit.mask;
+    fn ask(&mut self, entries: &[Entry]) {
+        let lookup = self.lookup;
+        if !lookup.is_large || entries.is_empty() {
+            return;
         }
-        word.store(word.load() | mask);
+        // Four of them show what the others are like. Where they are in runs, these are most of what there is to ask
+        // for.
+        let third = entries.len() / 3;
+        let some = [0, third, 2 * third, entries.len() - 1].map(|at| &entries[at]);
+        for entry in some {
+            lookup.target(entry.slot()).ask(entry.page());
+        }
+        let pages = some.map(Entry::page);
+        let far = |pair: &[u64]| u32::from(pair[0].abs_diff(pair[1]) >= FAR_PAGES);
+        if pages.windows(2).map(far).sum::<u32>() < 2 {
+            return;
+        }
+        if lookup.has_one_space {
+            for_each(entries, |entry| {
+                lookup.target_in_one_space(entry.slot()).ask(entry.page());
+            });
+        } else {
+            for_each(entries, |entry| {
+                lookup.target(entry.slot()).ask(entry.page());
+            });
+        }
+    }
+}
+
+impl Target {
+    /// Sets the bit of page `page`, if there is one.
+    #[inline(always)]
+    fn set(&self, page: u64, misses: &mut Misses) {
+        if page >= self.pages {
+            misses.count(self);
+            return;
+        }
+        let word = (page / 64) as usize;
+        // SAFETY: `page` is in the slot, whose shard has a word for each 64 pages and a flag for
+        // each block of words; both live as long as the table (see `Targets::new`).
+        let (word, touched) = unsafe {
+            (
+                self.words.add(word).as_ref(),
+                self.touched.add(word / BLOCK_WORDS).as_ref(),
+            )
+        };
+        word.store(word.load() | 1 << (page % 64));
+        touched.store(1);
+    }
+
+    /// Asks for the word of page `page`, wherever that may be.
+    #[inline(always)]
+    fn ask(&self, page: u64) {
+        prefetch::for_write(self.words.as_ptr().wrapping_add((page / 64) as usize));
+    }
+}
+
+impl Misses {
+    #[cold]
+    fn count(&mut self, target: &Target) {
+        if target.pages == 0 {
+            self.unknown_slot += 1;
+        } else {
+            self.out_of_range += 1;
+        }
     }
 }
 
 impl<'a> Lookup<'a> {
+    /// The same in fewer steps, where all slots are of address space 0.
+    #[inline(always)]
+    fn target_in_one_space(self, slot: u32) -> &'a Target {
+        debug_assert!(self.has_one_space);
+        let none = self.targets.len() - 1;
+        // The ids come first, as many as there are targets but the last.
+        let place = (slot as usize).min(none);
+        // SAFETY: a table has at least the target that is none, which is its last.
+        unsafe { self.targets.get_unchecked(place) }
+    }
+
     /// Where the bits of the slot are that KVM calls `slot`.
     #[inline(always)]
     fn target(self, slot: u32) -> &'a Target {
@@ -196,42 +264,6 @@ impl<'a> Lookup<'a> {
         // SAFETY: without foreign bits the place is below 2^(bits of spaces + bits of ids), and
         // there is one target more than that.
         unsafe { self.targets.get_unchecked(place) }
-    }
-
-    /// The bit of page `page`, asked for, and its block flagged as touched.
-    #[inline(always)]
-    fn hit(self, target: &Target, page: u64, misses: &mut Misses) -> Hit<'a> {
-        if page >= target.pages {
-            return self.miss(target, misses);
-        }
-        let word = (page / 64) as usize;
-        // SAFETY: `page` is in the slot, whose shard has a word for each 64 pages and a flag for
-        // each block of words; both live as long as the table (see `Targets::new`).
-        let (word, touched) = unsafe {
-            (
-                target.words.add(word).as_ref(),
-                target.touched.add(word / BLOCK_WORDS).as_ref(),
-            )
-        };
-        prefetch::for_write(word);
-        touched.store(1);
-        Hit {
-            word,
-            mask: 1 << (page % 64),
-        }
-    }
-
-    #[cold]
-    fn miss(self, target: &Target, misses: &mut Misses) -> Hit<'a> {
-        if target.pages == 0 {
-            misses.unknown_slot += 1;
-        } else {
-            misses.out_of_range += 1;
-        }
-        Hit {
-            word: self.nowhere,
-            mask: 0,
-        }
     }
 }
 
@@ -264,6 +296,10 @@ mod tests {
             for raw in (0..0x4_0000).chain((0..=u32::MAX).step_by(0xfff1)) {
                 let expected = table.get(raw).map_or(0, |slot| slot.pages());
                 assert_eq!(lookup.target(raw).pages, expected, "slot {raw:#x}");
+                if lookup.has_one_space {
+                    let found = lookup.target_in_one_space(raw).pages;
+                    assert_eq!(found, expected, "slot {raw:#x} of one space");
+                }
             }
         }
     }
