@@ -2,7 +2,7 @@
 
 use super::entry::Entry;
 use super::gauge::Gauge;
-use super::memory::RingMemory;
+use super::memory::{Blocks, RingMemory};
 use super::reserve::half_reserve;
 use crate::kernel::RESERVED_ENTRIES;
 use crate::prefetch;
@@ -108,59 +108,14 @@ impl RingView {
         // Before anything moves the head.
         let mut overrun = self.is_filled_to_its_end();
         self.follow_reset_index();
-        let mut taken = 0;
-        while taken < self.entries() {
-            let block = self.memory.block_from(self.head);
-            // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
-            // The acquire load of the last one's flags orders the payloads of all.
-            let whole = block[0].is_dirty() && is_whole(block);
-            let dirty = if whole {
-                self.look_ahead(block, taken == 0, taker);
-                block
-            } else {
-                let count = block.iter().take_while(|entry| entry.is_dirty()).count();
-                &block[..count]
-            };
-            taker.take(dirty);
-            self.head = self.head.wrapping_add(dirty.len() as u32);
-            taken += dirty.len() as u32;
-            if !whole {
-                break;
-            }
-        }
+        let taken = take_blocks(self.memory.blocks(), self.head, self.entries(), taker);
+        self.head = self.head.wrapping_add(taken);
         // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
         // the ring, maybe while we were at it.
         overrun |= self.all_wait();
         // What lies behind a gap is to come with this harvest: it may be the last.
         overrun |= self.has_gap();
         (taken, overrun && self.memory.note_broken())
-    }
-
-    /// Asks for the lines of the block after the next, and shows the next to the taker, whose lines were asked for a
-    /// block ago: if they are complete, so that the vCPU loses no line that it has yet to fill, but for those looked
-    /// at. `block` is complete, and about to be taken.
-    #[inline(always)]
-    fn look_ahead(&self, block: &[Entry], is_first: bool, taker: &mut impl Take) {
-        let index = self.head.wrapping_add(block.len() as u32);
-        let next = self.memory.block_from(index);
-        if is_first {
-            prefetch_lines(block);
-            taker.ask(block);
-        }
-        // Where the ring is a block or two, these are entries that were taken: they are not dirty.
-        if !is_whole(next) {
-            return;
-        }
-        if is_first {
-            prefetch_lines(next);
-        }
-        let after = self
-            .memory
-            .block_from(index.wrapping_add(next.len() as u32));
-        if is_whole(after) {
-            prefetch_lines(after);
-        }
-        taker.ask(next);
     }
 
     /// Follows the kernel's reset index. Behind it nothing waits; what does not, up to the head, was recycled, and
@@ -207,6 +162,42 @@ impl RingView {
     pub(crate) fn last(&self) -> (u32, u64) {
         self.memory.at(self.head.wrapping_sub(1)).payload()
     }
+}
+
+/// Takes what is dirty from `head` on, at most `most` entries, or up to a block more. How many entries that were.
+#[inline(always)]
+fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) -> u32 {
+    let mut taken = 0;
+    let mut block = blocks.from(head);
+    if is_whole(block) {
+        prefetch_lines(block);
+        taker.ask(block);
+    }
+    while taken < most {
+        // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
+        // The acquire load of the last one's flags orders the payloads of all.
+        if !block[0].is_dirty() || !is_whole(block) {
+            let count = block.iter().take_while(|entry| entry.is_dirty()).count();
+            taker.take(&block[..count]);
+            return taken + count as u32;
+        }
+        // The next block is shown to the taker, and the one after it asked for: as far as they are complete, so that
+        // the vCPU loses no line that it has yet to fill, but for those looked at. Where the ring has few blocks, they are
+        // some that were taken, which are not dirty, or this one.
+        let index = head.wrapping_add(taken + block.len() as u32);
+        let next = blocks.from(index);
+        if is_whole(next) {
+            let after = blocks.from(index.wrapping_add(next.len() as u32));
+            if is_whole(after) {
+                prefetch_lines(after);
+            }
+            taker.ask(next);
+        }
+        taker.take(block);
+        taken += block.len() as u32;
+        block = next;
+    }
+    taken
 }
 
 /// Whether a block is dirty to its end, if it is to its beginning.

@@ -122,6 +122,26 @@ impl<'a> Setter<'a> {
         Self { lookup, misses }
     }
 
+    /// Sets the bits of `entries`, all of which are of one slot, and marks them for reset.
+    #[inline(always)]
+    fn set_in(&mut self, target: &Target, entries: &[Entry]) {
+        let target = *target;
+        let lines = entries.chunks_exact(LINE);
+        let rest = lines.remainder();
+        for line in lines {
+            let line: &[Entry; LINE] = line.try_into().expect("a line");
+            match one_word(line, target.pages) {
+                // Of neighbours each would wait for the one before to be stored.
+                Some((word, bits)) => {
+                    target.merge(word, bits);
+                    line.iter().for_each(Entry::mark_reset);
+                }
+                None => self.set(line, |_| target),
+            }
+        }
+        self.set(rest, |_| target);
+    }
+
     /// Sets the bits of `entries`, each where `target` says for its slot, and marks them for reset.
     #[inline(always)]
     fn set(&mut self, entries: &[Entry], target: impl Fn(&Entry) -> Target) {
@@ -131,6 +151,19 @@ impl<'a> Setter<'a> {
             entry.mark_reset();
         });
     }
+}
+
+/// The word that has the bits of all pages of the line, and these bits; if it is one, and none of it is past the end of a
+/// slot of `pages` pages.
+#[inline(always)]
+fn one_word(line: &[Entry; LINE], pages: u64) -> Option<(u64, u64)> {
+    let word = line[0].page() / 64;
+    let is_one = line[1..].iter().all(|entry| entry.page() / 64 == word);
+    if !is_one || word >= pages / 64 {
+        return None;
+    }
+    let bits = line.iter().map(|entry| 1 << (entry.page() % 64));
+    Some((word, bits.fold(0, |all, bit: u64| all | bit)))
 }
 
 /// Shows each entry to `each`, the entries of a line in one step.
@@ -160,8 +193,7 @@ impl Take for Setter<'_> {
         let lookup = self.lookup;
         // Most blocks are of one slot, which then is looked up once.
         if let Some(slot) = slot_of_all(entries) {
-            let target = *lookup.target(slot);
-            self.set(entries, |_| target);
+            self.set_in(lookup.target(slot), entries);
         } else if lookup.has_one_space {
             self.set(entries, |entry| *lookup.target_in_one_space(entry.slot()));
         } else {
@@ -207,16 +239,23 @@ impl Target {
             misses.count(self);
             return;
         }
-        let word = (page / 64) as usize;
-        // SAFETY: `page` is in the slot, whose shard has a word for each 64 pages and a flag for
-        // each block of words; both live as long as the table (see `Targets::new`).
+        self.merge(page / 64, 1 << (page % 64));
+    }
+
+    /// Adds `bits` to `word`, which is one of the slot's.
+    #[inline(always)]
+    fn merge(&self, word: u64, bits: u64) {
+        debug_assert!(word < self.pages.div_ceil(64));
+        let word = word as usize;
+        // SAFETY: the slot's shard has a word for each 64 pages and a flag for each block of words;
+        // both live as long as the table (see `Targets::new`).
         let (word, touched) = unsafe {
             (
                 self.words.add(word).as_ref(),
                 self.touched.add(word / BLOCK_WORDS).as_ref(),
             )
         };
-        word.store(word.load() | 1 << (page % 64));
+        word.store(word.load() | bits);
         touched.store(1);
     }
 
@@ -269,7 +308,13 @@ impl<'a> Lookup<'a> {
 
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::bitmap::pages::PageBits;
     use crate::slot_id::SlotId;
 
     /// The flat table against the tree that it is made of, for every number a slot can have.
@@ -301,6 +346,66 @@ mod tests {
                     assert_eq!(found, expected, "slot {raw:#x} of one space");
                 }
             }
+        }
+    }
+
+    /// Entries of a slot in the table or of another, near one another or far apart, within the slot or past its end.
+    fn entries() -> impl Strategy<Value = Vec<(u32, u64)>> {
+        let slot = prop_oneof![Just(0u32), 0..5u32, Just(0x1_0001), any::<u32>()];
+        let page = prop_oneof![0..300u64, 0..1u64 << 22, any::<u64>()];
+        let run = (slot, page, 1..9u64, prop_oneof![Just(1u64), 0..70u64]);
+        let pages = |(slot, first, count, apart): (u32, u64, u64, u64)| {
+            (0..count).map(move |i| (slot, first.wrapping_add(i * apart)))
+        };
+        vec(run, 0..24).prop_map(move |runs| runs.into_iter().flat_map(pages).collect())
+    }
+
+    proptest! {
+        /// In blocks, lines and words, against one entry at a time.
+        #[test]
+        fn bits_are_set_as_one_by_one(entries in entries(), has_spaces: bool, is_of_one_slot: bool) {
+            let sizes: &[((u16, u16), u64)] = match has_spaces {
+                true => &[((0, 0), 200), ((0, 1), 1 << 22), ((0, 3), 64), ((1, 1), 70)],
+                false => &[((0, 0), 200), ((0, 1), 1 << 22), ((0, 3), 64)],
+            };
+            let mut table = Table::default();
+            for &((space, id), pages) in sizes {
+                table.add(SlotId::new(space, id), pages, None, 1).unwrap();
+            }
+            // SAFETY: the table lives to the end of the case.
+            let targets = unsafe { Targets::new(&table, 0) };
+            let pool = crate::bitmap::pool::ShardPool::new(1);
+            let shard = pool.acquire(0);
+            let mut setter = Setter::new(targets.lookup(&shard));
+            let (mut found, mut unknown, mut past) = (BTreeSet::new(), 0, 0);
+            for block in entries.chunks(crate::ring::memory::BLOCK as usize) {
+                let block: Vec<(u32, u64)> = match is_of_one_slot {
+                    true => block.iter().map(|&(_, page)| (block[0].0, page)).collect(),
+                    false => block.to_vec(),
+                };
+                let ring: Vec<Entry> = block.iter().map(|_| Entry::free()).collect();
+                for (entry, &(slot, page)) in ring.iter().zip(&block) {
+                    entry.push(slot, page);
+                    match table.get(slot).map(|slot| slot.pages()) {
+                        None => unknown += 1,
+                        Some(pages) if page >= pages => past += 1,
+                        Some(_) => drop(found.insert((slot, page))),
+                    }
+                }
+                setter.ask(&ring);
+                setter.take(&ring);
+                prop_assert!(ring.iter().all(Entry::awaits_reset));
+            }
+            let misses = setter.misses;
+            prop_assert_eq!((misses.unknown_slot, misses.out_of_range), (unknown, past));
+            let mut set = BTreeSet::new();
+            for slot in table.slots() {
+                let mut bits = PageBits::new(slot.pages()).unwrap();
+                slot.take_shard_into(&shard, &mut bits);
+                let runs = bits.runs(0..bits.words().len()).flatten();
+                set.extend(runs.map(|page| (slot.id().raw(), page)));
+            }
+            prop_assert_eq!(set, found);
         }
     }
 }
