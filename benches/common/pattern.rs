@@ -52,6 +52,11 @@ impl Pattern {
         }
     }
 
+    /// Whether the bits of one pass's pages are all over a bitmap that is larger than a near cache.
+    pub fn is_large(self) -> bool {
+        matches!(self, Self::Runs | Self::Random64 | Self::FourSlots)
+    }
+
     /// `count` pages as (slot, page).
     pub fn pages(self, seed: u64, count: usize) -> Vec<(u32, u64)> {
         let (slots, pages) = self.slots();

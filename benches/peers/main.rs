@@ -1,7 +1,8 @@
 //! This crate beside what its users could take instead.
 //!
 //! `cargo bench --bench peers` prints a table; `-- --quick` takes less than a minute,
-//! `-- TEXT` takes only cases with TEXT in their names, `-- --json FILE` writes `[{case, ours_ns, peer, peer_ns, ratio}]`. All variants of a case run
+//! `-- TEXT` takes only cases with TEXT in their names, `-- --json FILE` writes `{processor: [name, family, model],
+//! rows: [{case, ours_ns, peer, peer_ns, ratio}]}`. All variants of a case run
 //! interleaved in one process; their results are compared before they are timed.
 
 mod drain;

@@ -46,6 +46,13 @@ impl Report {
 
     /// Writes the rows to `file` as JSON.
     pub fn write(&self, file: &str) -> io::Result<()> {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let of_cpu = |key: &str| {
+            let lines = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+            let mut found = lines.filter(|(name, _)| name.trim() == key);
+            found.next().map(|(_, value)| value.trim().to_owned())
+        };
+        let processor = ["model name", "cpu family", "model"].map(of_cpu);
         let rows: Vec<_> = self
             .rows
             .iter()
@@ -59,6 +66,7 @@ impl Report {
                 })
             })
             .collect();
-        fs::write(file, serde_json::to_string_pretty(&rows)?)
+        let report = serde_json::json!({ "processor": processor, "rows": rows });
+        fs::write(file, serde_json::to_string_pretty(&report)?)
     }
 }

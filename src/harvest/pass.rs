@@ -328,11 +328,10 @@ impl<'a> Pass<'a, Harvested> {
         let alone = ring.all_recycled();
         let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
         let mut setter = Setter::new(lookup);
-        let (entries, breaks) = ring.harvest_blocks(|entries| setter.take(entries));
+        let (entries, breaks) = ring.harvest_blocks(&mut setter);
         self.harvester.count_broken(breaks);
         vcpu.note_taken(entries);
         drop(ring);
-        setter.set();
         let misses = setter.misses;
         self.note_marked(marking, entries);
 

@@ -63,7 +63,19 @@ impl Entry {
     /// entry has one; the consumer reads it between `is_dirty` and `mark_reset`.
     #[inline(always)]
     pub(crate) fn payload(&self) -> (u32, u64) {
-        (self.slot.load(), self.offset.load())
+        (self.slot(), self.page())
+    }
+
+    /// The first half of the payload.
+    #[inline(always)]
+    pub(crate) fn slot(&self) -> u32 {
+        self.slot.load()
+    }
+
+    /// The second half of the payload.
+    #[inline(always)]
+    pub(crate) fn page(&self) -> u64 {
+        self.offset.load()
     }
 
     /// Gives the entry back: the kernel may re-protect its page and fill it anew.

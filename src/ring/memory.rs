@@ -2,6 +2,7 @@
 
 use core::any::Any;
 use core::fmt;
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use super::entry::Entry;
@@ -114,17 +115,13 @@ impl RingMemory {
         self.broken.load(Ordering::Relaxed)
     }
 
-    /// The entries from `index` to the end of its block: at least one, side by side.
+    /// Its entries in blocks.
     #[inline(always)]
-    pub(crate) fn block_from(&self, index: u32) -> &[Entry] {
-        let position = index & (self.entries - 1);
-        let block = self.entries.min(BLOCK);
-        let len = block - (position & (block - 1));
-        // SAFETY: both `entries` and `block` are powers of two, so no block reaches beyond the
-        // ring's end; `new`'s caller promised `entries` entries for `self`'s life.
-        unsafe {
-            let first = self.start.add(position as usize);
-            core::slice::from_raw_parts(first.as_ptr(), len as usize)
+    pub(crate) fn blocks(&self) -> Blocks<'_> {
+        Blocks {
+            start: self.start,
+            entries: self.entries,
+            ring: PhantomData,
         }
     }
 
@@ -136,6 +133,31 @@ impl RingMemory {
         let position = index & (self.entries - 1);
         // SAFETY: position < entries, and `new`'s caller promised that many for `self`'s life.
         unsafe { self.start.add(position as usize).as_ref() }
+    }
+}
+
+/// Where the blocks of a ring are: a copy of what is needed for that, which no store to an entry can change, as far as
+/// a compiler can see.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks<'a> {
+    start: NonNull<Entry>,
+    entries: u32,
+    ring: PhantomData<&'a RingMemory>,
+}
+
+impl<'a> Blocks<'a> {
+    /// The entries from `index` to the end of its block: at least one, side by side.
+    #[inline(always)]
+    pub(crate) fn from(self, index: u32) -> &'a [Entry] {
+        let position = index & (self.entries - 1);
+        let block = self.entries.min(BLOCK);
+        let len = block - (position & (block - 1));
+        // SAFETY: both `entries` and `block` are powers of two, so no block reaches beyond the
+        // ring's end; the caller of `RingMemory::new` promised `entries` entries for the ring's life.
+        unsafe {
+            let first = self.start.add(position as usize);
+            core::slice::from_raw_parts(first.as_ptr(), len as usize)
+        }
     }
 }
 

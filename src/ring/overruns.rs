@@ -57,12 +57,15 @@ impl RingView {
 mod tests {
     //! The properties of the ring hold all four signs against an oracle; here is where each begins.
 
+    use super::super::entry::Entry;
     use super::super::view::tests::{push, recycle, ring};
     use super::*;
 
     /// Whether the next harvest finds the ring broken, and how many entries it takes.
     fn breaks(view: &mut RingView) -> (u32, bool) {
-        view.harvest_blocks(|entries| entries.iter().for_each(|entry| entry.mark_reset()))
+        view.harvest_blocks(&mut |entries: &[Entry]| {
+            entries.iter().for_each(|entry| entry.mark_reset())
+        })
     }
 
     #[test]

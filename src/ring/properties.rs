@@ -5,6 +5,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::RingView;
+use super::entry::Entry;
 use super::gauge::Gauge;
 use super::producer::Producer;
 use super::reserve::half_reserve;
@@ -157,7 +158,7 @@ fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
             }
             Deed::Harvest => {
                 let mut taken = Vec::new();
-                let (count, breaks) = view.harvest_blocks(|entries| {
+                let (count, breaks) = view.harvest_blocks(&mut |entries: &[Entry]| {
                     for entry in entries {
                         taken.push(entry.payload());
                         entry.mark_reset();

@@ -2,13 +2,30 @@
 
 use super::entry::Entry;
 use super::gauge::Gauge;
-use super::memory::RingMemory;
+use super::memory::{Blocks, RingMemory};
 use super::reserve::half_reserve;
 use crate::kernel::RESERVED_ENTRIES;
 use crate::prefetch;
 
 /// Entries in a cache line of 64 bytes.
-pub(super) const LINE: usize = 4;
+pub(crate) const LINE: usize = 4;
+
+/// What is done with entries that are harvested.
+pub(crate) trait Take {
+    /// Reads the payload of each of these dirty entries, and then marks it for reset.
+    fn take(&mut self, entries: &[Entry]);
+
+    /// Is shown dirty entries that are to be taken next.
+    fn ask(&mut self, entries: &[Entry]);
+}
+
+impl<F: FnMut(&[Entry])> Take for F {
+    fn take(&mut self, entries: &[Entry]) {
+        self(entries);
+    }
+
+    fn ask(&mut self, _: &[Entry]) {}
+}
 
 /// The consumer of one ring.
 ///
@@ -71,66 +88,34 @@ impl RingView {
     ///
     /// Nothing about a payload is checked: it is what the ring holds.
     pub fn harvest(&mut self, mut take: impl FnMut(u32, u64)) -> u32 {
-        let (taken, _) = self.harvest_blocks(|entries| {
+        let mut each = |entries: &[Entry]| {
             for entry in entries {
                 let (slot, page) = entry.payload();
                 take(slot, page);
                 // Only now: from here on the kernel may overwrite the payload.
                 entry.mark_reset();
             }
-        });
-        taken
+        };
+        self.harvest_blocks(&mut each).0
     }
 
-    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side: `take`
-    /// has to read the payload of each entry and then mark it for reset. Also returns whether this has found
-    /// the ring broken, which it was not before; nothing may be reset meanwhile.
+    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side. Also returns whether this
+    /// has found the ring broken, which it was not before; nothing may be reset meanwhile.
     ///
     /// [`BLOCK`]: super::memory::BLOCK
     #[inline(always)]
-    pub(crate) fn harvest_blocks(&mut self, mut take: impl FnMut(&[Entry])) -> (u32, bool) {
+    pub(crate) fn harvest_blocks(&mut self, taker: &mut impl Take) -> (u32, bool) {
         // Before anything moves the head.
         let mut overrun = self.is_filled_to_its_end();
         self.follow_reset_index();
-        let mut taken = 0;
-        while taken < self.entries() {
-            let block = self.memory.block_from(self.head);
-            // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
-            // The acquire load of the last one's flags orders the payloads of all.
-            let whole = block[0].is_dirty() && block[block.len() - 1].is_dirty();
-            let dirty = if whole {
-                if taken == 0 {
-                    prefetch_lines(block);
-                }
-                self.prefetch_block(self.head.wrapping_add(block.len() as u32));
-                block
-            } else {
-                let count = block.iter().take_while(|entry| entry.is_dirty()).count();
-                &block[..count]
-            };
-            take(dirty);
-            self.head = self.head.wrapping_add(dirty.len() as u32);
-            taken += dirty.len() as u32;
-            if !whole {
-                break;
-            }
-        }
+        let taken = take_blocks(self.memory.blocks(), self.head, self.entries(), taker);
+        self.head = self.head.wrapping_add(taken);
         // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
         // the ring, maybe while we were at it.
         overrun |= self.all_wait();
         // What lies behind a gap is to come with this harvest: it may be the last.
         overrun |= self.has_gap();
         (taken, overrun && self.memory.note_broken())
-    }
-
-    /// Asks for the lines of the block at `index` early, if it is complete: the vCPU loses no line
-    /// that it has yet to fill, but for the one looked at.
-    #[inline(always)]
-    fn prefetch_block(&self, index: u32) {
-        let block = self.memory.block_from(index);
-        if block[block.len() - 1].is_dirty() {
-            prefetch_lines(block);
-        }
     }
 
     /// Follows the kernel's reset index. Behind it nothing waits; what does not, up to the head, was recycled, and
@@ -179,9 +164,59 @@ impl RingView {
     }
 }
 
+/// Takes what is dirty from `head` on, at most `most` entries, or up to a block more. How many entries that were.
+#[inline(always)]
+fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) -> u32 {
+    let mut taken = 0;
+    let mut block = blocks.from(head);
+    if is_whole(block) {
+        prefetch_lines(block);
+        taker.ask(block);
+    }
+    while taken < most {
+        // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
+        // The acquire load of the last one's flags orders the payloads of all.
+        if !block[0].is_dirty() || !is_whole(block) {
+            let count = block.iter().take_while(|entry| entry.is_dirty()).count();
+            taker.take(&block[..count]);
+            return taken + count as u32;
+        }
+        // The next block is shown to the taker, and the one after it asked for: as far as they are complete, so that
+        // the vCPU loses no line that it has yet to fill, but for those looked at. Where the ring has few blocks, they are
+        // some that were taken, which are not dirty, or this one.
+        let index = head.wrapping_add(taken + block.len() as u32);
+        let next = blocks.from(index);
+        if is_whole(next) {
+            let after = blocks.from(index.wrapping_add(next.len() as u32));
+            if is_whole(after) {
+                prefetch_lines(after);
+            }
+            taker.ask(next);
+        }
+        taker.take(block);
+        taken += block.len() as u32;
+        block = next;
+    }
+    taken
+}
+
+/// Whether a block is dirty to its end, if it is to its beginning.
+#[inline(always)]
+fn is_whole(block: &[Entry]) -> bool {
+    block[block.len() - 1].is_dirty()
+}
+
 #[inline(always)]
 fn prefetch_lines(entries: &[Entry]) {
-    for entry in entries.iter().step_by(LINE) {
+    // Four at a time, so that a block takes few steps.
+    let groups = entries.chunks_exact(4 * LINE);
+    let rest = groups.remainder();
+    for group in groups {
+        for line in 0..4 {
+            prefetch::for_write(&group[line * LINE]);
+        }
+    }
+    for entry in rest.iter().step_by(LINE) {
         prefetch::for_write(entry);
     }
 }
@@ -290,7 +325,7 @@ pub(super) mod tests {
         let producer = Producer::new(2 * BLOCK, 0);
         let mut view = RingView::new(producer.memory());
         push(&producer, 0..2 * u64::from(BLOCK) - 1);
-        let (taken, breaks) = view.harvest_blocks(|entries| {
+        let (taken, breaks) = view.harvest_blocks(&mut |entries: &[Entry]| {
             for entry in entries {
                 producer.push(5, 0);
                 entry.mark_reset();

@@ -1,15 +1,20 @@
 //! How a ring entry finds its bit: one table for each shard, made when slots change.
 
-use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 use crate::bitmap::pool::ShardGuard;
 use crate::bitmap::words::BLOCK_WORDS;
 use crate::prefetch;
 use crate::ring::entry::Entry;
-use crate::ring::memory::BLOCK;
+use crate::ring::view::{LINE, Take};
 use crate::slots::table::Table;
 use crate::sync::{Plain, PlainU8, PlainU64};
+
+/// Bytes of bits that are likely to be in a cache that is near: for more, words are asked for early.
+const CACHED_BYTES: u64 = 256 << 10;
+
+/// Pages whose bits fill eight cache lines: entries that are farther apart find nothing of each other's.
+const FAR_PAGES: u64 = 8 * 8 * 64;
 
 /// Where one slot's bits of one shard are.
 #[derive(Clone, Copy)]
@@ -28,8 +33,10 @@ pub(crate) struct Targets {
     /// How many bits of an id count, and the bits of a slot's number that no slot here has.
     id_bits: u32,
     foreign_bits: u32,
-    /// Where bits go that have no place.
-    nowhere: PlainU64,
+    /// Whether all slots are of address space 0.
+    has_one_space: bool,
+    /// Whether the bits are more than a cache of their own holds.
+    is_large: bool,
 }
 
 // SAFETY: the pointers are to `Sync` memory that lives as long as the table they were made of.
@@ -66,7 +73,8 @@ impl Targets {
             targets: targets.into(),
             id_bits,
             foreign_bits: !(((1 << space_bits) - 1) << 16 | ((1 << id_bits) - 1)),
-            nowhere: PlainU64::default(),
+            has_one_space: space_bits == 0,
+            is_large: table.slots().map(|slot| slot.pages() / 8).sum::<u64>() > CACHED_BYTES,
         }
     }
 
@@ -76,7 +84,8 @@ impl Targets {
             targets: &self.targets,
             id_bits: self.id_bits,
             foreign_bits: self.foreign_bits,
-            nowhere: &self.nowhere,
+            has_one_space: self.has_one_space,
+            is_large: self.is_large,
         }
     }
 }
@@ -87,7 +96,8 @@ pub(crate) struct Lookup<'a> {
     targets: &'a [Target],
     id_bits: u32,
     foreign_bits: u32,
-    nowhere: &'a PlainU64,
+    has_one_space: bool,
+    is_large: bool,
 }
 
 /// Entries that have no bit, by reason.
@@ -97,91 +107,188 @@ pub(crate) struct Misses {
     pub(crate) out_of_range: u64,
 }
 
-/// One bit to be set.
-#[derive(Clone, Copy)]
-struct Hit<'a> {
-    word: &'a PlainU64,
-    mask: u64,
-}
-
-/// The bits that a pass is about to set.
+/// Sets the bits of the entries that a pass takes.
 ///
-/// The bits of a block of entries are all looked up, and their memory asked for, before the first
-/// of them is set; and they are set only when the next block's are looked up. So while one waits
-/// for its memory, the others' is on its way.
+/// What counts is few instructions an entry, that nothing waits for memory, and that no branch depends on which slots
+/// come in turn.
 pub(crate) struct Setter<'a> {
     lookup: Lookup<'a>,
-    /// Two blocks in turn: one looked up, one to be set.
-    hits: [[MaybeUninit<Hit<'a>>; BLOCK as usize]; 2],
-    /// Which of them was looked up last, and how many it has.
-    last: usize,
-    len: usize,
     pub(crate) misses: Misses,
 }
 
 impl<'a> Setter<'a> {
     pub(crate) fn new(lookup: Lookup<'a>) -> Self {
-        Self {
-            lookup,
-            hits: [[MaybeUninit::uninit(); BLOCK as usize]; 2],
-            last: 0,
-            len: 0,
-            misses: Misses::default(),
-        }
+        let misses = Misses::default();
+        Self { lookup, misses }
     }
 
-    /// Looks up the bits of a block of dirty entries, at most [`BLOCK`], marks the entries for
-    /// reset, and sets the bits of the block before.
+    /// Sets the bits of `entries`, all of which are of one slot, and marks them for reset.
     #[inline(always)]
-    pub(crate) fn take(&mut self, entries: &[Entry]) {
-        let Some(first) = entries.first() else {
-            return;
-        };
-        let next = 1 - self.last;
-        let (lookup, hits, misses) = (self.lookup, &mut self.hits[next], &mut self.misses);
-        let (slot, _) = first.payload();
-        // Most blocks are of one slot, which then is looked up once. For the others no branch
-        // depends on the slot: a cache of the last one would cost more by its misses than it saves.
-        if entries.iter().all(|entry| entry.payload().0 == slot) {
-            let target = *lookup.target(slot);
-            for (entry, hit) in entries.iter().zip(hits) {
-                hit.write(lookup.hit(&target, entry.payload().1, misses));
-                // Only now: from here on the kernel may overwrite the payload.
-                entry.mark_reset();
+    fn set_in(&mut self, target: &Target, entries: &[Entry]) {
+        let target = *target;
+        let lines = entries.chunks_exact(LINE);
+        let rest = lines.remainder();
+        for line in lines {
+            let line: &[Entry; LINE] = line.try_into().expect("a line");
+            match one_word(line, target.pages) {
+                // Of neighbours each would wait for the one before to be stored.
+                Some((word, bits)) => {
+                    target.merge(word, bits);
+                    line.iter().for_each(Entry::mark_reset);
+                }
+                None => self.set(line, |_| target),
             }
+        }
+        self.set(rest, |_| target);
+    }
+
+    /// Sets the bits of `entries`, each where `target` says for its slot, and marks them for reset.
+    #[inline(always)]
+    fn set(&mut self, entries: &[Entry], target: impl Fn(&Entry) -> Target) {
+        for_each(entries, |entry| {
+            target(entry).set(entry.page(), &mut self.misses);
+            // Only now: from here on the kernel may overwrite the payload.
+            entry.mark_reset();
+        });
+    }
+}
+
+/// The word that has the bits of all pages of the line, and these bits; if it is one, and none of it is past the end of a
+/// slot of `pages` pages.
+#[inline(always)]
+fn one_word(line: &[Entry; LINE], pages: u64) -> Option<(u64, u64)> {
+    let word = line[0].page() / 64;
+    let is_one = line[1..].iter().all(|entry| entry.page() / 64 == word);
+    if !is_one || word >= pages / 64 {
+        return None;
+    }
+    let bits = line.iter().map(|entry| 1 << (entry.page() % 64));
+    Some((word, bits.fold(0, |all, bit: u64| all | bit)))
+}
+
+/// Shows each entry to `each`, the entries of a line in one step.
+#[inline(always)]
+fn for_each(entries: &[Entry], mut each: impl FnMut(&Entry)) {
+    let lines = entries.chunks_exact(LINE);
+    let rest = lines.remainder();
+    for line in lines {
+        line.iter().for_each(&mut each);
+    }
+    rest.iter().for_each(each);
+}
+
+/// The slot of all entries; `None` if they are of several, which the first few show as a rule, or if there are none.
+#[inline(always)]
+fn slot_of_all(entries: &[Entry]) -> Option<u32> {
+    let slot = entries.first()?.slot();
+    let mut lines = entries.chunks_exact(LINE);
+    let is = |entry: &Entry| entry.slot() == slot;
+    let all = lines.all(|line| line.iter().all(is)) && lines.remainder().iter().all(is);
+    all.then_some(slot)
+}
+
+impl Take for Setter<'_> {
+    #[inline(always)]
+    fn take(&mut self, entries: &[Entry]) {
+        let lookup = self.lookup;
+        // Most blocks are of one slot, which then is looked up once.
+        if let Some(slot) = slot_of_all(entries) {
+            self.set_in(lookup.target(slot), entries);
+        } else if lookup.has_one_space {
+            self.set(entries, |entry| *lookup.target_in_one_space(entry.slot()));
         } else {
-            for (entry, hit) in entries.iter().zip(hits) {
-                let (slot, page) = entry.payload();
-                hit.write(lookup.hit(lookup.target(slot), page, misses));
-                // As above.
-                entry.mark_reset();
-            }
+            self.set(entries, |entry| *lookup.target(entry.slot()));
         }
-        self.set();
-        (self.last, self.len) = (next, entries.len());
     }
 
-    /// Sets the bits that were looked up last, and forgets them.
     #[inline(always)]
-    pub(crate) fn set(&mut self) {
-        let mut word = self.lookup.nowhere;
-        let mut mask = 0;
-        for hit in &self.hits[self.last][..core::mem::take(&mut self.len)] {
-            // SAFETY: `take` has written the first `len` of the block it looked up last.
-            let hit = unsafe { hit.assume_init() };
-            // Neighbours in one word are stored together: each store would wait for the one before.
-            if !core::ptr::eq(word, hit.word) {
-                word.store(word.load() | mask);
-                word = hit.word;
-                mask = 0;
-            }
-            mask |= hit.mask;
+    fn ask(&mut self, entries: &[Entry]) {
+        let lookup = self.lookup;
+        if !lookup.is_large || entries.is_empty() {
+            return;
         }
-        word.store(word.load() | mask);
+        // Four of them show what the others are like. Where they are in runs, these are most of what there is to ask
+        // for.
+        let third = entries.len() / 3;
+        let some = [0, third, 2 * third, entries.len() - 1].map(|at| &entries[at]);
+        for entry in some {
+            lookup.target(entry.slot()).ask(entry.page());
+        }
+        let pages = some.map(Entry::page);
+        let far = |pair: &[u64]| u32::from(pair[0].abs_diff(pair[1]) >= FAR_PAGES);
+        if pages.windows(2).map(far).sum::<u32>() < 2 {
+            return;
+        }
+        if lookup.has_one_space {
+            for_each(entries, |entry| {
+                lookup.target_in_one_space(entry.slot()).ask(entry.page());
+            });
+        } else {
+            for_each(entries, |entry| {
+                lookup.target(entry.slot()).ask(entry.page());
+            });
+        }
+    }
+}
+
+impl Target {
+    /// Sets the bit of page `page`, if there is one.
+    #[inline(always)]
+    fn set(&self, page: u64, misses: &mut Misses) {
+        if page >= self.pages {
+            misses.count(self);
+            return;
+        }
+        self.merge(page / 64, 1 << (page % 64));
+    }
+
+    /// Adds `bits` to `word`, which is one of the slot's.
+    #[inline(always)]
+    fn merge(&self, word: u64, bits: u64) {
+        debug_assert!(word < self.pages.div_ceil(64));
+        let word = word as usize;
+        // SAFETY: the slot's shard has a word for each 64 pages and a flag for each block of words;
+        // both live as long as the table (see `Targets::new`).
+        let (word, touched) = unsafe {
+            (
+                self.words.add(word).as_ref(),
+                self.touched.add(word / BLOCK_WORDS).as_ref(),
+            )
+        };
+        word.store(word.load() | bits);
+        touched.store(1);
+    }
+
+    /// Asks for the word of page `page`, wherever that may be.
+    #[inline(always)]
+    fn ask(&self, page: u64) {
+        prefetch::for_write(self.words.as_ptr().wrapping_add((page / 64) as usize));
+    }
+}
+
+impl Misses {
+    #[cold]
+    fn count(&mut self, target: &Target) {
+        if target.pages == 0 {
+            self.unknown_slot += 1;
+        } else {
+            self.out_of_range += 1;
+        }
     }
 }
 
 impl<'a> Lookup<'a> {
+    /// The same in fewer steps, where all slots are of address space 0.
+    #[inline(always)]
+    fn target_in_one_space(self, slot: u32) -> &'a Target {
+        debug_assert!(self.has_one_space);
+        let none = self.targets.len() - 1;
+        // The ids come first, as many as there are targets but the last.
+        let place = (slot as usize).min(none);
+        // SAFETY: a table has at least the target that is none, which is its last.
+        unsafe { self.targets.get_unchecked(place) }
+    }
+
     /// Where the bits of the slot are that KVM calls `slot`.
     #[inline(always)]
     fn target(self, slot: u32) -> &'a Target {
@@ -197,47 +304,17 @@ impl<'a> Lookup<'a> {
         // there is one target more than that.
         unsafe { self.targets.get_unchecked(place) }
     }
-
-    /// The bit of page `page`, asked for, and its block flagged as touched.
-    #[inline(always)]
-    fn hit(self, target: &Target, page: u64, misses: &mut Misses) -> Hit<'a> {
-        if page >= target.pages {
-            return self.miss(target, misses);
-        }
-        let word = (page / 64) as usize;
-        // SAFETY: `page` is in the slot, whose shard has a word for each 64 pages and a flag for
-        // each block of words; both live as long as the table (see `Targets::new`).
-        let (word, touched) = unsafe {
-            (
-                target.words.add(word).as_ref(),
-                target.touched.add(word / BLOCK_WORDS).as_ref(),
-            )
-        };
-        prefetch::for_write(word);
-        touched.store(1);
-        Hit {
-            word,
-            mask: 1 << (page % 64),
-        }
-    }
-
-    #[cold]
-    fn miss(self, target: &Target, misses: &mut Misses) -> Hit<'a> {
-        if target.pages == 0 {
-            misses.unknown_slot += 1;
-        } else {
-            misses.out_of_range += 1;
-        }
-        Hit {
-            word: self.nowhere,
-            mask: 0,
-        }
-    }
 }
 
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::bitmap::pages::PageBits;
     use crate::slot_id::SlotId;
 
     /// The flat table against the tree that it is made of, for every number a slot can have.
@@ -264,7 +341,71 @@ mod tests {
             for raw in (0..0x4_0000).chain((0..=u32::MAX).step_by(0xfff1)) {
                 let expected = table.get(raw).map_or(0, |slot| slot.pages());
                 assert_eq!(lookup.target(raw).pages, expected, "slot {raw:#x}");
+                if lookup.has_one_space {
+                    let found = lookup.target_in_one_space(raw).pages;
+                    assert_eq!(found, expected, "slot {raw:#x} of one space");
+                }
             }
+        }
+    }
+
+    /// Entries of a slot in the table or of another, near one another or far apart, within the slot or past its end.
+    fn entries() -> impl Strategy<Value = Vec<(u32, u64)>> {
+        let slot = prop_oneof![Just(0u32), 0..5u32, Just(0x1_0001), any::<u32>()];
+        let page = prop_oneof![0..300u64, 0..1u64 << 22, any::<u64>()];
+        let run = (slot, page, 1..9u64, prop_oneof![Just(1u64), 0..70u64]);
+        let pages = |(slot, first, count, apart): (u32, u64, u64, u64)| {
+            (0..count).map(move |i| (slot, first.wrapping_add(i * apart)))
+        };
+        vec(run, 0..24).prop_map(move |runs| runs.into_iter().flat_map(pages).collect())
+    }
+
+    proptest! {
+        /// In blocks, lines and words, against one entry at a time.
+        #[test]
+        fn bits_are_set_as_one_by_one(entries in entries(), has_spaces: bool, is_of_one_slot: bool) {
+            let sizes: &[((u16, u16), u64)] = match has_spaces {
+                true => &[((0, 0), 200), ((0, 1), 1 << 22), ((0, 3), 64), ((1, 1), 70)],
+                false => &[((0, 0), 200), ((0, 1), 1 << 22), ((0, 3), 64)],
+            };
+            let mut table = Table::default();
+            for &((space, id), pages) in sizes {
+                table.add(SlotId::new(space, id), pages, None, 1).unwrap();
+            }
+            // SAFETY: the table lives to the end of the case.
+            let targets = unsafe { Targets::new(&table, 0) };
+            let pool = crate::bitmap::pool::ShardPool::new(1);
+            let shard = pool.acquire(0);
+            let mut setter = Setter::new(targets.lookup(&shard));
+            let (mut found, mut unknown, mut past) = (BTreeSet::new(), 0, 0);
+            for block in entries.chunks(crate::ring::memory::BLOCK as usize) {
+                let block: Vec<(u32, u64)> = match is_of_one_slot {
+                    true => block.iter().map(|&(_, page)| (block[0].0, page)).collect(),
+                    false => block.to_vec(),
+                };
+                let ring: Vec<Entry> = block.iter().map(|_| Entry::free()).collect();
+                for (entry, &(slot, page)) in ring.iter().zip(&block) {
+                    entry.push(slot, page);
+                    match table.get(slot).map(|slot| slot.pages()) {
+                        None => unknown += 1,
+                        Some(pages) if page >= pages => past += 1,
+                        Some(_) => drop(found.insert((slot, page))),
+                    }
+                }
+                setter.ask(&ring);
+                setter.take(&ring);
+                prop_assert!(ring.iter().all(Entry::awaits_reset));
+            }
+            let misses = setter.misses;
+            prop_assert_eq!((misses.unknown_slot, misses.out_of_range), (unknown, past));
+            let mut set = BTreeSet::new();
+            for slot in table.slots() {
+                let mut bits = PageBits::new(slot.pages()).unwrap();
+                slot.take_shard_into(&shard, &mut bits);
+                let runs = bits.runs(0..bits.words().len()).flatten();
+                set.extend(runs.map(|page| (slot.id().raw(), page)));
+            }
+            prop_assert_eq!(set, found);
         }
     }
 }
