@@ -157,8 +157,9 @@ impl<'a> Setter<'a> {
 /// slot of `pages` pages.
 #[inline(always)]
 fn one_word(line: &[Entry; LINE], pages: u64) -> Option<(u64, u64)> {
-    let word = line[0].page() / 64;
-    let is_one = line[1..].iter().all(|entry| entry.page() / 64 == word);
+    let first = line[0].page();
+    let is_one = line[1..].iter().all(|entry| entry.page() ^ first < 64);
+    let word = first / 64;
     if !is_one || word >= pages / 64 {
         return None;
     }
@@ -317,6 +318,22 @@ mod tests {
     use crate::bitmap::pages::PageBits;
     use crate::slot_id::SlotId;
 
+    /// Does `deed` with slots, their only shard, and what looks them up.
+    fn with_slots<T>(
+        slots: impl Iterator<Item = ((u16, u16), u64)>,
+        deed: impl FnOnce(&Table, &ShardGuard<'_>, Lookup<'_>) -> T,
+    ) -> T {
+        let mut table = Table::default();
+        for ((space, id), pages) in slots {
+            table.add(SlotId::new(space, id), pages, None, 1).unwrap();
+        }
+        // SAFETY: the table lives until the deed is done.
+        let targets = unsafe { Targets::new(&table, 0) };
+        let pool = crate::bitmap::pool::ShardPool::new(1);
+        let shard = pool.acquire(0);
+        deed(&table, &shard, targets.lookup(&shard))
+    }
+
     /// The flat table against the tree that it is made of, for every number a slot can have.
     #[test]
     fn every_slot_number_finds_its_own() {
@@ -329,23 +346,17 @@ mod tests {
             &[(0, 65_535), (1, 65_535), (1, 0)],
         ];
         for ids in sets {
-            let mut table = Table::default();
-            for (pages, &(space, id)) in (1..).zip(ids) {
-                table.add(SlotId::new(space, id), pages, None, 1).unwrap();
-            }
-            // SAFETY: the table lives to the end of the loop's body.
-            let targets = unsafe { Targets::new(&table, 0) };
-            let pool = crate::bitmap::pool::ShardPool::new(1);
-            let shard = pool.acquire(0);
-            let lookup = targets.lookup(&shard);
-            for raw in (0..0x4_0000).chain((0..=u32::MAX).step_by(0xfff1)) {
-                let expected = table.get(raw).map_or(0, |slot| slot.pages());
-                assert_eq!(lookup.target(raw).pages, expected, "slot {raw:#x}");
-                if lookup.has_one_space {
-                    let found = lookup.target_in_one_space(raw).pages;
-                    assert_eq!(found, expected, "slot {raw:#x} of one space");
+            let slots = ids.iter().copied().zip(1..);
+            with_slots(slots, |table, _, lookup| {
+                for raw in (0..0x4_0000).chain((0..=u32::MAX).step_by(0xfff1)) {
+                    let expected = table.get(raw).map_or(0, |slot| slot.pages());
+                    assert_eq!(lookup.target(raw).pages, expected, "slot {raw:#x}");
+                    if lookup.has_one_space {
+                        let found = lookup.target_in_one_space(raw).pages;
+                        assert_eq!(found, expected, "slot {raw:#x} of one space");
+                    }
                 }
-            }
+            });
         }
     }
 
@@ -368,15 +379,8 @@ mod tests {
                 true => &[((0, 0), 200), ((0, 1), 1 << 22), ((0, 3), 64), ((1, 1), 70)],
                 false => &[((0, 0), 200), ((0, 1), 1 << 22), ((0, 3), 64)],
             };
-            let mut table = Table::default();
-            for &((space, id), pages) in sizes {
-                table.add(SlotId::new(space, id), pages, None, 1).unwrap();
-            }
-            // SAFETY: the table lives to the end of the case.
-            let targets = unsafe { Targets::new(&table, 0) };
-            let pool = crate::bitmap::pool::ShardPool::new(1);
-            let shard = pool.acquire(0);
-            let mut setter = Setter::new(targets.lookup(&shard));
+            with_slots(sizes.iter().copied(), |table, shard, lookup| {
+            let mut setter = Setter::new(lookup);
             let (mut found, mut unknown, mut past) = (BTreeSet::new(), 0, 0);
             for block in entries.chunks(crate::ring::memory::BLOCK as usize) {
                 let block: Vec<(u32, u64)> = match is_of_one_slot {
@@ -401,11 +405,13 @@ mod tests {
             let mut set = BTreeSet::new();
             for slot in table.slots() {
                 let mut bits = PageBits::new(slot.pages()).unwrap();
-                slot.take_shard_into(&shard, &mut bits);
+                slot.take_shard_into(shard, &mut bits);
                 let runs = bits.runs(0..bits.words().len()).flatten();
                 set.extend(runs.map(|page| (slot.id().raw(), page)));
             }
             prop_assert_eq!(set, found);
+            Ok(())
+            })?;
         }
     }
 }
