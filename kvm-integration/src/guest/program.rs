@@ -45,10 +45,10 @@ pub struct Load {
     pub mode: Mode,
     /// The guest-physical addresses of the pages to store to, in order. A page may repeat.
     pub list: Vec<u64>,
-    /// Exit with [`Exit::Chunk`](Exit::Chunk) after so many stores, which the list's
+    /// Exit with [`Exit::Chunk`] after so many stores, which the list's
     /// length must be a multiple of; 0: never exit, run at full speed.
     pub chunk: u32,
-    /// Exit with [`Exit::PassDone`](Exit::PassDone) after each pass over the list.
+    /// Exit with [`Exit::PassDone`] after each pass over the list.
     pub pass_exits: bool,
 }
 

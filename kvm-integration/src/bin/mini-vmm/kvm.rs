@@ -11,8 +11,11 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use serde_json::Value;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use crate::cpu;
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64 as cpu;
 use crate::machine::{MEMORY, Machine, Memory, STOP, Vcpu, device};
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64 as cpu;
 
 /// A VM with its memory and log, and its vCPU, ready to run.
 pub fn create(kvm: &Kvm) -> Result<(Machine, Vcpu)> {

@@ -6,14 +6,14 @@
 //! processor has what differs, and the guest.
 //! `simulated.rs` stands in for KVM where there is none: nothing to copy from.
 
-#[cfg_attr(target_arch = "aarch64", path = "aarch64.rs")]
-#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
-#[cfg(tiny_guest)]
-mod cpu;
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(tiny_guest)]
 mod kvm;
 mod machine;
 mod simulated;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use std::io::{Read, Write, stdin};
 use std::os::fd::{AsFd, OwnedFd};

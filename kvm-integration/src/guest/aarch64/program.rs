@@ -55,7 +55,7 @@ unsafe extern "C" {
 }
 
 /// The loop, position-independent.
-pub(in crate::guest) fn code() -> &'static [u8] {
+pub(crate) fn code() -> &'static [u8] {
     // SAFETY: the two labels of the piece above.
     unsafe {
         between(
@@ -65,7 +65,7 @@ pub(in crate::guest) fn code() -> &'static [u8] {
     }
 }
 
-pub(in crate::guest) fn registers(index: u32, load: &Load, places: &Places) -> Registers {
+pub(crate) fn registers(index: u32, load: &Load, places: &Places) -> Registers {
     let mut x = [0; 16];
     x[0] = places.list;
     x[1] = places.list + load.list.len() as u64 * 8;

@@ -59,7 +59,7 @@ unsafe extern "C" {
 }
 
 /// The loop, position-independent.
-pub(in crate::guest) fn code() -> &'static [u8] {
+pub(crate) fn code() -> &'static [u8] {
     // SAFETY: the two labels of the piece above.
     unsafe {
         between(
@@ -69,7 +69,7 @@ pub(in crate::guest) fn code() -> &'static [u8] {
     }
 }
 
-pub(in crate::guest) fn registers(stress: &Stress, places: &Places) -> Registers {
+pub(crate) fn registers(stress: &Stress, places: &Places) -> Registers {
     let mut x = [0; 16];
     x[0] = stress.share.gpa;
     x[1] = stress.share.gpa + stress.share.pages * PAGE_SIZE;

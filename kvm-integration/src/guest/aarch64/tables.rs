@@ -3,16 +3,16 @@
 use crate::guest::memory::{GuestMemory, HIGHEST_GPA, PAGE_SIZE};
 
 /// The page of the table.
-pub(in crate::guest) const ROOT: u64 = 2;
+pub(crate) const ROOT: u64 = 2;
 /// Valid, accessed, shared, memory of kind 0.
 const BLOCK: u64 = 1 << 10 | 3 << 8 | 1;
 
 /// Writes the table.
-pub(in crate::guest) fn begin(boot: &GuestMemory) {
+pub(crate) fn begin(boot: &GuestMemory) {
     for gib in 0..HIGHEST_GPA >> 30 {
         boot.write_u64(ROOT * PAGE_SIZE + gib * 8, gib << 30 | BLOCK);
     }
 }
 
 /// Everything is mapped as it is.
-pub(in crate::guest) fn map(_boot: &GuestMemory, _gpa: u64, _bytes: u64) {}
+pub(crate) fn map(_boot: &GuestMemory, _gpa: u64, _bytes: u64) {}

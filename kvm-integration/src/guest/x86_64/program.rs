@@ -57,11 +57,11 @@ const CODE: &[u8] = &[
 ];
 
 /// The loop, position-independent.
-pub(in crate::guest) fn code() -> &'static [u8] {
+pub(crate) fn code() -> &'static [u8] {
     CODE
 }
 
-pub(in crate::guest) fn registers(index: u32, load: &Load, places: &Places) -> kvm_regs {
+pub(crate) fn registers(index: u32, load: &Load, places: &Places) -> kvm_regs {
     kvm_regs {
         rip: places.code,
         r14: places.list,

@@ -58,11 +58,11 @@ const CODE: &[u8] = &[
 ];
 
 /// The loop, position-independent.
-pub(in crate::guest) fn code() -> &'static [u8] {
+pub(crate) fn code() -> &'static [u8] {
     CODE
 }
 
-pub(in crate::guest) fn registers(stress: &Stress, places: &Places) -> kvm_regs {
+pub(crate) fn registers(stress: &Stress, places: &Places) -> kvm_regs {
     let Region { gpa, pages } = stress.share;
     kvm_regs {
         rip: places.code,

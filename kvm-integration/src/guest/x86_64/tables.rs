@@ -4,7 +4,7 @@
 use crate::guest::memory::{GuestMemory, HIGHEST_GPA, PAGE_SIZE};
 
 /// The page of the topmost table; the next ones follow.
-pub(in crate::guest) const ROOT: u64 = 2;
+pub(crate) const ROOT: u64 = 2;
 const PDPT: u64 = 3;
 const DIRECTORIES: u64 = 4;
 /// Present, writable, user, accessed.
@@ -14,7 +14,7 @@ const LARGE_PAGE: u64 = 0xe7;
 const LARGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// Writes the tables, which map nothing yet.
-pub(in crate::guest) fn begin(boot: &GuestMemory) {
+pub(crate) fn begin(boot: &GuestMemory) {
     boot.write_u64(ROOT * PAGE_SIZE, (PDPT * PAGE_SIZE) | TABLE);
     for gib in 0..HIGHEST_GPA >> 30 {
         let directory = (DIRECTORIES + gib) * PAGE_SIZE;
@@ -24,7 +24,7 @@ pub(in crate::guest) fn begin(boot: &GuestMemory) {
 
 /// Maps these addresses, wherever they aren't yet. Running vCPUs need not be told: entries only turn from absent to
 /// present, and no TLB keeps absent ones.
-pub(in crate::guest) fn map(boot: &GuestMemory, gpa: u64, bytes: u64) {
+pub(crate) fn map(boot: &GuestMemory, gpa: u64, bytes: u64) {
     for large_page in gpa / LARGE_PAGE_SIZE..(gpa + bytes).div_ceil(LARGE_PAGE_SIZE) {
         // The directories are adjacent, so they are one array of entries.
         let entry = DIRECTORIES * PAGE_SIZE + large_page * 8;
