@@ -9,7 +9,7 @@ console=ttyS0
 output=ttyS1
 modules=(kvm-amd)
 module_options=()
-shown=(kvm_amd/parameters/npt kvm_amd/parameters/pml kvm/parameters/tdp_mmu)
+shown=(kvm_amd/parameters/npt kvm_amd/parameters/pml kvm/parameters/{tdp_mmu,eager_page_split})
 environment=(KVM_SUITE_SCALE=0.1)
 
 settle() { :; }

@@ -8,7 +8,7 @@ slowness=3 # A second of the machine takes two or three of ours.
 console=ttyS0
 output=ttyS1
 modules=(kvm-intel)
-shown=(kvm_intel/parameters/ept kvm_intel/parameters/pml kvm/parameters/tdp_mmu)
+shown=(kvm_intel/parameters/ept kvm_intel/parameters/pml kvm/parameters/{tdp_mmu,eager_page_split})
 environment=(KVM_SUITE_SCALE=0.05)
 
 settle() { module_options=("kvm_intel pml=$pml"); }
