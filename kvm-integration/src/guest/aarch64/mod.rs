@@ -118,5 +118,5 @@ pub(super) fn clock_hz(_fd: &VcpuFd) -> Result<f64, Error> {
 /// Both are in one piece of read-only data, in this order.
 unsafe fn between(start: *const u8, end: *const u8) -> &'static [u8] {
     // SAFETY: the caller's promise; nobody writes read-only data.
-    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
+    unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }
 }
