@@ -15,7 +15,7 @@ pub(crate) trait Take {
     /// Reads the payload of each of these dirty entries, and then marks it for reset.
     fn take(&mut self, entries: &[Entry]);
 
-    /// Is shown dirty entries that are to be taken next.
+    /// Asks for the memory that these dirty entries will need: they are taken next.
     fn ask(&mut self, entries: &[Entry]);
 }
 
@@ -174,9 +174,7 @@ fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) 
         taker.ask(block);
     }
     while taken < most {
-        // The kernel pushes in order, so what is between two dirty entries of a lap is dirty.
-        // The acquire load of the last one's flags orders the payloads of all.
-        if !block[0].is_dirty() || !is_whole(block) {
+        if !is_whole(block) {
             let count = block.iter().take_while(|entry| entry.is_dirty()).count();
             taker.take(&block[..count]);
             return taken + count as u32;
@@ -200,10 +198,11 @@ fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) 
     taken
 }
 
-/// Whether a block is dirty to its end, if it is to its beginning.
+/// Whether every entry of the block is dirty. The kernel pushes in order, so what is between two dirty entries of a lap is
+/// dirty; and the acquire load of the last one's flags orders the payloads of all.
 #[inline(always)]
 fn is_whole(block: &[Entry]) -> bool {
-    block[block.len() - 1].is_dirty()
+    block[0].is_dirty() && block[block.len() - 1].is_dirty()
 }
 
 #[inline(always)]

@@ -93,7 +93,7 @@ impl VcpuThread {
             move || {
                 let ran = prepare(ready, index, cpu);
                 let ran = ran.and_then(|()| run(&guard.0, &kicked, vcpu, handler));
-                // Before the guard tells that it has ended.
+                // Before the guard marks the thread as ended.
                 ran.inspect_err(|error| {
                     reason.get_or_init(|| error.with_causes());
                 })

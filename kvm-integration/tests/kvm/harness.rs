@@ -90,7 +90,7 @@ pub fn run(tests: Vec<Test>) -> ExitCode {
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()
 }
 
-/// The test that has run out of time, if one has: it still runs, in nobody knows what state.
+/// The test that has run out of time, if one has: it still runs, in an unknown state.
 static OUT_OF_TIME: OnceLock<&str> = OnceLock::new();
 
 /// Runs a test for as long as it may take. Nothing can end a thread that hangs, so after one that does no other

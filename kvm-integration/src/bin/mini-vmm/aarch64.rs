@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::machine::{MEMORY, Memory};
 
-/// Writes its count to page after page of memory's upper half, and tells it to the device.
+/// Writes its count to page after page of memory's upper half, and reports it to the device.
 #[rustfmt::skip]
 const CODE: [u32; 6] = [
     0xb822_6820,            // again: str w0, [x1, x2]
@@ -65,10 +65,10 @@ pub fn set_up(vm: &VmFd, fd: &VcpuFd, memory: &Memory) -> Result<()> {
     Ok(())
 }
 
-/// What the guest tells the device, if that is why it left.
-pub fn told<'a>(exit: &VcpuExit<'a>) -> Option<&'a [u8]> {
+/// What the guest reports to the device, if that is why it left.
+pub fn reported<'a>(exit: &VcpuExit<'a>) -> Option<&'a [u8]> {
     match exit {
-        VcpuExit::MmioWrite(DEVICE, told) => Some(told),
+        VcpuExit::MmioWrite(DEVICE, count) => Some(count),
         _ => None,
     }
 }

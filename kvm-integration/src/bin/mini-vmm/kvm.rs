@@ -51,8 +51,8 @@ fn run(mut fd: VcpuFd, mut ring: VcpuRing, memory: &Memory, state: Value) -> Res
             // kvm-ioctls has no name of its own for it.
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => ring.on_full()?,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Ok(exit) => match cpu::told(&exit) {
-                Some(told) => device(memory, told)?,
+            Ok(exit) => match cpu::reported(&exit) {
+                Some(count) => device(memory, count)?,
                 None => bail!("a vCPU left the guest by {exit:x?}"),
             },
             Err(error) => return Err(error.into()),

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::machine::{MEMORY, Memory};
 
-/// Writes its count to page after page of memory's upper half, and tells it to the device.
+/// Writes its count to page after page of memory's upper half, and reports it to the device.
 #[rustfmt::skip]
 const CODE: [u8; 12] = [
     0x89, 0x04, 0x3e,       // again: mov [esi + edi], eax
@@ -42,10 +42,10 @@ pub fn set_up(_vm: &VmFd, fd: &VcpuFd, memory: &Memory) -> Result<()> {
     Ok(fd.set_regs(&regs)?)
 }
 
-/// What the guest tells the device, if that is why it left.
-pub fn told<'a>(exit: &VcpuExit<'a>) -> Option<&'a [u8]> {
+/// What the guest reports to the device, if that is why it left.
+pub fn reported<'a>(exit: &VcpuExit<'a>) -> Option<&'a [u8]> {
     match exit {
-        VcpuExit::IoOut(_, told) => Some(told),
+        VcpuExit::IoOut(_, count) => Some(count),
         _ => None,
     }
 }
