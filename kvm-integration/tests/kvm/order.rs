@@ -18,7 +18,7 @@ use libtest_mimic::Failed;
 use super::harness::Outcome;
 use super::machine::{Machine, Over, assert_unsuspicious, nap, pause, resume, run_passes, stop};
 use super::raw::RawMachine;
-use super::scale::scaled;
+use super::scale::{patience, scaled};
 
 tests![
     copy_before_reset_loses_writes,
@@ -105,7 +105,10 @@ fn log_loses_none() -> Outcome {
 fn log_beside_a_reaper_loses_none() -> Outcome {
     let mut machine = Machine::new(1024, &[4 * PAGES])?;
     let vcpus = machine.spawn_all(Workload::Walk, 2)?;
-    let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_micros(100)))?;
+    let reaper = Reaper::spawn(
+        &machine.log,
+        Fixed::new(patience(Duration::from_micros(100))),
+    )?;
     for _ in 0..scaled(500, 10) {
         for _ in 0..3 {
             machine.round()?;

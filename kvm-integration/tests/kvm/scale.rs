@@ -63,7 +63,8 @@ pub fn at_most(full: u64, least: u64) -> u64 {
     scaled(full, least).min(full)
 }
 
-/// How long to wait for one thing that may take `full` on a machine of ordinary speed.
+/// How long to wait for one thing that may take `full` on a machine of ordinary speed; and how far apart a reaper's looks
+/// are, so that it leaves a slow processor to the others.
 pub fn patience(full: Duration) -> Duration {
     scale().patience(full)
 }

@@ -15,7 +15,7 @@ use super::harness::Outcome;
 use super::machine::{
     Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop, wait_paused,
 };
-use super::scale::scaled;
+use super::scale::{patience, scaled};
 
 tests![
     reused_id_gets_no_stale_entries,
@@ -41,7 +41,7 @@ fn reuse(reaper: bool) -> Result<(), Failed> {
     let reaper = match reaper {
         true => Some(Reaper::spawn(
             &machine.log,
-            Fixed::new(Duration::from_micros(200)),
+            Fixed::new(patience(Duration::from_micros(200))),
         )?),
         false => None,
     };

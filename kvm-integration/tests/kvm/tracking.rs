@@ -13,7 +13,7 @@ use libtest_mimic::Failed;
 
 use super::harness::{Outcome, remark, skip};
 use super::machine::{Machine, assert_unsuspicious, gpa, nap, resume, run_passes, slot_id, stop};
-use super::scale::scaled;
+use super::scale::{patience, scaled};
 use super::stat::vm_stat;
 
 tests![
@@ -90,7 +90,10 @@ fn stops_and_starts_with_rings() -> Outcome {
 
 fn stops_and_starts_beside_a_reaper() -> Outcome {
     let machine = Machine::new(1024, &[1500, 548])?;
-    let reaper = Reaper::spawn(&machine.log, Fixed::new(Duration::from_micros(300)))?;
+    let reaper = Reaper::spawn(
+        &machine.log,
+        Fixed::new(patience(Duration::from_micros(300))),
+    )?;
     stops_and_starts(machine)?;
     reaper.stop()?;
     Ok(Completed)
