@@ -105,4 +105,24 @@ pub trait Kernel: Send + Sync {
         let _ = (slot, pages, words);
         Err(io::ErrorKind::Unsupported.into())
     }
+
+    /// As [`take_bitmap`](Self::take_bitmap), but leaves the kernel its bits, and the pages as they are: `KVM_GET_DIRTY_LOG` with
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    ///
+    /// # Errors
+    /// As there; [`io::ErrorKind::Unsupported`] where bits can't be read but by taking them.
+    fn read_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+        let _ = (slot, pages, words);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Clears those of the kernel's bits of `slot` that are set in `words`, and write-protects their pages on every vCPU:
+    /// `KVM_CLEAR_DIRTY_LOG`. For kernels that have [`read_bitmap`](Self::read_bitmap).
+    ///
+    /// # Errors
+    /// Some bits may be cleared, and their pages protected; the others are as they were.
+    fn clear_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+        let _ = (slot, pages, words);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }

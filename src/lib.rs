@@ -126,6 +126,7 @@ pub use kernel::{Kernel, Mode, Recycled};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use kvm::enable::{HostSupport, RingEntries};
 pub use log::DirtyLog;
+pub use log::last_sync::LastPages;
 pub use log::limits::Awake;
 #[cfg(not(all(test, feature = "modelled")))]
 pub use log::rate::{Rate, RateMeter, Rates};
@@ -135,11 +136,12 @@ pub use log::vcpu_ring::VcpuRing;
 pub use log::vm_memory;
 #[cfg(feature = "metrics")]
 pub use observe::metrics;
-pub use observe::stats::{ReaperStats, Stats, VcpuStats};
+pub use observe::stats::{ReaperStats, Stats, VcpuStats, WorkingSetStats};
 pub use slot_id::SlotId;
 pub use slots::dirty_pages::{DirtyPages, DirtyPart, Run};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use slots::guest_map::{GuestMap, GuestRegion};
+pub use slots::working_set::WorkingSet;
 #[cfg(not(all(test, feature = "modelled")))]
 pub use threads::limiter::Limiter;
 #[cfg(not(all(test, feature = "modelled")))]

@@ -78,6 +78,27 @@ impl PageBits {
         }
     }
 
+    /// Adds the bits of `from`, of as many pages.
+    pub(crate) fn add(&mut self, from: &Self) {
+        let mut next = 0;
+        while let Some(word) = from.next_word(next) {
+            self.merge(word, from.words[word]);
+            next = word + 1;
+        }
+    }
+
+    /// Adds the bits of `from` that `without`, both of as many pages, does not have.
+    pub(crate) fn add_without(&mut self, from: &Self, without: &Self) {
+        let mut next = 0;
+        while let Some(word) = from.next_word(next) {
+            let bits = from.words[word] & !without.words[word];
+            if bits != 0 {
+                self.merge(word, bits);
+            }
+            next = word + 1;
+        }
+    }
+
     /// Sets every bit.
     pub(crate) fn fill(&mut self) {
         for (word, mask) in masks(0, self.pages) {

@@ -2,7 +2,7 @@
 
 use super::pages::PageBits;
 use super::words::{BLOCK_WORDS, block_words, blocks_for, words_for};
-use crate::sync::{PlainU8, PlainU64, lend, zeroed};
+use crate::sync::{Plain, PlainU8, PlainU64, lend, zeroed};
 
 /// One slot's part of one shard: a bit a page, written by plain stores.
 ///
@@ -26,6 +26,19 @@ impl ShardBits {
     /// The words and the touched-flags, for whoever makes pointers to them.
     pub(crate) fn parts(&self) -> (&[PlainU64], &[PlainU8]) {
         (&self.words, &self.touched)
+    }
+
+    /// Whether the bit of `page`, which is in the slot, is set. For the holder of the shard.
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        self.words[(page / 64) as usize].load() >> (page % 64) & 1 == 1
+    }
+
+    /// Sets the bit of `page`, which is in the slot. For the holder of the shard.
+    pub(crate) fn insert(&self, page: u64) {
+        let at = (page / 64) as usize;
+        let word = &self.words[at];
+        word.store(word.load() | 1 << (page % 64));
+        self.touched[at / BLOCK_WORDS].store(1);
     }
 
     /// Moves all bits into `into` and leaves none.

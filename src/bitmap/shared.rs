@@ -28,20 +28,25 @@ impl SharedBits {
         }
     }
 
-    /// Adds `bits` to `word`.
-    pub(crate) fn merge(&self, word: usize, bits: u64) {
+    /// Adds `bits` to `word`. Which of them were set before.
+    pub(crate) fn merge(&self, word: usize, bits: u64) -> u64 {
         // Release: pairs with the acquire swap in `take_into`. What the caller wrote to the pages
         // before is seen by whoever copies them after taking the bits.
-        self.words[word].fetch_or(bits, Ordering::Release);
+        let before = self.words[word].fetch_or(bits, Ordering::Release);
         // Release: pairs with the acquire swap of the flag in `take_into`: who takes the flag sees
         // the bits. A read-modify-write, not a store, so that the flags of several writers form
         // one release sequence and the taker sees the bits of all of them.
         let block = word / BLOCK_WORDS;
         self.touched[block / 64].fetch_or(1 << (block % 64), Ordering::Release);
+        before & bits
+    }
+
+    /// Sets the bit of `page`, which is in the slot. Whether it was not set.
+    pub(crate) fn insert(&self, page: u64) -> bool {
+        self.merge((page / 64) as usize, 1 << (page % 64)) == 0
     }
 
     /// Whether the bit of `page`, which is in the slot, is set just now.
-    #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
     pub(crate) fn contains(&self, page: u64) -> bool {
         // Relaxed: pairs with nothing. It is true of a moment, and nothing is decided by it here.
         let word = self.words[(page / 64) as usize].load(Ordering::Relaxed);
@@ -50,6 +55,16 @@ impl SharedBits {
 
     /// Moves all bits into `into` and leaves none. Bits set meanwhile are moved now or next time.
     pub(crate) fn take_into(&self, into: &mut PageBits) {
+        self.take(|word, bits| into.merge(word, bits));
+    }
+
+    /// The same, into bits of the same kind, where others may set some meanwhile.
+    pub(crate) fn move_to(&self, to: &Self) {
+        self.take(|word, bits| _ = to.merge(word, bits));
+    }
+
+    /// Takes all bits, and shows those of each word.
+    pub(crate) fn take(&self, mut each: impl FnMut(usize, u64)) {
         for (group, touched) in self.touched.iter().enumerate() {
             // Relaxed: a flag not seen yet is seen next time; a flag that the caller is bound to
             // see was set before (happens-before) its call.
@@ -63,7 +78,7 @@ impl SharedBits {
                 // Relaxed: a bit that this misses comes with a flag that is still to be taken.
                 if word.load(Ordering::Relaxed) != 0 {
                     // Acquire: pairs with the release in `merge`.
-                    into.merge(at, word.swap(0, Ordering::Acquire));
+                    each(at, word.swap(0, Ordering::Acquire));
                 }
             });
         }
@@ -71,6 +86,11 @@ impl SharedBits {
 
     /// Adds all bits to `into` and leaves them set.
     pub(crate) fn copy_into(&self, into: &mut PageBits) {
+        self.for_each(|word, bits| into.merge(word, bits));
+    }
+
+    /// Shows each word that has bits, and leaves them set.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(usize, u64)) {
         for (group, touched) in self.touched.iter().enumerate() {
             // Acquire: pairs with the release in `merge`: who sees the flag sees the bits.
             let flags = touched.load(Ordering::Acquire);
@@ -78,24 +98,30 @@ impl SharedBits {
                 // Acquire: pairs with the release in `merge`.
                 let bits = word.load(Ordering::Acquire);
                 if bits != 0 {
-                    into.merge(at, bits);
+                    each(at, bits);
                 }
             });
         }
     }
 
+    /// Whether any may be set.
+    pub(crate) fn any(&self) -> bool {
+        // Acquire: pairs with the release in `merge`.
+        let touched = |touched: &AtomicU64| touched.load(Ordering::Acquire) != 0;
+        self.touched.iter().any(touched)
+    }
+
     /// How many bits are set.
     pub(crate) fn count(&self) -> u64 {
         let mut count = 0;
-        for (group, touched) in self.touched.iter().enumerate() {
-            // Acquire: pairs with the release in `merge`: who sees the flag sees the bits.
-            let flags = touched.load(Ordering::Acquire);
-            self.for_each_word(group, flags, |_, word| {
-                // Relaxed: a number is all that anybody makes of them.
-                count += u64::from(word.load(Ordering::Relaxed).count_ones());
-            });
-        }
+        self.for_each(|_, bits| count += u64::from(bits.count_ones()));
         count
+    }
+
+    /// The bits of `word`.
+    pub(crate) fn word(&self, word: usize) -> u64 {
+        // Acquire: pairs with the release in `merge`.
+        self.words[word].load(Ordering::Acquire)
     }
 
     /// Visits the words of the blocks that are flagged in `flags`, those of group `group`.

@@ -1,9 +1,13 @@
 //! Taking the bits that the kernel itself keeps of dirty pages.
 
+use std::io;
+
+use crate::bitmap::pages::PageBits;
 use crate::bitmap::words::{masks, words_for};
 use crate::error::BitmapError;
 use crate::kernel::Kernel;
 use crate::slots::table::Slot;
+use crate::slots::working_set::Terms;
 use crate::sync::{Arc, Counter, Mutex, MutexGuard, lock, zeroed};
 
 /// Who takes the kernel's bits, one at a time, and the room for them.
@@ -57,10 +61,54 @@ impl Taking<'_> {
         slot: &Slot,
         retired: bool,
     ) -> Result<(), BitmapError> {
+        self.take_by(slot, retired, |words| {
+            kernel.take_bitmap(slot.id(), slot.pages(), words)
+        })
+    }
+
+    /// The same, but bits of pages that stay open are left: of members, and of pages that were cleared the time before, which
+    /// join. Where the kernel can't leave bits, all are taken.
+    pub(crate) fn take_but_members(
+        &mut self,
+        kernel: &dyn Kernel,
+        slot: &Slot,
+        terms: &Terms,
+    ) -> Result<(), BitmapError> {
+        let (id, pages) = (slot.id(), slot.pages());
+        self.take_by(slot, false, |words| {
+            match kernel.read_bitmap(id, pages, words) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    return kernel.take_bitmap(id, pages, words);
+                }
+                read => read?,
+            }
+            // What lies past the slot's end is seen below; the kernel would refuse to clear it.
+            let is_larger = has_more(words, pages);
+            if is_larger {
+                return Ok(());
+            }
+            // Joined before the others are cleared: should that fail, they stay open and are reported all the same.
+            slot.members().keep(words, |joining| {
+                let fits = terms.has_room(joining);
+                if fits {
+                    terms.note_joined(joining);
+                }
+                fits
+            });
+            kernel.clear_bitmap(id, pages, words)
+        })
+    }
+
+    fn take_by(
+        &mut self,
+        slot: &Slot,
+        retired: bool,
+        take: impl FnOnce(&mut [u64]) -> io::Result<()>,
+    ) -> Result<(), BitmapError> {
         let words = &mut self.words[..words_for(slot.pages())];
         let found = Found { words, slot };
-        let taken = kernel.take_bitmap(slot.id(), slot.pages(), found.words);
-        let is_larger = found.names_more();
+        let taken = take(found.words);
+        let is_larger = has_more(found.words, slot.pages());
         drop(found);
         let is_missing = match taken {
             Ok(()) => is_larger,
@@ -71,12 +119,7 @@ impl Taking<'_> {
                     return Ok(());
                 }
                 Some(libc::ENOENT | libc::EFAULT | libc::EINVAL) => true,
-                _ => {
-                    return Err(BitmapError {
-                        slot: slot.id(),
-                        source: Arc::new(source),
-                    });
-                }
+                _ => return Err(failed(slot, source)),
             },
         };
         self.missing.add(is_missing.into());
@@ -85,6 +128,69 @@ impl Taking<'_> {
         }
         Ok(())
     }
+
+    /// Adds the kernel's bits of `slot`, for which there is room, to `into`, and leaves them where they are. All are set where
+    /// the kernel has none, or had none when somebody last tried. Where it can't leave them, they go to the device bits,
+    /// as in [`take`](Self::take).
+    pub(crate) fn copy(
+        &mut self,
+        kernel: &dyn Kernel,
+        slot: &Slot,
+        retired: bool,
+        into: &mut PageBits,
+    ) -> Result<(), BitmapError> {
+        let words = &mut self.words[..words_for(slot.pages())];
+        let read = kernel.read_bitmap(slot.id(), slot.pages(), words);
+        let is_larger = has_more(words, slot.pages());
+        for (word, mask) in masks(0, slot.pages()) {
+            let bits = core::mem::take(&mut words[word]) & mask;
+            if bits != 0 {
+                into.merge(word, bits);
+            }
+        }
+        let is_missing = match read {
+            Ok(()) => is_larger || slot.is_missing(),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                return self.take(kernel, slot, retired);
+            }
+            Err(source) => match source.raw_os_error() {
+                Some(libc::ENOENT) if retired => false,
+                Some(libc::ENOENT | libc::EFAULT | libc::EINVAL) => true,
+                _ => return Err(failed(slot, source)),
+            },
+        };
+        if is_missing {
+            into.fill();
+        }
+        Ok(())
+    }
+
+    /// Has the kernel clear the bits of the members of `slot`, for which there is room.
+    pub(crate) fn close_members(
+        &mut self,
+        kernel: &dyn Kernel,
+        slot: &Slot,
+    ) -> Result<(), BitmapError> {
+        let words = &mut self.words[..words_for(slot.pages())];
+        slot.members().copy_to_words(words);
+        let cleared = kernel.clear_bitmap(slot.id(), slot.pages(), words);
+        words.fill(0);
+        cleared.map_err(|source| failed(slot, source))
+    }
+}
+
+fn failed(slot: &Slot, source: io::Error) -> BitmapError {
+    BitmapError {
+        slot: slot.id(),
+        source: Arc::new(source),
+    }
+}
+
+/// Whether there are bits past the end of a slot of `pages` pages: the kernel's is larger.
+fn has_more(words: &[u64], pages: u64) -> bool {
+    let in_last = pages % u64::from(u64::BITS);
+    let last = words.last().copied().unwrap_or(0);
+    in_last > 0 && last >> in_last > 0
 }
 
 /// Bits on their way to the device bits of their slot, where they go when this is dropped: by
@@ -92,15 +198,6 @@ impl Taking<'_> {
 struct Found<'a> {
     words: &'a mut [u64],
     slot: &'a Slot,
-}
-
-impl Found<'_> {
-    /// Whether there are bits past the slot's end: the kernel's is larger.
-    fn names_more(&self) -> bool {
-        let in_last = self.slot.pages() % u64::from(u64::BITS);
-        let last = self.words.last().copied().unwrap_or(0);
-        in_last > 0 && last >> in_last > 0
-    }
 }
 
 impl Drop for Found<'_> {

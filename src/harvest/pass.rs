@@ -8,10 +8,13 @@ use crate::error::ResetError;
 use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
 use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
+use crate::ring::view::RingView;
 use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::DirtyPages;
+use crate::slots::joiner::Joiner;
 use crate::slots::table::{Slot, Table};
-use crate::slots::targets::{Setter, Targets};
+use crate::slots::targets::{Misses, Setter, Targets};
+use crate::slots::working_set::Terms;
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
 
 /// Entries after which a pass over many rings lets a reset go first: some tenths of a millisecond. In
@@ -28,6 +31,8 @@ pub(crate) struct Harvester {
     pub(crate) pool: ShardPool,
     layout: Mutex<Arc<Layout>>,
     pub(crate) counts: Counts,
+    /// What may stay open of what passes find.
+    pub(crate) working_set: Terms,
 }
 
 /// What is tracked at one moment: each pass works on one such snapshot.
@@ -93,6 +98,7 @@ impl Harvester {
             pool: ShardPool::new(shards),
             layout: Mutex::default(),
             counts: Counts::default(),
+            working_set: Terms::default(),
         }
     }
 
@@ -169,6 +175,7 @@ impl Harvester {
                 // Before the first entry is marked.
                 faults: self.gate.faults(),
             },
+            may_join: self.working_set.may_join(),
             shard,
         }
     }
@@ -275,6 +282,8 @@ pub(crate) struct Pass<'a, Stage> {
     harvester: &'a Harvester,
     layout: Arc<Layout>,
     shard: ShardGuard<'a>,
+    /// Whether pages may stay open.
+    may_join: bool,
     stage: Stage,
 }
 
@@ -326,13 +335,18 @@ impl<'a> Pass<'a, Harvested> {
     fn harvest_marking(&mut self, vcpu: &Vcpu, marking: &mut Harvest<'_>) -> Taken {
         let mut ring = lock(&vcpu.ring);
         let alone = ring.all_recycled();
-        let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
-        let mut setter = Setter::new(lookup);
-        let (entries, breaks) = ring.harvest_blocks(&mut setter);
+        let (entries, breaks, misses) = match self.may_join {
+            true => self.harvest_joining(&mut ring),
+            false => {
+                let lookup = self.layout.targets(&self.shard).lookup(&self.shard);
+                let mut setter = Setter::new(lookup);
+                let (entries, breaks) = ring.harvest_blocks(&mut setter);
+                (entries, breaks, setter.misses)
+            }
+        };
         self.harvester.count_broken(breaks);
         vcpu.note_taken(entries);
         drop(ring);
-        let misses = setter.misses;
         self.note_marked(marking, entries);
 
         let counts = &self.harvester.counts;
@@ -346,6 +360,16 @@ impl<'a> Pass<'a, Harvested> {
             entries,
             alone: alone && !vcpu.is_broken(),
         }
+    }
+
+    /// Harvests the ring, and lets pages stay open.
+    #[inline(never)]
+    fn harvest_joining(&self, ring: &mut RingView) -> (u32, bool, Misses) {
+        let terms = &self.harvester.working_set;
+        let mut joiner = Joiner::new(&self.layout.slots, &self.shard, terms);
+        let (entries, breaks) = ring.harvest_blocks(&mut joiner);
+        terms.judge(entries.into(), joiner.named);
+        (entries, breaks, joiner.misses)
     }
 
     fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {
@@ -381,11 +405,29 @@ impl<'a> Pass<'a, Harvested> {
         Ok(self.into_reset())
     }
 
+    /// Lets no page of this pass stay open.
+    pub(crate) fn close_all(&mut self) {
+        self.may_join = false;
+    }
+
+    /// Adds the pages of this pass, and of those before on its shard, to `dirty`, and ends it before its reset: they stay,
+    /// for whoever holds the shard next. False if there is no memory for it.
+    pub(crate) fn copy_into(self, dirty: &mut DirtyPages) -> bool {
+        let fits = dirty.fit(&self.layout.slots);
+        if fits {
+            for (slot, bits) in dirty.slots_mut() {
+                slot.copy_shard_into(&self.shard, bits);
+            }
+        }
+        fits
+    }
+
     fn into_reset(mut self) -> Pass<'a, Reset> {
         self.shard.unreset = None;
         Pass {
             harvester: self.harvester,
             layout: self.layout,
+            may_join: self.may_join,
             shard: self.shard,
             stage: Reset(()),
         }

@@ -39,6 +39,29 @@ impl Bitmaps {
         pages: u64,
         words: &mut [u64],
     ) -> io::Result<()> {
+        self.get(fd, slot, words)?;
+        match self.manual {
+            true => clear(fd, slot, pages, words),
+            // KVM has cleared them, and protected their pages.
+            false => Ok(()),
+        }
+    }
+
+    /// As [`Kernel::read_bitmap`](crate::Kernel::read_bitmap).
+    pub(super) fn read(
+        &self,
+        fd: &impl AsRawFd,
+        slot: SlotId,
+        words: &mut [u64],
+    ) -> io::Result<()> {
+        match self.manual {
+            true => self.get(fd, slot, words),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// `KVM_GET_DIRTY_LOG`: clears the bits, unless a call of its own does.
+    fn get(&self, fd: &impl AsRawFd, slot: SlotId, words: &mut [u64]) -> io::Result<()> {
         let mut buffer = lock(&self.buffer);
         let buffer = Guarded::fit(&mut buffer, words.len())?;
         let mut log = kvm_dirty_log {
@@ -50,16 +73,17 @@ impl Bitmaps {
         // pages, whatever size the log was given: into the buffer, and not beyond, where nobody may write.
         unsafe { ioctl::pointer(fd, ioctl::GET_DIRTY_LOG, &mut log)? };
         buffer.read(words);
-        match self.manual {
-            true => clear(fd, slot, pages, words),
-            // KVM has cleared them, and protected their pages.
-            false => Ok(()),
-        }
+        Ok(())
     }
 }
 
 /// Clears the bits that are set in `words`, and no others, and has their pages protected.
-fn clear(fd: &impl AsRawFd, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+pub(super) fn clear(
+    fd: &impl AsRawFd,
+    slot: SlotId,
+    pages: u64,
+    words: &mut [u64],
+) -> io::Result<()> {
     for (place, chunk) in words.chunks_mut(CLEARED_WORDS).enumerate() {
         let dirty = |word: &u64| *word != 0;
         let Some(first) = chunk.iter().position(dirty) else {

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use super::bitmap::Bitmaps;
+use super::bitmap::{self, Bitmaps};
 use super::enable::{self, RingEntries};
 use super::ioctl;
 use super::signals::SignalsBlocked;
@@ -61,6 +61,17 @@ impl Kernel for Vm {
             Some(bitmaps) => bitmaps.take(&self.fd, slot, pages, words),
             None => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+
+    fn read_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        match &self.bitmaps {
+            Some(bitmaps) => bitmaps.read(&self.fd, slot, words),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn clear_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
+        bitmap::clear(&self.fd, slot, pages, words)
     }
 }
 

@@ -58,6 +58,7 @@ impl DirtyLog {
         let limited = layout.vcpus.get(vcpu);
         let limited = limited.ok_or(LimitError::NoVcpu { vcpu, vcpus })?;
         limited.limit.set(limit, || limited.logged());
+        inner.note_limited();
         inner.limits.change(terms);
         Ok(())
     }
@@ -75,6 +76,7 @@ impl DirtyLog {
         for vcpu in &inner.harvester.layout().vcpus {
             vcpu.limit.set(limit, || vcpu.logged());
         }
+        inner.note_limited();
         inner.limits.change(terms);
         Ok(())
     }

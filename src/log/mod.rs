@@ -4,6 +4,7 @@
 
 #[cfg(not(all(test, feature = "modelled")))]
 mod kvm;
+pub(crate) mod last_sync;
 pub(crate) mod limits;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) mod rate;
@@ -14,6 +15,7 @@ mod tracking;
 pub(crate) mod vcpu_ring;
 #[cfg(all(feature = "vm-memory", not(all(test, feature = "modelled"))))]
 pub mod vm_memory;
+mod working_set;
 
 use core::fmt;
 
@@ -62,6 +64,14 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
+    /// Under the lock on the terms of limits: whether a vCPU has to pay for what it writes, in which case all of it is to be
+    /// logged.
+    pub(crate) fn note_limited(&self) {
+        let layout = self.harvester.layout();
+        let limited = layout.vcpus.iter().any(|vcpu| vcpu.limit.get().is_some());
+        self.harvester.working_set.set_limited(limited);
+    }
+
     /// Emits events for the faults since the last such event: at the end of each call that may meet
     /// one, when it holds nothing any more.
     #[inline]

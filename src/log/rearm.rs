@@ -3,6 +3,7 @@
 use std::io;
 
 use super::DirtyLog;
+use crate::bitmap::pages::PageBits;
 use crate::error::SlotError;
 use crate::observe::trace;
 use crate::slot_id::SlotId;
@@ -28,7 +29,8 @@ impl DirtyLog {
         self.refuse_if_broken()?;
         let layout = self.inner().harvester.layout();
         let tracked = layout.slots.get(slot.raw());
-        self.end_suspicion(tracked.ok_or(SlotError::Unknown { slot })?)?;
+        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
+        self.end_suspicion(tracked, |slot, bits| slot.members().end_into(bits))?;
         trace::rearmed(slot.raw());
         Ok(())
     }
@@ -42,8 +44,12 @@ impl DirtyLog {
         }
     }
 
-    /// Every page of the slot is protected again.
-    fn end_suspicion(&self, tracked: &Slot) -> Result<(), SlotError> {
+    /// Every page of the slot is protected again. `leave` ends the membership of those that stayed open.
+    fn end_suspicion(
+        &self,
+        tracked: &Slot,
+        leave: impl Fn(&Slot, &mut PageBits),
+    ) -> Result<(), SlotError> {
         let mut pending = lock(&self.inner().pending);
         if self.inner().harvester.kernel().has_bitmap() {
             // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
@@ -56,6 +62,7 @@ impl DirtyLog {
         for (slot, bits) in pending.slots_mut() {
             if core::ptr::eq(slot, tracked) {
                 self.inner().harvester.end_suspicion(slot, bits);
+                leave(slot, bits);
             }
         }
         Ok(())
@@ -108,13 +115,22 @@ impl DirtyLog {
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,
     ) -> Result<usize, SlotError> {
+        self.protect_those(|slot| slot.suspects() > 0, &mut protect)
+    }
+
+    /// Has the slots protected anew that are `concerned`. How many there were.
+    pub(super) fn protect_those(
+        &self,
+        concerned: impl Fn(&Slot) -> bool,
+        protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<usize, SlotError> {
         self.refuse_if_broken()?;
         let layout = self.inner().harvester.layout();
         let mut rearmed = 0;
         for slot in layout.slots.staying() {
             // One that is not tracked is not to be logged thereby.
-            let concerned = slot.suspects() > 0 && slot.is_tracked();
-            if concerned && self.protect_anew(slot, &mut protect)? {
+            let concerned = concerned(slot) && slot.is_tracked();
+            if concerned && self.protect_anew(slot, protect)? {
                 trace::rearmed(slot.id().raw());
                 rearmed += 1;
             }
@@ -133,10 +149,14 @@ impl DirtyLog {
         if !layout.slots.holds(slot) || layout.slots.is_retired(slot) || !slot.is_tracked() {
             return Ok(false);
         }
-        if self.inner().harvester.kernel().has_bitmap() {
-            // A sync meanwhile must not miss what the kernel throws away.
+        {
             let _pending = lock(&self.inner().pending);
-            slot.untrack();
+            // Members are open until the slot is protected. What joins from here on stays one.
+            slot.members().begin_leaving();
+            if self.inner().harvester.kernel().has_bitmap() {
+                // A sync meanwhile must not miss what the kernel throws away.
+                slot.untrack();
+            }
         }
         let mut unsure = Unsure {
             log: self,
@@ -147,7 +167,7 @@ impl DirtyLog {
         protect(id).map_err(|source| SlotError::Protect { slot: id, source })?;
         unsure.is_protected = true;
         drop(unsure);
-        self.end_suspicion(slot)?;
+        self.end_suspicion(slot, |slot, bits| slot.members().end_leaving(bits))?;
         Ok(true)
     }
 }
@@ -162,10 +182,12 @@ struct Unsure<'a> {
 
 impl Drop for Unsure<'_> {
     fn drop(&mut self) {
+        let inner = self.log.inner();
         if !self.is_protected {
             self.slot.suspect_all();
+            let _pending = lock(&inner.pending);
+            self.slot.members().stay();
         }
-        let inner = self.log.inner();
         if inner.harvester.kernel().has_bitmap() {
             let _pending = lock(&inner.pending);
             self.slot.track();

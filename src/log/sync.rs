@@ -1,9 +1,12 @@
 //! A sync: the pages written since the one before.
 
 use super::DirtyLog;
+use crate::bitmap::pages::PageBits;
 use crate::error::SyncError;
+use crate::kernel::Mode;
 use crate::observe::trace;
 use crate::slots::dirty_pages::DirtyPages;
+use crate::slots::table::Slot;
 use crate::sync::{MutexGuard, lock};
 
 impl DirtyLog {
@@ -18,6 +21,9 @@ impl DirtyLog {
     /// Pages under suspicion (see [`Stats::suspect_pages`](crate::Stats::suspect_pages)) are reported each time, and so are all
     /// pages of a slot that is [not tracked](Self::stop_tracking), and all pages of all slots once a ring is
     /// [broken](crate::VcpuStats::broken).
+    ///
+    /// Where a [working set](Self::set_working_set) is on, some of these pages are not protected: those that
+    /// [`DirtyPages::members`] tells from the [others](DirtyPages::others). Each sync reports them.
     ///
     /// Each other page is handed out once, to whichever call comes first: where two parts of a VMM need
     /// dirty pages, let one sync, and keep the result for both. Pages that were not copied, because
@@ -96,13 +102,32 @@ impl DirtyLog {
             return Err(SyncError::NoMemory);
         }
         let all = harvester.any_broken();
+        // After the shards: who has left a page open there did so before, and its write is reported by this alone.
         for (slot, bits) in dirty.slots_mut() {
             slot.device().take_into(bits);
             slot.copy_suspects_into(bits);
+            slot.members().copy_into(bits);
             if all {
                 bits.fill();
             }
         }
+        self.tell_members(dirty, all)
+    }
+
+    /// Notes which pages stay open. Where all of a slot is dirty in any case, or it goes and this may be the last chance to
+    /// send them, none counts as such.
+    fn tell_members(&self, dirty: &mut DirtyPages, all: bool) -> Result<(), SyncError> {
+        let layout = self.inner.harvester.layout();
+        let open = |slot: &Slot, members: &mut PageBits| {
+            if !all && slot.is_tracked() && !layout.slots.is_retired(slot) {
+                slot.copy_open_into(members);
+            }
+        };
+        if !dirty.tell_members(open) {
+            return Err(SyncError::NoMemory);
+        }
+        let terms = &self.inner.harvester.working_set;
+        terms.note_members(dirty.members().page_count());
         Ok(())
     }
 
@@ -117,7 +142,12 @@ impl DirtyLog {
                 return Err(SyncError::NoMemory);
             }
             let retired = layout.slots.is_retired(slot);
-            taking.take(harvester.kernel(), slot, retired)?;
+            let kernel = harvester.kernel();
+            if kernel.mode() == Mode::Bitmap && !retired && harvester.working_set.may_join() {
+                taking.take_but_members(kernel, slot, &harvester.working_set)?;
+            } else {
+                taking.take(kernel, slot, retired)?;
+            }
         }
         Ok(())
     }
@@ -134,6 +164,8 @@ struct Collected<'a> {
 impl Drop for Collected<'_> {
     fn drop(&mut self) {
         if !self.complete {
+            // Whether a page stays open is decided by the sync that reports it.
+            self.dirty.forget_kinds();
             core::mem::swap(&mut *self.pending, self.dirty);
         }
     }

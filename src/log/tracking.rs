@@ -97,6 +97,7 @@ impl DirtyLog {
             for (slot, bits) in pending.slots_mut() {
                 if core::ptr::eq(slot, &*tracked) {
                     self.inner().harvester.end_suspicion(slot, bits);
+                    slot.members().end_into(bits);
                 }
             }
         }

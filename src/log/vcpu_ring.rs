@@ -60,6 +60,7 @@ impl DirtyLog {
                 false => Err(AttachError::Twice),
             }
         });
+        self.inner().note_limited();
         self.inner().limits.change(terms);
         let (index, vcpu) = attached?;
         Ok(VcpuRing {

@@ -51,6 +51,59 @@ pub struct Stats {
     pub vcpus: Vec<VcpuStats>,
     /// The reaper that runs, and those before it.
     pub reaper: ReaperStats,
+    /// What stays open, and what was closed.
+    pub working_set: WorkingSetStats,
+}
+
+/// The writable working set, see [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkingSetStats {
+    /// Members now, in pages: what every sync reports, and nothing logs.
+    pub members: u64,
+    /// Times that a page has joined.
+    pub joined: u64,
+    /// Refreshes that have closed all there were.
+    pub refreshes: u64,
+    /// Pages that refreshes have closed.
+    pub closed: u64,
+    /// How long the last refresh took, in nanoseconds, without the stopping of vCPUs.
+    pub refresh_ns: u64,
+    /// Of the pages in [`last_closed`](Self::last_closed), how many are members again.
+    pub back: u64,
+    /// Pages that the last refresh closed.
+    pub last_closed: u64,
+    /// Whether a [refresh](crate::DirtyLog::refresh) is owed: members are left, and nothing joins any more, as a dirty limit was
+    /// set or the set was switched off.
+    pub refresh_owed: bool,
+    /// Whether the set has gone off by itself, for good: most entries of several passes in a row named members, so this kernel
+    /// protects pages that it was asked to leave open. Nothing is lost by that, nor won by the set.
+    pub useless: bool,
+}
+
+impl WorkingSetStats {
+    fn read(harvester: &Harvester) -> Self {
+        let terms = &harvester.working_set;
+        let layout = harvester.layout();
+        let (mut members, mut last_closed, mut back) = (0, 0, 0);
+        for slot in layout.slots.staying() {
+            members += slot.members().count();
+            let (closed, again) = slot.members().closed_and_back();
+            last_closed += closed;
+            back += again;
+        }
+        Self {
+            members,
+            joined: terms.joined.get(),
+            refreshes: terms.refreshes.get(),
+            closed: terms.closed.get(),
+            refresh_ns: terms.refresh_ns.get(),
+            back,
+            last_closed,
+            refresh_owed: terms.is_owed(),
+            useless: terms.is_useless(),
+        }
+    }
 }
 
 /// Counts of one vCPU.
@@ -153,6 +206,7 @@ impl Stats {
             suspect_pages: harvester.suspects(),
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
             reaper: reaper.read(),
+            working_set: WorkingSetStats::read(harvester),
         }
     }
 }

@@ -167,6 +167,12 @@ pub(crate) fn rearmed(slot: u32) {
     );
 }
 
+/// A refresh has closed `pages` members.
+#[inline]
+pub(crate) fn refreshed(pages: u64, ns: u64) {
+    event!(INFO, "kvm_dirty_ring_refreshed", pages = pages, ns = ns);
+}
+
 /// The reaper begins, ends, pauses or goes on, or has another policy.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]

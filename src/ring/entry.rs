@@ -10,6 +10,9 @@ const DIRTY: u32 = 1 << 0;
 const RESET: u32 = 1 << 1;
 const _: () = assert!(DIRTY | RESET == KVM_DIRTY_GFN_F_MASK);
 
+/// A slot of an address space that no VM has (KVM has one or two of them).
+pub(crate) const NO_SLOT: u32 = u32::MAX;
+
 /// One entry of the ring that a vCPU shares with userspace: `struct kvm_dirty_gfn`.
 ///
 /// Its life is a cycle of three states, kept in `flags`:
@@ -20,8 +23,8 @@ const _: () = assert!(DIRTY | RESET == KVM_DIRTY_GFN_F_MASK);
 /// | dirty | kernel, `kvm_dirty_gfn_set_dirtied` | names a page that was written |
 /// | reset | userspace | harvested; the next reset ioctl re-protects its page and frees it |
 ///
-/// `slot` and `offset` belong to the kernel while the entry is free and are only ever read by
-/// userspace: the kernel reads them again at reset, to know which page to protect.
+/// `slot` and `offset` belong to the kernel while the entry is free. The kernel reads them again at reset, to know
+/// which page to protect: an entry that userspace has made void by then protects none.
 #[repr(C)]
 pub struct Entry {
     flags: AtomicU32,
@@ -78,11 +81,19 @@ impl Entry {
         self.offset.load()
     }
 
+    /// Makes the entry name no slot, between `is_dirty` and `mark_reset`: the kernel, which reads the payload again at the
+    /// reset, recycles it and leaves its page writable (`kvm_reset_dirty_gfn` returns for an address space that no
+    /// VM has). A kernel that does not look protects the page all the same, so nothing may depend on it.
+    #[inline(always)]
+    pub(crate) fn void(&self) {
+        self.slot.store(NO_SLOT);
+    }
+
     /// Gives the entry back: the kernel may re-protect its page and fill it anew.
     #[inline(always)]
     pub(crate) fn mark_reset(&self) {
         // Release: pairs with the acquire load in the kernel's `kvm_dirty_gfn_harvested`, so that
-        // the payload was read before the kernel can overwrite it.
+        // the payload was read before the kernel can overwrite it, and the kernel sees that it was made void.
         self.flags.store(RESET, Ordering::Release);
     }
 

@@ -22,10 +22,15 @@ pub struct SimConfig {
     pub protects_spans: bool,
     /// Whether there are bitmaps beside rings, for [what the kernel writes](super::SimVm::kernel_write).
     pub with_bitmap: bool,
+    /// Whether a reset protects the page that was logged, whatever userspace has made of the entry since: as no kernel does
+    /// by now.
+    pub ignores_voids: bool,
+    /// Whether bitmaps can be read without being cleared.
+    pub manual_protect: bool,
 }
 
 impl Default for SimConfig {
-    /// Rings of 4,096 entries, 64 of them in reserve, no hardware buffer, no bitmaps.
+    /// Rings of 4,096 entries, 64 of them in reserve, no hardware buffer, no bitmaps, but with manual protection of them.
     fn default() -> Self {
         Self {
             ring_entries: 4096,
@@ -35,6 +40,8 @@ impl Default for SimConfig {
             mode: Mode::Rings,
             protects_spans: false,
             with_bitmap: false,
+            ignores_voids: false,
+            manual_protect: true,
         }
     }
 }

@@ -84,6 +84,23 @@ impl SimSlot {
         }
     }
 
+    /// The bits that are set, ascending; they stay.
+    pub(super) fn logged(&self) -> impl Iterator<Item = u64> {
+        // Acquire: pairs with the release in `log`.
+        let logged = |page: &SimPage| page.logged.load(Ordering::Acquire);
+        let pages = (0..).zip(&self.pages);
+        pages
+            .filter(move |(_, page)| logged(page))
+            .map(|(number, _)| number)
+    }
+
+    /// Takes the page's bit, if there is one.
+    pub(super) fn unlog(&self, page: u64) -> bool {
+        // Acquire: pairs with the release in `log`.
+        self.page(page)
+            .is_some_and(|page| page.logged.swap(false, Ordering::Acquire))
+    }
+
     /// Takes the bits that are set, `most` of them, ascending.
     pub(super) fn take_logged(&self, most: u64) -> impl Iterator<Item = u64> {
         // Acquire: pairs with the release in `log`.

@@ -38,7 +38,7 @@ impl SimVm {
     pub fn add_vcpu(&self) -> SimVcpu {
         let config = self.config();
         let ring = Producer::new(config.ring_entries, config.first_index);
-        let inner = Arc::new(VcpuState::new(ring));
+        let inner = Arc::new(VcpuState::new(ring, config.ignores_voids));
         self.attach(Arc::clone(&inner));
         let vm = self.clone();
         SimVcpu { vm, inner }
@@ -113,7 +113,7 @@ impl SimVcpu {
             return;
         }
         let (slot, page) = running.garbage.pop_front().unwrap_or((slot, page));
-        self.inner.ring.push(slot, page);
+        self.inner.push(slot, page);
     }
 
     fn push_buffer(&self, running: &mut Running) {

@@ -10,6 +10,8 @@ pub(super) struct VcpuState {
     pub(super) ring: Producer,
     /// Held while the guest runs: what a remote TLB flush waits for.
     running: Mutex<Running>,
+    /// What is in the ring as it was pushed, for a kernel that goes by that.
+    pushed: Option<Mutex<VecDeque<(u32, u64)>>>,
 }
 
 #[derive(Default)]
@@ -22,8 +24,9 @@ pub(super) struct Running {
 }
 
 impl VcpuState {
-    pub(super) fn new(ring: Producer) -> Self {
+    pub(super) fn new(ring: Producer, ignores_voids: bool) -> Self {
         Self {
+            pushed: ignores_voids.then(Mutex::default),
             ring,
             running: Mutex::default(),
         }
@@ -42,8 +45,23 @@ impl VcpuState {
         self.ring.awaits_reset()
     }
 
+    /// Logs a page, while the guest runs.
+    pub(super) fn push(&self, slot: u32, page: u64) {
+        if let Some(pushed) = &self.pushed {
+            let mut pushed = pushed.lock().unwrap_or_else(PoisonError::into_inner);
+            pushed.push_back((slot, page));
+        }
+        self.ring.push(slot, page);
+    }
+
     pub(super) fn recycle(&self, limit: u32, pages: &mut Vec<(u32, u64)>) -> u32 {
-        let each = |slot, page| pages.push((slot, page));
+        let each = |slot, page| {
+            let pushed = self.pushed.as_ref().and_then(|pushed| {
+                let mut pushed = pushed.lock().unwrap_or_else(PoisonError::into_inner);
+                pushed.pop_front()
+            });
+            pages.push(pushed.unwrap_or((slot, page)));
+        };
         self.ring.recycle(limit, each)
     }
 }

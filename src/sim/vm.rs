@@ -96,6 +96,14 @@ impl SimVm {
         }
     }
 
+    /// Protects one page, for a reason of the kernel's own: the next write of a vCPU is logged, whatever userspace wants.
+    pub fn protect(&self, slot: SlotId, page: u64) {
+        if let Some(slot) = self.slot(slot) {
+            slot.arm(page);
+            self.flush();
+        }
+    }
+
     /// Writes a page as a device does: no vCPU logs it. False if there is no such page.
     pub fn device_write(&self, slot: SlotId, page: u64) -> bool {
         self.slot(slot).is_some_and(|slot| slot.write(page))
@@ -255,6 +263,53 @@ impl Kernel for SimVm {
             None if !fits => refused(libc::EFAULT),
             None => Ok(()),
         }
+    }
+
+    fn read_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        if !self.config().manual_protect {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let _resets = self.resets();
+        for page in self.logged_slot(slot)?.logged() {
+            match words.get_mut((page / 64) as usize) {
+                Some(word) => *word |= 1 << (page % 64),
+                None => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            }
+        }
+        Ok(())
+    }
+
+    fn clear_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        let mut resets = self.resets();
+        let memory = self.logged_slot(slot)?;
+        let fault = resets.bitmap_faults.pop_front();
+        let mut most = fault.map_or(u64::MAX, |fault| fault.after);
+        if let Some(hook) = &mut resets.hook {
+            hook(ResetPhase::Begin);
+        }
+        let pages = (0..words.len() as u64 * 64).filter(|page| {
+            let is_asked_for = words[(page / 64) as usize] >> (page % 64) & 1 == 1;
+            let takes = is_asked_for && most > 0 && memory.unlog(*page);
+            most -= u64::from(takes);
+            takes
+        });
+        let pages: Vec<u64> = pages.collect();
+        if let Some(hook) = &mut resets.hook {
+            hook(ResetPhase::Recycled);
+        }
+        pages.into_iter().for_each(|page| memory.arm(page));
+        self.flush();
+        match fault {
+            Some(fault) => Err(io::Error::from_raw_os_error(fault.error)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl SimVm {
+    fn logged_slot(&self, slot: SlotId) -> io::Result<Arc<SimSlot>> {
+        let logged = self.slot(slot).filter(|memory| memory.is_logged());
+        logged.ok_or(io::Error::from_raw_os_error(libc::ENOENT))
     }
 }
 

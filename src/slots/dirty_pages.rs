@@ -20,7 +20,54 @@ pub struct DirtyPages {
 struct SlotPages {
     /// Not its id alone: the id may have gone to another slot since the last round.
     slot: Arc<Slot>,
+    /// All that are dirty.
     bits: PageBits,
+    /// Which of them stay open, and which do not; made when some do for the first time.
+    kinds: Option<Box<Kinds>>,
+}
+
+struct Kinds {
+    members: PageBits,
+    others: PageBits,
+}
+
+/// Which of the dirty pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    All,
+    Members,
+    Others,
+}
+
+impl SlotPages {
+    /// The pages of that kind; none if there can be none.
+    fn of(&self, kind: Kind) -> Option<&PageBits> {
+        let kinds = self.kinds.as_deref();
+        let kinds = kinds.filter(|kinds| kind != Kind::All && !kinds.members.is_empty());
+        match (kind, kinds) {
+            (Kind::Members, kinds) => kinds.map(|kinds| &kinds.members),
+            (Kind::Others, Some(kinds)) => Some(&kinds.others),
+            (Kind::All | Kind::Others, _) => Some(&self.bits),
+        }
+    }
+
+    fn forget_kinds(&mut self) {
+        if let Some(kinds) = &mut self.kinds {
+            kinds.members.clear();
+            kinds.others.clear();
+        }
+    }
+
+    /// Makes the kinds, empty; `None` if there is no memory for them.
+    fn make_kinds(&mut self) -> Option<()> {
+        self.forget_kinds();
+        if self.kinds.is_none() {
+            let pages = self.slot.pages();
+            let (members, others) = (PageBits::new(pages)?, PageBits::new(pages)?);
+            self.kinds = Some(Box::new(Kinds { members, others }));
+        }
+        Some(())
+    }
 }
 
 /// Consecutive dirty pages of one slot.
@@ -59,6 +106,19 @@ impl DirtyPages {
         self.part().page_count()
     }
 
+    /// Those of the dirty pages that stay open: members of the [working set](crate::DirtyLog::set_working_set). The guest may be
+    /// writing to them, and every sync reports them until a [refresh](crate::DirtyLog::refresh): send them in the last round
+    /// alone. Who sends them in each is right, too, and sends more. Without a working set there are none.
+    pub fn members(&self) -> DirtyPart<'_> {
+        self.whole(Kind::Members)
+    }
+
+    /// Those of the dirty pages that are protected again, whose contents may be sent for good: all but the
+    /// [members](Self::members).
+    pub fn others(&self) -> DirtyPart<'_> {
+        self.whole(Kind::Others)
+    }
+
     /// Whether no page is dirty.
     pub fn is_empty(&self) -> bool {
         self.slots.iter().all(|slot| slot.bits.is_empty())
@@ -82,9 +142,14 @@ impl DirtyPages {
 
     /// All of it as a part, to be [split](DirtyPart::split) among threads.
     pub fn part(&self) -> DirtyPart<'_> {
+        self.whole(Kind::All)
+    }
+
+    fn whole(&self, kind: Kind) -> DirtyPart<'_> {
         DirtyPart {
             slots: &self.slots,
             words: 0..usize::MAX,
+            kind,
         }
     }
 
@@ -92,6 +157,43 @@ impl DirtyPages {
     pub fn clear(&mut self) {
         for slot in &mut self.slots {
             slot.bits.clear();
+            slot.forget_kinds();
+        }
+    }
+
+    /// Makes all pages of one kind: which stay open is decided by the sync that reports them.
+    pub(crate) fn forget_kinds(&mut self) {
+        self.slots.iter_mut().for_each(SlotPages::forget_kinds);
+    }
+
+    /// Notes which of the dirty pages stay open: those that `open` adds for a slot. False if there is no memory for it.
+    pub(crate) fn tell_members(&mut self, open: impl Fn(&Slot, &mut PageBits)) -> bool {
+        for slot in &mut self.slots {
+            if !slot.slot.members().any() {
+                slot.forget_kinds();
+                continue;
+            }
+            if slot.make_kinds().is_none() {
+                return false;
+            }
+            let Some(Kinds { members, others }) = slot.kinds.as_deref_mut() else {
+                continue;
+            };
+            open(&slot.slot, members);
+            others.add_without(&slot.bits, members);
+            // Some may have joined just now.
+            slot.bits.add(members);
+        }
+        true
+    }
+
+    /// Adds the pages of `from`, of slots that are here, too.
+    pub(crate) fn add(&mut self, from: &Self) {
+        for have in &mut self.slots {
+            let other = from.slot(have.slot.id());
+            if let Some(other) = other.filter(|other| Arc::ptr_eq(&other.slot, &have.slot)) {
+                have.bits.add(&other.bits);
+            }
         }
     }
 
@@ -115,7 +217,11 @@ impl DirtyPages {
                     return false;
                 };
                 let slot = Arc::clone(slot);
-                new.push(SlotPages { slot, bits });
+                new.push(SlotPages {
+                    slot,
+                    bits,
+                    kinds: None,
+                });
             }
         }
         self.slots.retain(|have| table.holds(&have.slot));
@@ -159,6 +265,7 @@ pub struct DirtyPart<'a> {
     slots: &'a [SlotPages],
     /// The words of each of these slots; all of them, if there is more than one slot.
     words: core::ops::Range<usize>,
+    kind: Kind,
 }
 
 impl<'a> DirtyPart<'a> {
@@ -173,6 +280,7 @@ impl<'a> DirtyPart<'a> {
             let part = |slots| Self {
                 slots,
                 words: self.words.clone(),
+                kind: self.kind,
             };
             return (part(left), Some(part(right)));
         }
@@ -185,6 +293,7 @@ impl<'a> DirtyPart<'a> {
         let part = |words| Self {
             slots: self.slots,
             words,
+            kind: self.kind,
         };
         (part(words.start..middle), Some(part(middle..words.end)))
     }
@@ -193,9 +302,14 @@ impl<'a> DirtyPart<'a> {
     /// end even if the next part goes on with it.
     pub fn runs(&self) -> impl Iterator<Item = Run> + use<'a> {
         let words = self.words.clone();
-        self.slots.iter().flat_map(move |slot| {
+        let kind = self.kind;
+        let slots = self
+            .slots
+            .iter()
+            .filter_map(move |slot| Some((slot, slot.of(kind)?)));
+        slots.flat_map(move |(slot, bits)| {
             let id = slot.slot.id();
-            slot.bits.runs(words.clone()).map(move |run| Run {
+            bits.runs(words.clone()).map(move |run| Run {
                 slot: id,
                 first_page: run.start,
                 pages: run.end - run.start,
@@ -205,8 +319,8 @@ impl<'a> DirtyPart<'a> {
 
     /// How many pages of the part are dirty.
     pub fn page_count(&self) -> u64 {
-        let count = |slot: &SlotPages| slot.bits.count(self.words.clone());
-        self.slots.iter().map(count).sum()
+        let bits = self.slots.iter().filter_map(|slot| slot.of(self.kind));
+        bits.map(|bits| bits.count(self.words.clone())).sum()
     }
 }
 

@@ -5,5 +5,8 @@
 pub(crate) mod dirty_pages;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) mod guest_map;
+pub(crate) mod joiner;
+pub(crate) mod members;
 pub(crate) mod table;
 pub(crate) mod targets;
+pub(crate) mod working_set;

@@ -6,6 +6,7 @@ use crate::bitmap::shard::ShardBits;
 use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
 use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
+use crate::slots::members::Members;
 use crate::sync::{Arc, AtomicBool, Ordering};
 
 /// One tracked memslot with its bits in every shard.
@@ -14,6 +15,8 @@ pub(crate) struct Slot {
     pages: u64,
     shards: Box<[ShardBits]>,
     device: Arc<SharedBits>,
+    /// Pages that stay open.
+    members: Members,
     /// Pages that may be written without being logged, see [`Slot::suspect`].
     suspect: SharedBits,
     all_suspect: AtomicBool,
@@ -37,12 +40,14 @@ impl Slot {
         let shards: Option<Box<[_]>> = (0..shards).map(|_| ShardBits::new(pages)).collect();
         let device = device.or_else(|| SharedBits::new(pages).map(Arc::new));
         let bits = shards.zip(device).zip(SharedBits::new(pages));
-        let ((shards, device), suspect) = bits.ok_or(no_memory)?;
+        let bits = bits.zip(Members::new(pages));
+        let (((shards, device), suspect), members) = bits.ok_or(no_memory)?;
         Ok(Self {
             id,
             pages,
             shards,
             device,
+            members,
             suspect,
             all_suspect: AtomicBool::new(false),
             untracked: AtomicBool::new(false),
@@ -69,6 +74,25 @@ impl Slot {
         unsafe { self.shards[held.index()].take_into(into) }
     }
 
+    /// Adds the bits of that shard to `into`, and leaves them.
+    pub(crate) fn copy_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
+        // SAFETY: by the guard the caller holds the shard.
+        unsafe { self.shards[held.index()].for_each(|word, bits| into.merge(word, bits)) }
+    }
+
+    /// Its pages that stay open.
+    pub(crate) fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// Adds the members to `into` that are under no suspicion.
+    pub(crate) fn copy_open_into(&self, into: &mut PageBits) {
+        // Acquire: pairs with the release store in `suspect_all`.
+        if !self.all_suspect.load(Ordering::Acquire) {
+            self.members.copy_but(&self.suspect, into);
+        }
+    }
+
     /// Whether the kernel logs it, or need not: then nobody knows which of its pages are written.
     pub(crate) fn is_tracked(&self) -> bool {
         // Relaxed: it changes only under the lock on syncs; without that it is true of a moment.
@@ -80,6 +104,7 @@ impl Slot {
     pub(crate) fn untrack(&self) {
         // Relaxed: as in `is_tracked`.
         self.untracked.store(true, Ordering::Relaxed);
+        self.members.forget();
     }
 
     /// The kernel logs it by now. What was written before is unknown: every page is dirty once
@@ -97,6 +122,12 @@ impl Slot {
         self.bits_missing.swap(missing, Ordering::Relaxed)
     }
 
+    /// Whether they were.
+    pub(crate) fn is_missing(&self) -> bool {
+        // Relaxed: as above.
+        self.bits_missing.load(Ordering::Relaxed)
+    }
+
     /// The bits that devices and the VMM set.
     pub(crate) fn device(&self) -> &SharedBits {
         &self.device
@@ -106,7 +137,9 @@ impl Slot {
     /// unprotected, its next writes unlogged, so every sync reports it until the slot is re-armed.
     pub(crate) fn suspect(&self, held: &ShardGuard<'_>) {
         // SAFETY: by the guard the caller holds the shard.
-        unsafe { self.shards[held.index()].for_each(|word, bits| self.suspect.merge(word, bits)) }
+        unsafe {
+            self.shards[held.index()].for_each(|word, bits| _ = self.suspect.merge(word, bits))
+        }
     }
 
     /// Puts the pages under suspicion that may be in one batch of a reset with `page`: KVM protects
@@ -179,6 +212,12 @@ impl Table {
     pub(crate) fn get(&self, raw: u32) -> Option<&Arc<Slot>> {
         let id = SlotId::from_raw(raw);
         self.tracked(id).map(|tracked| &tracked.slot)
+    }
+
+    /// The same, and whether its removal has not begun.
+    pub(crate) fn find(&self, raw: u32) -> Option<(&Arc<Slot>, bool)> {
+        let tracked = self.tracked(SlotId::from_raw(raw))?;
+        Some((&tracked.slot, tracked.removal.is_none()))
     }
 
     fn tracked(&self, id: SlotId) -> Option<&Tracked> {

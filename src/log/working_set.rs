@@ -1,0 +1,135 @@
+//! Protecting only what pays: the writable working set, and the refresh that closes it.
+
+use std::io;
+use std::time::Instant;
+
+use super::DirtyLog;
+use crate::error::SlotError;
+use crate::kernel::Mode;
+use crate::observe::trace;
+use crate::slot_id::SlotId;
+use crate::slots::working_set::WorkingSet;
+use crate::sync::lock;
+
+impl DirtyLog {
+    /// Leaves pages open that the guest writes again and again, as long as `terms` let it; none: protects every page that it
+    /// reports, as at first. Both can be changed at any time.
+    ///
+    /// To protect a page costs a reset and the guest's next fault on it. For a page that is written again before it is
+    /// sent for good, that is a loss. With a working set, a page that is harvested stays writable while there are free
+    /// places, and after that if it was written before in the same round. It is a *member* then: the kernel does not log
+    /// it any more, and every sync reports it, as one of [`DirtyPages::members`](crate::DirtyPages::members), until
+    /// [`refresh`](Self::refresh) has closed it, or its slot's [tracking has stopped](Self::stop_tracking). Send members in
+    /// the last round.
+    ///
+    /// In [`Mode::Bitmap`] a page joins that a sync finds set, and the sync before has found set and cleared; without manual
+    /// protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) none does.
+    ///
+    /// Call it when a migration starts, and not before: a log that is always on would fill the places with what is long
+    /// cold. After it, [`Convergence`](crate::convergence::Convergence) says when to refresh.
+    ///
+    /// While any vCPU has a [dirty limit](Self::set_dirty_limit) nothing joins, as it must pay for what it writes. Members
+    /// stay then, as they do when the set is switched off, and a refresh is
+    /// [owed](crate::WorkingSetStats::refresh_owed).
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId, WorkingSet};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # vm.create_slot(ram, 1000);
+    /// # let vcpu = vm.add_vcpu();
+    /// # let _ring = log.attach_ring(vcpu.ring_memory())?;
+    /// let mut dirty = DirtyPages::new();
+    /// log.set_working_set(Some(WorkingSet::new(1)));
+    /// vcpu.write(ram, 5)?;
+    /// vcpu.write(ram, 6)?;
+    /// log.sync(&mut dirty)?;
+    /// assert_eq!((dirty.members().page_count(), dirty.others().page_count()), (1, 1));
+    /// // Nothing is logged of page 5 any more, and every sync reports it.
+    /// log.sync(&mut dirty)?;
+    /// assert!(dirty.contains(ram, 5) && !dirty.contains(ram, 6));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn set_working_set(&self, terms: Option<WorkingSet>) {
+        self.inner().harvester.working_set.set(terms);
+    }
+
+    /// Closes all members of the working set: has their pages protected again. The next sync reports them once more, as
+    /// [others](crate::DirtyPages::others). How many slots were protected anew.
+    ///
+    /// With rings, `protect` is called with each slot that has members, or suspects, as in [`rearm`](Self::rearm): no vCPU
+    /// may be in `KVM_RUN` meanwhile. What that costs depends on the kernel and on the *slot's* size, not on how many
+    /// members there are: less than 50 ms a GiB, but seconds for hundreds of GiB of huge pages. Measure it
+    /// ([`WorkingSetStats::refresh_ns`](crate::WorkingSetStats::refresh_ns)), and refresh only where it fits the downtime. With bitmaps
+    /// beside the rings (aarch64) all pages of the slot come with the next sync.
+    ///
+    /// In [`Mode::Bitmap`] the bits are cleared, no vCPU has to stop, and `protect` is not called.
+    ///
+    /// # Errors
+    /// As [`rearm`](Self::rearm), or the kernel's bits could not be cleared. Members whose slot was not protected stay.
+    pub fn refresh(
+        &self,
+        mut protect: impl FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<usize, SlotError> {
+        let start = Instant::now();
+        let before = self.members();
+        for slot in self.inner().harvester.layout().slots.slots() {
+            slot.members().forget_closed();
+        }
+        let refreshed = match self.mode() {
+            Mode::Bitmap => self.clear_members(),
+            Mode::Rings => self.protect_those(
+                |slot| slot.suspects() > 0 || slot.members().any(),
+                &mut protect,
+            ),
+        };
+        let closed = before.saturating_sub(self.members());
+        let ns = start.elapsed().as_nanos() as u64;
+        let terms = &self.inner().harvester.working_set;
+        terms.note_refresh(closed, ns, refreshed.is_ok());
+        trace::refreshed(closed, ns);
+        self.inner().emit_faults();
+        refreshed
+    }
+
+    /// How many pages stay open in slots that stay.
+    fn members(&self) -> u64 {
+        let layout = self.inner().harvester.layout();
+        layout
+            .slots
+            .staying()
+            .map(|slot| slot.members().count())
+            .sum()
+    }
+
+    /// The refresh of bitmaps. A sync in between would report pages whose writes the clearing then forgets.
+    fn clear_members(&self) -> Result<usize, SlotError> {
+        let harvester = &self.inner().harvester;
+        let _one_at_a_time = lock(&self.inner().slot_change);
+        let mut pending = lock(&self.inner().pending);
+        let mut taking = self.inner().kernel_bits.lock();
+        let layout = harvester.layout();
+        let mut refreshed = 0;
+        for slot in layout.slots.staying() {
+            if !slot.members().any() || !slot.is_tracked() {
+                continue;
+            }
+            let (id, pages) = (slot.id(), slot.pages());
+            if !taking.fit(pages) || !pending.fit(&layout.slots) {
+                return Err(SlotError::NoMemory { slot: id, pages });
+            }
+            taking.close_members(harvester.kernel(), slot)?;
+            slot.members().begin_leaving();
+            for (have, bits) in pending.slots_mut() {
+                if core::ptr::eq(have, &**slot) {
+                    slot.members().end_leaving(bits);
+                }
+            }
+            refreshed += 1;
+        }
+        Ok(refreshed)
+    }
+}

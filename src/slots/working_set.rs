@@ -1,0 +1,206 @@
+//! How much of what the guest writes may stay open, and what has come of it.
+
+use crate::sync::Counter;
+
+/// How much of what the guest writes may stay open, see [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkingSet {
+    /// Free places, in pages: as long as there are fewer members, a page that is harvested stays open. Half of what the
+    /// link takes within the downtime is a good number. Bitmaps have none: there a page costs one fault a round in any
+    /// case.
+    pub places: u64,
+    /// The most members in all, in pages: for a VMM that can have no [refresh](crate::DirtyLog::refresh), and so has to send
+    /// all of them within its downtime.
+    pub most: u64,
+}
+
+impl WorkingSet {
+    /// With so many free places, in pages, and no limit on what comes again.
+    pub fn new(places: u64) -> Self {
+        let most = u64::MAX;
+        Self { places, most }
+    }
+
+    /// The same with at most so many members in all, in pages; free places are among them.
+    #[must_use]
+    pub fn at_most(self, most: u64) -> Self {
+        Self { most, ..self }
+    }
+}
+
+/// Passes in a row most of whose entries name members, after which the kernel is taken for one that does not look at
+/// void entries.
+const VAIN_PASSES: u64 = 8;
+
+/// Entries that a pass has at least, to count for that.
+const TELLING_ENTRIES: u64 = 64;
+
+/// The terms in force, and the counts. Every page may join or not join at any time: nothing but the guest's speed, and
+/// what is sent at the end, hangs on these numbers.
+#[derive(Default)]
+pub(crate) struct Terms {
+    on: Counter,
+    places: Counter,
+    most: Counter,
+    /// Whether a dirty limit is set: a vCPU must pay for what it writes.
+    limited: Counter,
+    /// Whether the kernel ignores void entries.
+    useless: Counter,
+    vain_passes: Counter,
+    /// Whether members are to be closed though nothing joins any more.
+    owed: Counter,
+    /// About how many members there are: each sync counts them.
+    members: Counter,
+    pub(crate) joined: Counter,
+    pub(crate) refreshes: Counter,
+    pub(crate) closed: Counter,
+    pub(crate) refresh_ns: Counter,
+}
+
+impl Terms {
+    /// Changes the terms; none: nothing joins.
+    pub(crate) fn set(&self, terms: Option<WorkingSet>) {
+        let WorkingSet { places, most } = terms.unwrap_or(WorkingSet::new(0).at_most(0));
+        self.places.set(places);
+        self.most.set(most);
+        self.on.set(terms.is_some().into());
+        self.note_owed();
+    }
+
+    /// Whether some vCPU has a dirty limit.
+    pub(crate) fn set_limited(&self, limited: bool) {
+        self.limited.set(limited.into());
+        self.note_owed();
+    }
+
+    fn note_owed(&self) {
+        if !self.may_join() && self.members.get() > 0 {
+            self.owed.set(1);
+        }
+    }
+
+    /// Whether pages may join at all.
+    #[inline]
+    pub(crate) fn may_join(&self) -> bool {
+        self.on.get() != 0 && self.limited.get() == 0 && self.useless.get() == 0
+    }
+
+    /// Whether one more may, that was not written before in this round.
+    pub(crate) fn has_place(&self) -> bool {
+        self.members.get() < self.places.get().min(self.most.get())
+    }
+
+    /// Whether `pages` more may.
+    pub(crate) fn has_room(&self, pages: u64) -> bool {
+        self.may_join() && self.members.get().saturating_add(pages) <= self.most.get()
+    }
+
+    /// So many have joined.
+    pub(crate) fn note_joined(&self, pages: u64) {
+        self.members.add(pages);
+        self.joined.add(pages);
+    }
+
+    /// A sync has counted the members.
+    pub(crate) fn note_members(&self, members: u64) {
+        self.members.set(members);
+    }
+
+    /// A pass of `entries` entries is over, of which `named` named members.
+    pub(crate) fn judge(&self, entries: u64, named: u64) {
+        if entries < TELLING_ENTRIES {
+            return;
+        }
+        if named * 2 <= entries {
+            self.vain_passes.set(0);
+            return;
+        }
+        self.vain_passes.add(1);
+        if self.vain_passes.get() >= VAIN_PASSES {
+            self.useless.set(1);
+            self.note_owed();
+        }
+    }
+
+    /// A refresh has closed `closed` pages of those that there were, in `ns` nanoseconds; all of them, if it is `whole`.
+    pub(crate) fn note_refresh(&self, closed: u64, ns: u64, whole: bool) {
+        self.members.set(self.members.get().saturating_sub(closed));
+        self.closed.add(closed);
+        if whole {
+            self.refreshes.add(1);
+            self.refresh_ns.set(ns);
+            self.owed.set(0);
+        }
+    }
+
+    pub(crate) fn is_owed(&self) -> bool {
+        self.owed.get() != 0
+    }
+
+    pub(crate) fn is_useless(&self) -> bool {
+        self.useless.get() != 0
+    }
+}
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_and_the_most_bound_what_joins() {
+        let terms = Terms::default();
+        assert!(!terms.may_join() && !terms.has_place() && !terms.has_room(0));
+        terms.set(Some(WorkingSet::new(10).at_most(20)));
+        assert!(terms.may_join() && terms.has_place() && terms.has_room(20));
+        assert!(!terms.has_room(21));
+        terms.note_joined(10);
+        assert!(!terms.has_place() && terms.has_room(10) && !terms.has_room(11));
+        terms.set(Some(WorkingSet::new(30).at_most(10)));
+        assert!(!terms.has_place(), "the places are among the most");
+        terms.note_members(3);
+        assert!(terms.has_place());
+    }
+
+    #[test]
+    fn a_refresh_is_owed_where_members_are_left_and_nothing_joins() {
+        let terms = Terms::default();
+        terms.set(Some(WorkingSet::new(10)));
+        terms.set_limited(true);
+        assert!(!terms.may_join() && !terms.is_owed(), "there are none");
+        terms.set_limited(false);
+        terms.note_joined(1);
+        assert!(!terms.is_owed());
+        terms.set_limited(true);
+        assert!(terms.is_owed());
+        terms.note_refresh(1, 5, false);
+        assert!(terms.is_owed(), "some are left");
+        terms.note_refresh(0, 5, true);
+        assert!(!terms.is_owed());
+        terms.set_limited(false);
+        terms.note_joined(1);
+        terms.set(None);
+        assert!(!terms.may_join() && terms.is_owed());
+    }
+
+    #[test]
+    fn passes_in_vain_switch_it_off() {
+        let terms = Terms::default();
+        terms.set(Some(WorkingSet::new(1000)));
+        terms.note_joined(500);
+        for _ in 0..3 {
+            for _ in 1..VAIN_PASSES {
+                terms.judge(100, 51);
+                terms.judge(TELLING_ENTRIES - 1, TELLING_ENTRIES - 1);
+            }
+            assert!(terms.may_join());
+            terms.judge(100, 50);
+        }
+        for _ in 0..VAIN_PASSES {
+            terms.judge(100, 51);
+        }
+        assert!(!terms.may_join() && terms.is_useless() && terms.is_owed());
+        terms.set(Some(WorkingSet::new(1000)));
+        assert!(!terms.may_join(), "for good");
+    }
+}
