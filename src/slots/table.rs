@@ -76,8 +76,12 @@ impl Slot {
 
     /// Adds the bits of that shard to `into`, and leaves them.
     pub(crate) fn copy_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
+        self.for_each_of_shard(held, |word, bits| into.merge(word, bits));
+    }
+
+    fn for_each_of_shard(&self, held: &ShardGuard<'_>, each: impl FnMut(usize, u64)) {
         // SAFETY: by the guard the caller holds the shard.
-        unsafe { self.shards[held.index()].for_each(|word, bits| into.merge(word, bits)) }
+        unsafe { self.shards[held.index()].for_each(each) }
     }
 
     /// Its pages that stay open.
@@ -136,10 +140,7 @@ impl Slot {
     /// Puts every page in the shard that `held` gives the right to under suspicion: it may be
     /// unprotected, its next writes unlogged, so every sync reports it until the slot is re-armed.
     pub(crate) fn suspect(&self, held: &ShardGuard<'_>) {
-        // SAFETY: by the guard the caller holds the shard.
-        unsafe {
-            self.shards[held.index()].for_each(|word, bits| _ = self.suspect.merge(word, bits))
-        }
+        self.for_each_of_shard(held, |word, bits| _ = self.suspect.merge(word, bits));
     }
 
     /// Puts the pages under suspicion that may be in one batch of a reset with `page`: KVM protects
