@@ -6,7 +6,7 @@ mod script;
 
 use common::judge::{assert_faultless, run_exactly, run_migration, run_repaired};
 use common::machine::Machine;
-use common::ops::Op;
+use common::ops::{Op, Setup};
 use proptest::prelude::*;
 
 fn config(cases: u32) -> ProptestConfig {
@@ -96,6 +96,36 @@ proptest! {
         setup in script::setup(true),
         ops in script::faulty_script(),
     ) {
+        run_migration(&mut Machine::new(&setup), &ops);
+    }
+
+    /// Every sync reports what was written since the one before, and what stays open, and nothing else.
+    #[test]
+    fn a_sync_reports_exactly_what_was_written_or_stays_open(
+        setup in script::setup_with_working_set(false),
+        mut ops in script::calm_working_set_script(),
+    ) {
+        let mut machine = Machine::new(&setup);
+        ops.push(Op::Sync);
+        run_exactly(&mut machine, &ops);
+        assert_faultless(&machine);
+    }
+
+    #[test]
+    fn a_migration_with_a_working_set_loses_no_write(
+        setup in script::setup_with_working_set(true),
+        ops in script::working_set_script(),
+    ) {
+        run_migration(&mut Machine::new(&setup), &ops);
+    }
+
+    #[test]
+    fn a_migration_with_a_working_set_survives_every_fault(
+        setup in script::setup_with_working_set(true),
+        ops in script::faulty_working_set_script(),
+    ) {
+        // A kernel that goes by what it has logged has no room for what overruns its ring.
+        let setup = Setup { ignores_voids: false, ..setup };
         run_migration(&mut Machine::new(&setup), &ops);
     }
 

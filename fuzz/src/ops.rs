@@ -36,6 +36,8 @@ enum Judge {
     ExactBitmaps,
     /// As `Calm`, and readings of bitmaps that fail half-way.
     BadBitmaps,
+    /// Pages stay open, with rings or bitmaps; every fault but overruns and nonsense.
+    WorkingSet,
 }
 
 /// What may be in a script.
@@ -51,11 +53,28 @@ struct Allowed {
     /// Writes by the kernel, of which only bitmaps tell.
     kernel_writes: bool,
     bad_bitmaps: bool,
+    /// Changes of the working set's terms, refreshes, last syncs.
+    working_set: bool,
 }
 
 impl Judge {
     fn wants_bitmaps(self) -> bool {
         matches!(self, Self::ExactBitmaps | Self::BadBitmaps)
+    }
+
+    /// Of so many bytes one.
+    fn of(byte: u8, faulty: usize) -> Self {
+        match (byte, byte % 10) {
+            // The last few, so that most of the corpus stays what it is.
+            (236.., _) => Self::WorkingSet,
+            (_, 0) => Self::Exact,
+            (_, 1 | 2) => Self::Calm,
+            (_, 3..=5) => Self::Faulty,
+            (_, 6) => Self::BadResetsRepaired(faulty),
+            (_, 7) => Self::NonsenseRepaired(faulty),
+            (_, 8) => Self::ExactBitmaps,
+            _ => Self::BadBitmaps,
+        }
     }
 
     fn allows(self, done: usize) -> Allowed {
@@ -87,6 +106,14 @@ impl Judge {
                 bad_bitmaps: true,
                 ..nothing
             },
+            Self::WorkingSet => Allowed {
+                in_reset: true,
+                bad_resets: true,
+                switches: true,
+                rearm: true,
+                working_set: true,
+                ..nothing
+            },
             Self::BadResetsRepaired(faulty) if done < faulty => Allowed {
                 in_reset: true,
                 bad_resets: true,
@@ -105,15 +132,7 @@ impl Judge {
 impl<'a> Arbitrary<'a> for Script {
     fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
         let faulty = 1 + usize::from(u.arbitrary::<u8>()? % 60);
-        let judge = match u.arbitrary::<u8>()? % 10 {
-            0 => Judge::Exact,
-            1 | 2 => Judge::Calm,
-            3..=5 => Judge::Faulty,
-            6 => Judge::BadResetsRepaired(faulty),
-            7 => Judge::NonsenseRepaired(faulty),
-            8 => Judge::ExactBitmaps,
-            _ => Judge::BadBitmaps,
-        };
+        let judge = Judge::of(u.arbitrary()?, faulty);
         let setup = setup(u, judge)?;
         let mut ops = Vec::new();
         while !u.is_empty() && ops.len() < MOST_OPS {
@@ -124,8 +143,17 @@ impl<'a> Arbitrary<'a> for Script {
 }
 
 fn setup(u: &mut Unstructured<'_>, judge: Judge) -> Result<Setup> {
-    let pml = matches!(judge, Judge::Calm | Judge::Faulty | Judge::BadBitmaps);
-    let (mode, with_bitmap) = match judge.wants_bitmaps() {
+    let pml = matches!(
+        judge,
+        Judge::Calm | Judge::Faulty | Judge::BadBitmaps | Judge::WorkingSet
+    );
+    let is_open = matches!(judge, Judge::WorkingSet);
+    let (places, ignores_voids) = match is_open {
+        true => (Some(u64::from(u.arbitrary::<u8>()? % 64)), u.ratio(1, 8)?),
+        false => (None, false),
+    };
+    let bitmaps = judge.wants_bitmaps() || is_open && u.ratio(1, 3)?;
+    let (mode, with_bitmap) = match bitmaps {
         false => (Mode::Rings, false),
         true if u.arbitrary()? => (Mode::Rings, true),
         true => (Mode::Bitmap, false),
@@ -145,6 +173,8 @@ fn setup(u: &mut Unstructured<'_>, judge: Judge) -> Result<Setup> {
         with_bitmap,
         // No byte of its own: the corpus stays what it is.
         protects_spans: before_the_wrap % 2 == 1,
+        ignores_voids,
+        places,
     })
 }
 
@@ -224,6 +254,7 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
                     .collect::<Result<_>>()?,
             )
         }
+        27..=29 if allowed.working_set => working_set_op(u)?,
         27 if allowed.garbage => Op::Garble {
             vcpu: index(u)?,
             unknown_slot: u.arbitrary()?,
@@ -239,13 +270,33 @@ fn op(u: &mut Unstructured<'_>, allowed: Allowed) -> Result<Op> {
         31 if allowed.switches => Op::Switch {
             slot: usize::from(u.arbitrary::<u8>()?) % 3,
             on: u.arbitrary()?,
-            fails: u.arbitrary::<Option<bool>>()?.map(|before| match before {
-                true => Moment::Before,
-                false => Moment::After,
-            }),
+            fails: moment(u)?,
         },
         _ => Op::Write(write(u, false)?),
     })
+}
+
+fn working_set_op(u: &mut Unstructured<'_>) -> Result<Op> {
+    Ok(match u.arbitrary::<u8>()? % 8 {
+        0 => Op::WorkingSet(None),
+        1 => {
+            let most = u.arbitrary::<Option<u8>>()?.map_or(u64::MAX, u64::from);
+            Op::WorkingSet(Some((u.arbitrary::<u8>()?.into(), most)))
+        }
+        2..=4 => Op::Refresh {
+            fails: moment(u)?.filter(|_| u.ratio(1, 4).unwrap_or(false)),
+        },
+        5 => Op::Protect(write(u, false)?),
+        _ => Op::LastSync,
+    })
+}
+
+fn moment(u: &mut Unstructured<'_>) -> Result<Option<Moment>> {
+    let before = u.arbitrary::<Option<bool>>()?;
+    Ok(before.map(|before| match before {
+        true => Moment::Before,
+        false => Moment::After,
+    }))
 }
 
 /// Mostly small, for every page is looked at; rarely beyond the 32,768 pages of a touched-flag.
@@ -268,7 +319,7 @@ pub fn run(script: &Script) {
             run_migration(&mut machine, ops);
             assert_faultless(&machine);
         }
-        Judge::Faulty => run_migration(&mut machine, ops),
+        Judge::Faulty | Judge::WorkingSet => run_migration(&mut machine, ops),
         Judge::BadResetsRepaired(faulty) | Judge::NonsenseRepaired(faulty) => {
             let (faulty, calm) = ops.split_at(faulty.min(ops.len()));
             run_repaired(&mut machine, faulty, calm);

@@ -7,6 +7,7 @@ use crate::bitmap::pages::PageBits;
 use crate::error::SlotError;
 use crate::observe::trace;
 use crate::slot_id::SlotId;
+use crate::slots::dirty_pages::DirtyPages;
 use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
 
@@ -30,7 +31,15 @@ impl DirtyLog {
         let layout = self.inner().harvester.layout();
         let tracked = layout.slots.get(slot.raw());
         let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
-        self.end_suspicion(tracked, |slot, bits| slot.members().end_into(bits))?;
+        let mut pending = lock(&self.inner().pending);
+        if self.inner().harvester.kernel().has_bitmap() {
+            // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
+            tracked.device().set(0, tracked.pages());
+        }
+        self.end_suspicion(tracked, &mut pending, |slot, bits| {
+            slot.members().end_into(bits)
+        })?;
+        drop(pending);
         trace::rearmed(slot.raw());
         Ok(())
     }
@@ -48,13 +57,9 @@ impl DirtyLog {
     fn end_suspicion(
         &self,
         tracked: &Slot,
+        pending: &mut DirtyPages,
         leave: impl Fn(&Slot, &mut PageBits),
     ) -> Result<(), SlotError> {
-        let mut pending = lock(&self.inner().pending);
-        if self.inner().harvester.kernel().has_bitmap() {
-            // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
-            tracked.device().set(0, tracked.pages());
-        }
         if !pending.fit(&self.inner().harvester.layout().slots) {
             let (slot, pages) = (tracked.id(), tracked.pages());
             return Err(SlotError::NoMemory { slot, pages });
@@ -71,7 +76,8 @@ impl DirtyLog {
     /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending
     /// by id, and is to have all pages of the slot protected again: it sets the slot's memory
     /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN`
-    /// meanwhile: what it wrote in between would not be logged. The pages come with the next sync
+    /// meanwhile: what it wrote in between would not be logged. Where the kernel has bitmaps, nor may any ioctl be made
+    /// by which it writes guest memory (as `KVM_DEV_ARM_ITS_SAVE_TABLES`). The pages come with the next sync
     /// once more and are then clean. Returns how many slots there were; `protect` is not called for
     /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
     /// tracked](Self::stop_tracking).
@@ -151,12 +157,13 @@ impl DirtyLog {
         }
         {
             let _pending = lock(&self.inner().pending);
-            // Members are open until the slot is protected. What joins from here on stays one.
-            slot.members().begin_leaving();
             if self.inner().harvester.kernel().has_bitmap() {
-                // A sync meanwhile must not miss what the kernel throws away.
+                // The kernel is about to throw its bits away, and a sync meanwhile would find no bitmap.
+                self.take_bits_of(slot)?;
                 slot.untrack();
             }
+            // Members are open until the slot is protected. What joins from here on stays one.
+            slot.members().begin_leaving();
         }
         let mut unsure = Unsure {
             log: self,
@@ -167,8 +174,20 @@ impl DirtyLog {
         protect(id).map_err(|source| SlotError::Protect { slot: id, source })?;
         unsure.is_protected = true;
         drop(unsure);
-        self.end_suspicion(slot, |slot, bits| slot.members().end_leaving(bits))?;
+        let mut pending = lock(&self.inner().pending);
+        self.end_suspicion(slot, &mut pending, |slot, bits| {
+            slot.members().end_leaving(bits)
+        })?;
         Ok(true)
+    }
+
+    fn take_bits_of(&self, slot: &Slot) -> Result<(), SlotError> {
+        let (id, pages) = (slot.id(), slot.pages());
+        let mut taking = self.inner().kernel_bits.lock();
+        if !taking.fit(pages) {
+            return Err(SlotError::NoMemory { slot: id, pages });
+        }
+        Ok(taking.take(self.inner().harvester.kernel(), slot, false)?)
     }
 }
 
@@ -183,14 +202,16 @@ struct Unsure<'a> {
 impl Drop for Unsure<'_> {
     fn drop(&mut self) {
         let inner = self.log.inner();
+        let _pending = lock(&inner.pending);
         if !self.is_protected {
             self.slot.suspect_all();
-            let _pending = lock(&inner.pending);
             self.slot.members().stay();
         }
-        if inner.harvester.kernel().has_bitmap() {
-            let _pending = lock(&inner.pending);
-            self.slot.track();
+        match (inner.harvester.kernel().has_bitmap(), self.is_protected) {
+            (false, _) => {}
+            // Its bits were taken before.
+            (true, true) => self.slot.track_again(),
+            (true, false) => self.slot.track(),
         }
     }
 }

@@ -63,8 +63,7 @@ impl DirtyLog {
     /// With rings, `protect` is called with each slot that has members, or suspects, as in [`rearm`](Self::rearm): no vCPU
     /// may be in `KVM_RUN` meanwhile. What that costs depends on the kernel and on the *slot's* size, not on how many
     /// members there are: less than 50 ms a GiB, but seconds for hundreds of GiB of huge pages. Measure it
-    /// ([`WorkingSetStats::refresh_ns`](crate::WorkingSetStats::refresh_ns)), and refresh only where it fits the downtime. With bitmaps
-    /// beside the rings (aarch64) all pages of the slot come with the next sync.
+    /// ([`WorkingSetStats::refresh_ns`](crate::WorkingSetStats::refresh_ns)), and refresh only where it fits the downtime.
     ///
     /// In [`Mode::Bitmap`] the bits are cleared, no vCPU has to stop, and `protect` is not called.
     ///

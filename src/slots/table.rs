@@ -119,6 +119,12 @@ impl Slot {
         self.untracked.store(false, Ordering::Relaxed);
     }
 
+    /// The same of a slot of which nothing was written meanwhile.
+    pub(crate) fn track_again(&self) {
+        // Relaxed: as in `is_tracked`.
+        self.untracked.store(false, Ordering::Relaxed);
+    }
+
     /// Notes whether the kernel's bits are missing, and returns whether they were. One at a time, who takes
     /// them.
     pub(crate) fn note_missing(&self, missing: bool) -> bool {

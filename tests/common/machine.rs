@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex};
 
 use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::sim::{BitmapFault, ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Mode, SlotId, Stats, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, LastPages, Mode, SlotId, Stats, VcpuRing, WorkingSet};
 
 use super::ops::{Op, Setup, Write};
-use super::shape::{PageSet, pages_of};
+use super::shape::{PageSet, pages_of, part_of};
 
 mod lives;
 mod memory;
+mod working_set;
 
 use lives::Life;
 use memory::Memory;
@@ -46,6 +47,9 @@ pub struct Machine {
     bitmap_mode: bool,
     /// The migration oracle: each page's version when it was last copied.
     copy: BTreeMap<SlotId, Vec<u64>>,
+    /// Members that the last sync reported: the next one has to.
+    open: PageSet,
+    last: LastPages,
 }
 
 impl Machine {
@@ -59,6 +63,7 @@ impl Machine {
         config.mode = setup.mode;
         config.with_bitmap = setup.with_bitmap;
         config.protects_spans = setup.protects_spans;
+        config.ignores_voids = setup.ignores_voids;
         let vm = SimVm::new(config);
         let memory = Arc::new(Memory {
             log: vm.dirty_log(),
@@ -84,7 +89,13 @@ impl Machine {
             kept: PageSet::new(),
             bitmap_mode: setup.mode == Mode::Bitmap,
             copy: BTreeMap::new(),
+            open: PageSet::new(),
+            last: LastPages::new(),
         };
+        if let Some(places) = setup.places {
+            let terms = Some(WorkingSet::new(places));
+            machine.memory.log.set_working_set(terms);
+        }
         machine.step_slot(0, 100);
         machine.step_slot(1, 64);
         for _ in 0..setup.vcpus {
@@ -137,6 +148,13 @@ impl Machine {
                 vcpu.ignore_soft_limit(false);
             }
             Op::Rearm => self.rearm(),
+            Op::WorkingSet(terms) => {
+                let terms = terms.map(|(places, most)| WorkingSet::new(places).at_most(most));
+                self.memory.log.set_working_set(terms);
+            }
+            Op::Refresh { fails } => self.refresh(*fails),
+            Op::Protect(write) => self.protect(write),
+            Op::LastSync => self.last_sync(),
             Op::Switch { slot, on, fails } => self.switch(*slot, *on, *fails),
         }
     }
@@ -277,8 +295,13 @@ impl Machine {
         }
     }
 
-    /// A sync, and a copy of what it reports. The pages, or `None` if it failed.
+    /// A sync, and a copy of what it reports but for members, which the guest writes on. The pages, or `None` if it
+    /// failed.
     pub fn sync(&mut self) -> Option<PageSet> {
+        self.sync_and_copy(false)
+    }
+
+    fn sync_and_copy(&mut self, is_last: bool) -> Option<PageSet> {
         let is_broken = self.memory.is_broken();
         if let Err(error) = self.memory.log.sync(&mut self.dirty) {
             assert!(self.injected > 0, "{error} for no reason");
@@ -291,7 +314,12 @@ impl Machine {
             !is_broken || self.dirty.page_count() == all,
             "a ring is broken, and not all is reported"
         );
-        for (slot, pages) in &reported {
+        self.check_members(&reported);
+        let copied = match is_last {
+            true => reported.clone(),
+            false => part_of(&self.dirty.others()),
+        };
+        for (slot, pages) in &copied {
             if let Some(copy) = self.copy.get_mut(slot) {
                 for &page in pages {
                     copy[page as usize] = self.memory.vm.version(*slot, page).unwrap();
@@ -316,7 +344,7 @@ impl Machine {
             self.vcpu(index).exit();
         }
         let tries = self.injected + 1;
-        let synced = (0..tries).any(|_| self.sync().is_some());
+        let synced = (0..tries).any(|_| self.sync_and_copy(true).is_some());
         assert!(synced, "more failures than faults");
         *self.memory.in_reset.lock().unwrap() = writes;
         for (&slot, copy) in &self.copy {

@@ -16,6 +16,10 @@ pub struct Setup {
     pub with_bitmap: bool,
     /// Whether a reset protects whole spans of pages.
     pub protects_spans: bool,
+    /// Whether a reset protects pages whose entries were made void, too.
+    pub ignores_voids: bool,
+    /// The working set at the start: its free places.
+    pub places: Option<u64>,
 }
 
 /// Consecutive pages, written one by one. Numbers are reduced to what exists when it comes to it.
@@ -67,6 +71,16 @@ pub enum Op {
     Overrun(Write),
     /// Every slot is protected anew.
     Rearm,
+    /// The working set is switched on, with so many free places and members at most, or off.
+    WorkingSet(Option<(u64, u64)>),
+    /// The working set is closed; or that fails, at the first slot.
+    Refresh {
+        fails: Option<Moment>,
+    },
+    /// The kernel protects pages for reasons of its own.
+    Protect(Write),
+    /// A last sync with vCPUs stopped, which is called off.
+    LastSync,
     /// A slot's log is switched on or off, well, or with a failure: before that is done, or after
     /// it.
     Switch {

@@ -26,8 +26,21 @@ pub fn setup(pml: bool) -> impl Strategy<Value = Setup> {
             mode: Mode::Rings,
             with_bitmap: false,
             protects_spans,
+            ignores_voids: false,
+            places: None,
         },
     )
+}
+
+/// Any of the two with a working set, for a kernel that looks at void entries or not.
+pub fn setup_with_working_set(pml: bool) -> impl Strategy<Value = Setup> {
+    let setups = prop_oneof![2 => setup(pml).boxed(), 1 => setup_with_bitmap(pml).boxed()];
+    let ignores_voids = prop_oneof![7 => Just(false), 1 => Just(true)];
+    (setups, ignores_voids, 0u64..60).prop_map(|(setup, ignores_voids, places)| Setup {
+        ignores_voids,
+        places: Some(places),
+        ..setup
+    })
 }
 
 /// The same without rings, or with bitmaps beside them.
@@ -210,4 +223,47 @@ pub fn switching_script() -> impl Strategy<Value = Vec<Op>> {
 /// The same, and resets that go wrong; without the kernel's writes, of which rings do not tell.
 pub fn switching_badly_script() -> impl Strategy<Value = Vec<Op>> {
     vec(prop_oneof![10 => bad_reset_op(), 4 => switch_op()], 1..120)
+}
+
+fn working_set_op() -> BoxedStrategy<Op> {
+    let terms = prop::option::weighted(0.8, (0u64..80, prop_oneof![Just(u64::MAX), 0u64..80]));
+    let fails = prop_oneof![
+        6 => Just(None),
+        1 => Just(Some(Moment::Before)),
+        1 => Just(Some(Moment::After)),
+    ];
+    prop_oneof![
+        1 => terms.prop_map(Op::WorkingSet),
+        2 => fails.prop_map(|fails| Op::Refresh { fails }),
+        1 => guest_write().prop_map(Op::Protect),
+        1 => Just(Op::LastSync),
+    ]
+    .boxed()
+}
+
+/// Pages stay open; no faults, writes only between resets.
+pub fn calm_working_set_script() -> impl Strategy<Value = Vec<Op>> {
+    let calm = prop_oneof![
+        9 => calm_op(),
+        1 => Just(Op::Refresh { fails: None }),
+        1 => Just(Op::LastSync),
+        1 => guest_write().prop_map(Op::Protect),
+    ];
+    vec(calm, 1..120)
+}
+
+/// Pages stay open; resets go wrong, slots are switched on and off, writes inside resets.
+pub fn working_set_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(
+        prop_oneof![10 => bad_reset_op(), 2 => switch_op(), 4 => working_set_op()],
+        1..120,
+    )
+}
+
+/// The same with every fault.
+pub fn faulty_working_set_script() -> impl Strategy<Value = Vec<Op>> {
+    vec(
+        prop_oneof![10 => faulty_op(), 4 => working_set_op()],
+        1..120,
+    )
 }

@@ -2,10 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvm_dirty_ring::{DirtyPages, Run, SlotId};
+use kvm_dirty_ring::{DirtyPages, DirtyPart, Run, SlotId};
 
 /// Pages by slot; slots without pages are left out.
 pub type PageSet = BTreeMap<SlotId, BTreeSet<u64>>;
+
+/// The pages of a part.
+pub fn part_of(part: &DirtyPart<'_>) -> PageSet {
+    let mut pages = PageSet::new();
+    for run in part.runs() {
+        let set = pages.entry(run.slot).or_default();
+        set.extend(run.first_page..run.first_page + run.pages);
+    }
+    let count: usize = pages.values().map(BTreeSet::len).sum();
+    assert_eq!(part.page_count(), count as u64);
+    pages
+}
 
 /// Checks every view of `dirty` against the others and returns the pages. `tracked` are the slots
 /// that the log knew at the sync, with their sizes.
@@ -32,6 +44,15 @@ pub fn pages_of(dirty: &DirtyPages, tracked: &BTreeMap<SlotId, u64>) -> PageSet 
     let count: usize = pages.values().map(BTreeSet::len).sum();
     assert_eq!(dirty.page_count(), count as u64);
     assert_eq!(dirty.is_empty(), count == 0);
+    let (members, others) = (part_of(&dirty.members()), part_of(&dirty.others()));
+    let mut both = members.clone();
+    for (slot, others) in others {
+        for page in others {
+            let is_new = both.entry(slot).or_default().insert(page);
+            assert!(is_new, "{slot} page {page} is a member and another");
+        }
+    }
+    assert_eq!(both, pages, "members and others are all there are");
 
     let none = BTreeSet::new();
     for (&slot, &size) in tracked {

@@ -69,6 +69,8 @@ impl Machine {
                 let vcpus = self.memory.vcpus.lock().unwrap();
                 vcpus.iter().for_each(SimVcpu::exit);
                 self.copy.remove(&slot);
+                // Should the removal never be finished, its members are reported still; nothing depends on that.
+                self.open.remove(&slot);
                 self.written.remove(&slot);
                 let kept = self.kept.remove(&slot).filter(|kept| !kept.is_empty());
                 self.written.extend(kept.map(|kept| (slot, kept)));

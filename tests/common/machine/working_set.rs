@@ -1,0 +1,104 @@
+//! Pages that stay open, and what has to be true of them.
+
+use std::io;
+use std::mem;
+
+use kvm_dirty_ring::SlotId;
+use kvm_dirty_ring::error::SlotError;
+use kvm_dirty_ring::sim::SimVcpu;
+
+use super::lives::Life;
+use super::{Machine, SLOTS};
+use crate::common::ops::{Moment, Write};
+use crate::common::shape::{PageSet, part_of};
+
+impl Machine {
+    /// Whatever stayed open is reported by the next sync, be it closed by then.
+    pub(super) fn check_members(&mut self, reported: &PageSet) {
+        let now = part_of(&self.dirty.members());
+        let before = mem::replace(&mut self.open, now);
+        for (slot, pages) in before {
+            let missing = |page: &u64| !reported.get(&slot).is_some_and(|now| now.contains(page));
+            let missing: Vec<u64> = pages.into_iter().filter(missing).collect();
+            assert!(
+                missing.is_empty(),
+                "members of slot {slot} not reported: {missing:?}"
+            );
+        }
+    }
+
+    /// Members that the last sync has reported, of slots that are still there.
+    pub fn open(&self) -> &PageSet {
+        &self.open
+    }
+
+    /// Slots whose removal has begun, where there may be a working set.
+    pub fn going_with_members(&self) -> Vec<SlotId> {
+        if self.stats().working_set.joined == 0 {
+            return Vec::new();
+        }
+        let lives = SLOTS.iter().zip(&self.lives);
+        let going = lives.filter(|(_, life)| matches!(life, Life::Retired(_) | Life::Deleted(_)));
+        going.map(|(&slot, _)| slot).collect()
+    }
+
+    pub(super) fn refresh(&mut self, mut fails: Option<Moment>) {
+        let vm = &self.memory.vm;
+        let fail_at = |fails: &mut Option<Moment>, moment| match *fails == Some(moment) {
+            true => {
+                *fails = None;
+                Err(io::Error::from(io::ErrorKind::Other))
+            }
+            false => Ok(()),
+        };
+        let was_to_fail = fails.is_some();
+        let refreshed = self.memory.log.refresh(|slot| {
+            fail_at(&mut fails, Moment::Before)?;
+            vm.rearm_slot(slot);
+            fail_at(&mut fails, Moment::After)
+        });
+        match refreshed {
+            Ok(_) => {
+                let left = self.stats().working_set;
+                assert!(!left.refresh_owed, "{left:?}");
+            }
+            Err(SlotError::Protect { .. }) => assert!(was_to_fail),
+            Err(SlotError::BrokenRing { .. }) => assert!(self.memory.is_broken()),
+            Err(error) => assert!(self.injected > 0, "{error} for no reason"),
+        }
+    }
+
+    pub(super) fn protect(&mut self, write: &Write) {
+        if let Some((slot, pages)) = self.memory.pages(write) {
+            pages
+                .into_iter()
+                .for_each(|page| self.memory.vm.protect(slot, page));
+        }
+    }
+
+    /// With everybody stopped, it names all that a migration would have to send yet. Then the guest goes on.
+    pub(super) fn last_sync(&mut self) {
+        let writes = mem::take(&mut *self.memory.in_reset.lock().unwrap());
+        let vcpus = self.memory.vcpus.lock().unwrap();
+        vcpus.iter().for_each(SimVcpu::exit);
+        drop(vcpus);
+        let synced = self.memory.log.last_sync(&mut self.last);
+        *self.memory.in_reset.lock().unwrap() = writes;
+        self.unreset = true;
+        if let Err(error) = synced {
+            assert!(self.injected > 0, "{error} for no reason");
+            return;
+        }
+        for (&slot, copy) in &self.copy {
+            let missed = |&page: &usize| {
+                let is_stale = self.memory.vm.version(slot, page as u64) != Some(copy[page]);
+                is_stale && !self.last.contains(slot, page as u64)
+            };
+            let missed: Vec<usize> = (0..copy.len()).filter(missed).collect();
+            assert!(
+                missed.is_empty(),
+                "slot {slot}: a last sync has missed {missed:?}"
+            );
+        }
+    }
+}
