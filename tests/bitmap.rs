@@ -236,7 +236,11 @@ fn a_rearming_takes_the_kernels_bits_first() {
         Ok(())
     });
     assert_eq!(rearmed.unwrap(), 1);
-    assert_eq!(sync(&log), [3, 129], "the suspect, and what the kernel wrote");
+    assert_eq!(
+        sync(&log),
+        [3, 129],
+        "the suspect, and what the kernel wrote"
+    );
     assert!(sync(&log).is_empty());
 
     vm.inject([ResetFault::Short { after: 0 }]);
