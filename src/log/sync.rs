@@ -103,15 +103,21 @@ impl DirtyLog {
         }
         let all = harvester.any_broken();
         // After the shards: who has left a page open there did so before, and its write is reported by this alone.
+        let has_members = harvester.working_set.was_ever_on();
         for (slot, bits) in dirty.slots_mut() {
             slot.device().take_into(bits);
             slot.copy_suspects_into(bits);
-            slot.members().copy_into(bits);
+            if has_members {
+                slot.members().copy_into(bits);
+            }
             if all {
                 bits.fill();
             }
         }
-        self.tell_members(dirty, all)
+        match has_members {
+            true => self.tell_members(dirty, all),
+            false => Ok(()),
+        }
     }
 
     /// Notes which pages stay open. Where all of a slot is dirty in any case, or it goes and this may be the last chance to

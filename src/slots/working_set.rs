@@ -29,6 +29,10 @@ impl WorkingSet {
     }
 }
 
+const NEVER: u64 = 0;
+const ON: u64 = 1;
+const OFF: u64 = 2;
+
 /// Passes in a row most of whose entries name members, after which the kernel is taken for one that does not look at
 /// void entries.
 const VAIN_PASSES: u64 = 8;
@@ -40,7 +44,9 @@ const TELLING_ENTRIES: u64 = 64;
 /// what is sent at the end, hangs on these numbers.
 #[derive(Default)]
 pub(crate) struct Terms {
-    on: Counter,
+    /// Never on, on, or off again. A sync that finds it never on comes after no pass that has found it on: the two read one
+    /// counter, and the shard's lock is between them.
+    state: Counter,
     places: Counter,
     most: Counter,
     /// Whether a dirty limit is set: a vCPU must pay for what it writes.
@@ -64,8 +70,18 @@ impl Terms {
         let WorkingSet { places, most } = terms.unwrap_or(WorkingSet::new(0).at_most(0));
         self.places.set(places);
         self.most.set(most);
-        self.on.set(terms.is_some().into());
+        match terms {
+            Some(_) => self.state.set(ON),
+            None if self.was_ever_on() => self.state.set(OFF),
+            None => {}
+        }
         self.note_owed();
+    }
+
+    /// Whether there may be members, or have been.
+    #[inline]
+    pub(crate) fn was_ever_on(&self) -> bool {
+        self.state.get() != NEVER
     }
 
     /// Whether some vCPU has a dirty limit.
@@ -83,7 +99,7 @@ impl Terms {
     /// Whether pages may join at all.
     #[inline]
     pub(crate) fn may_join(&self) -> bool {
-        self.on.get() != 0 && self.limited.get() == 0 && self.useless.get() == 0
+        self.state.get() == ON && self.limited.get() == 0 && self.useless.get() == 0
     }
 
     /// Whether one more may, that was not written before in this round.
