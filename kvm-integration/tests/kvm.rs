@@ -43,6 +43,7 @@ mod kvm {
     mod stat;
     mod suspicion;
     mod tracking;
+    mod working_set;
 
     pub fn run() -> std::process::ExitCode {
         harness::run(
@@ -60,6 +61,7 @@ mod kvm {
                 hotplug::tests(),
                 slots::tests(),
                 tracking::tests(),
+                working_set::tests(),
                 signals::tests(),
                 suspicion::tests(),
                 overrun::tests(),

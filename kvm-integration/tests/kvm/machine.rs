@@ -1,11 +1,12 @@
 //! A guest, its dirty log, and the copy that the log keeps up to date.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::{DirtyLog, DirtyPages, RingEntries, SlotId, Stats, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, LastPages, RingEntries, Run, SlotId, Stats, VcpuRing};
 use kvm_integration::host::threads::states;
 use kvm_integration::{
     Action, Exit, GuestMemory, Load, Mode, PAGE_SIZE, Region, TinyVcpu, TinyVm, VcpuThread,
@@ -202,12 +203,43 @@ impl Machine {
     /// One round of a migration: syncs, then copies what is dirty. How many pages that were.
     pub fn round(&mut self) -> Result<u64, Failed> {
         self.log.sync(&mut self.dirty)?;
-        for run in self.dirty.runs() {
+        self.copy(self.dirty.runs())?;
+        Ok(self.dirty.page_count())
+    }
+
+    /// The same without members of the working set: how many pages were others, and how many members.
+    pub fn round_of_others(&mut self) -> Result<(u64, u64), Failed> {
+        self.log.sync(&mut self.dirty)?;
+        self.copy(self.dirty.others().runs())?;
+        let members = self.dirty.members().page_count();
+        Ok((self.dirty.others().page_count(), members))
+    }
+
+    /// The last round, with all vCPUs paused, by a sync that protects nothing. How many pages it copied.
+    pub fn last_round(&mut self) -> Result<u64, Failed> {
+        let mut last = LastPages::new();
+        self.log.last_sync(&mut last)?;
+        self.copy(last.runs())?;
+        Ok(last.page_count())
+    }
+
+    fn copy(&self, runs: impl Iterator<Item = Run>) -> Result<(), Failed> {
+        for run in runs {
             let slot = self.slots.iter().find(|slot| slot_id(slot.id) == run.slot);
             let slot = slot.ok_or_else(|| format!("pages of {}, which is no more", run.slot))?;
             slot.memory.copy_run(run.first_page, run.pages, &slot.copy);
         }
-        Ok(self.dirty.page_count())
+        Ok(())
+    }
+
+    /// Closes the working set. No vCPU may run, but in bitmap mode.
+    pub fn refresh(&self) -> Result<usize, Failed> {
+        let protect = |slot: SlotId| {
+            let id = slot.raw();
+            self.vm.set_logged(id, false).map_err(io::Error::other)?;
+            self.vm.set_logged(id, true).map_err(io::Error::other)
+        };
+        Ok(self.log.refresh(protect)?)
     }
 
     /// What the last round copied.
