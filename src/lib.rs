@@ -100,6 +100,7 @@
 compile_error!("kvm-dirty-ring is for 64-bit Linux");
 
 mod bitmap;
+pub mod convergence;
 pub mod error;
 mod harvest;
 mod kernel;

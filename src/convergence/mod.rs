@@ -1,0 +1,164 @@
+//! Whether a migration gets to its end: what to do after each sync of a pre-copy.
+//!
+//! Pages that the guest writes all the time can be left open: they are neither protected nor sent
+//! before the last round. These are the *members* of its working set; the *others* are what a sync
+//! reports beside them. To close the members, so that only those come back that are still written, is
+//! a *refresh*. [`Convergence`] is shown what each sync has found, and decides: a pure function of
+//! that and of the syncs before, without a clock, a thread or an allocation. A migration that leaves
+//! no page open has no members, and may use it all the same.
+//!
+//! With *left* for others and members together, and *takes* for what the link takes within the
+//! downtime, the first of these that holds is the decision:
+//!
+//! | | if | then |
+//! |---|---|---|
+//! | 1 | left fits into takes | [`Finish`](Decision::Finish) |
+//! | 2 | a refresh can be had, has not just been had, and is owed or would help | [`Refresh`](Decision::Refresh) |
+//! | 3 | more than two thirds of what the last refresh closed are open again, and don't fit | [`Hopeless`](Decision::Hopeless) |
+//! | 4 | left is hardly less than two syncs ago, and no refresh draws near | [`Hopeless`](Decision::Hopeless) |
+//! | 5 | else | [`GoOn`](Decision::GoOn) |
+//!
+//! - *Hardly less* is more than 0.95 of it.
+//! - A refresh *would help* where the others fit into takes, and either the members don't, or left is
+//!   hardly less than at the last sync.
+//! - It *can be had* if its pause is no longer than the downtime, there are members to close, and it
+//!   is not in vain: after three at which left was hardly less than at the first of them, the next one
+//!   comes after eight syncs, and each further one after twice as many, unless left is less by then,
+//!   or one is owed and was not at the last.
+//! - It *has just been had* until the first round after it is sent, as that sends what it has closed.
+//!   Rule 4 waits for one round more, to have one to compare with.
+//! - It *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what
+//!   they were two syncs ago. Members leave by a refresh alone: until then they hide from left
+//!   how well the rounds get on.
+//!
+//! # A migration
+//!
+//! ```
+//! use std::time::Duration;
+//! use kvm_dirty_ring::convergence::{Convergence, Decision, Extent, Observation, Terms};
+//!
+//! /// A guest that writes 1,500 pages over and over, and 2,000 others a second.
+//! #[derive(Default)]
+//! struct Guest { others: u64, members: u64, closed: u64 }
+//!
+//! impl Guest {
+//!     fn run(&mut self, seconds: f64) {
+//!         self.members = 1500;
+//!         self.others += (seconds * 2000.0) as u64;
+//!     }
+//! }
+//!
+//! // 10,000 pages a second, of which the last round may take 300 ms.
+//! let terms = Terms::new(10_000.0, Duration::from_millis(300));
+//! assert_eq!(terms.places(), 1500); // to be left open, whatever they are
+//!
+//! let mut guest = Guest { others: 50_000, ..Guest::default() }; // all of it, at first
+//! let mut convergence = Convergence::new();
+//! let mut rounds = 0;
+//! let last = loop {
+//!     // DirtyLog::sync
+//!     let run = |pages| Extent { pages, runs: 1 };
+//!     let mut seen = Observation::new(terms, run(guest.others), run(guest.members));
+//!     seen.refresh.pause = Some(Duration::from_millis(5));
+//!     seen.refresh.closed = guest.closed;
+//!     match convergence.decide(&seen) {
+//!         Decision::Finish => break seen.left(), // stops the guest, syncs, and sends the rest
+//!         Decision::Refresh => {
+//!             // Closes the members, which the next sync, at once, reports among the others.
+//!             guest.closed = guest.members;
+//!             guest.others += std::mem::take(&mut guest.members);
+//!         }
+//!         Decision::GoOn => {
+//!             // Sends the others, while the guest runs.
+//!             let sent = std::mem::take(&mut guest.others);
+//!             guest.run(sent as f64 / terms.pages_per_second);
+//!             rounds += 1;
+//!         }
+//!         Decision::Hopeless { pages_per_second } => {
+//!             panic!("throttle the guest to {pages_per_second} pages a second, or give up");
+//!         }
+//!     }
+//! };
+//! assert_eq!((rounds, last.pages), (3, 1900));
+//! ```
+//!
+//! May import: nothing.
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod properties;
+mod rules;
+mod terms;
+
+use core::num::NonZeroU64;
+use core::time::Duration;
+
+pub use rules::Convergence;
+pub use terms::{Extent, Terms};
+
+/// What a migration knows after a sync.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Observation {
+    /// What the last round has to keep to. They may change from sync to sync, as the link's rate is
+    /// known better.
+    pub terms: Terms,
+    /// Dirty pages that are no members of the working set: to be sent in the next round.
+    pub others: Extent,
+    /// The members, all of them, for all of them count as dirty: to be sent in the last round.
+    pub members: Extent,
+    /// The last refresh, and the next.
+    pub refresh: Refreshing,
+}
+
+impl Observation {
+    /// What a sync has found, where no refresh is to be had: say so in
+    /// [`refresh`](Self::refresh) if one is.
+    pub fn new(terms: Terms, others: Extent, members: Extent) -> Self {
+        Self {
+            terms,
+            others,
+            members,
+            refresh: Refreshing::default(),
+        }
+    }
+
+    /// What the last round would send if the guest stopped now.
+    pub fn left(&self) -> Extent {
+        self.others.and(self.members)
+    }
+}
+
+/// What there is to know of refreshes. The default: none can be had, none is owed, none was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Refreshing {
+    /// For how long a refresh stops the guest, as measured or supposed; `None` if none can be had.
+    pub pause: Option<Duration>,
+    /// Whether members should go, whatever they save: the guest is being throttled, by what it
+    /// writes, or pages are no longer to be left open.
+    pub owed: bool,
+    /// Pages that the last refresh closed; 0 if there was none.
+    pub closed: u64,
+    /// How many of these are members again.
+    pub back: u64,
+}
+
+/// What a migration should do after a sync.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Decision {
+    /// Send the others while the guest runs, then sync and decide again.
+    GoOn,
+    /// Close the members, sync at once, and decide again. Nothing is sent in between: what this sync has
+    /// found is to be sent with what the next one finds, and counts among its others.
+    Refresh,
+    /// Stop the guest, sync, and send what is left: it fits into the downtime.
+    Finish,
+    /// As it writes now, the guest will not get there. This is advice: a migration that goes on as after
+    /// [`GoOn`](Self::GoOn) is told so anew as long as it is true.
+    Hopeless {
+        /// Pages a second, of the whole guest, that would do: at that rate it dirties, while a round is
+        /// sent, half as much as that round.
+        pages_per_second: NonZeroU64,
+    },
+}

@@ -1,0 +1,176 @@
+//! What the last round has to keep to, and what fits into it.
+
+use core::time::Duration;
+
+/// Pages a second that no link sends: what is beyond counts as this, so that all sums are finite.
+const FASTEST: f64 = 1e15;
+
+const NANOS_PER_SECOND: f64 = 1e9;
+
+/// So much dirty memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Its pages.
+    pub pages: u64,
+    /// In how many runs they lie, if a run has a cost of its own; else any number.
+    pub runs: u64,
+}
+
+impl Extent {
+    /// Both together.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            pages: self.pages.saturating_add(other.pages),
+            runs: self.runs.saturating_add(other.runs),
+        }
+    }
+}
+
+/// What the link sends, and how long the guest may be stopped for the last round.
+///
+/// A rate that is no number, or below zero, counts as zero: nothing but an empty round fits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Terms {
+    /// Pages that the link sends in a second.
+    pub pages_per_second: f64,
+    /// What a run costs beside its pages; zero unless set.
+    pub run_cost: Duration,
+    /// For how long the guest may be stopped. What its last round costs beside sending (to stop the
+    /// vCPUs, to sync, to send their state) is to be taken off before.
+    pub downtime: Duration,
+}
+
+impl Terms {
+    /// Terms under which runs cost nothing.
+    pub const fn new(pages_per_second: f64, downtime: Duration) -> Self {
+        Self {
+            pages_per_second,
+            run_cost: Duration::ZERO,
+            downtime,
+        }
+    }
+
+    /// Pages that the link takes within the downtime, their runs left out: the most that may be
+    /// left at the end.
+    pub fn takes(&self) -> u64 {
+        self.budget() as u64
+    }
+
+    /// How many pages to leave open whatever they are: half of what the link [takes](Self::takes)
+    /// within the downtime. The other half is for those that come again, and for the last round's
+    /// others. Where no refresh is to be had it should also be the most members in all: they would
+    /// never become fewer, and if they took the whole downtime nothing else would fit into it.
+    pub fn places(&self) -> u64 {
+        self.takes() / 2
+    }
+
+    /// What the link takes within the downtime, in pages, with a part of one.
+    pub(super) fn budget(&self) -> f64 {
+        self.sent_in(self.downtime)
+    }
+
+    /// What memory costs to send, in pages that would take as long.
+    pub(super) fn weight(&self, of: Extent) -> f64 {
+        of.pages as f64 + of.runs as f64 * self.sent_in(self.run_cost)
+    }
+
+    /// What so many pages of that memory cost, if its runs lie among them evenly.
+    pub(super) fn weight_of_part(&self, pages: u64, of: Extent) -> f64 {
+        pages as f64 * self.weight(of) / of.pages.max(1) as f64
+    }
+
+    /// Pages of that memory that the link sends in a second.
+    pub(super) fn pace(&self, of: Extent) -> f64 {
+        let weight = self.weight(of);
+        match weight > 0.0 {
+            true => self.rate() * of.pages as f64 / weight,
+            false => self.rate(),
+        }
+    }
+
+    fn rate(&self) -> f64 {
+        match self.pages_per_second.is_nan() {
+            true => 0.0,
+            false => self.pages_per_second.clamp(0.0, FASTEST),
+        }
+    }
+
+    /// In nanoseconds, which are whole, so that round numbers come out round.
+    fn sent_in(&self, time: Duration) -> f64 {
+        self.rate() * time.as_nanos() as f64 / NANOS_PER_SECOND
+    }
+}
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+
+    fn terms(pages_per_second: f64, run_us: u64, downtime: Duration) -> Terms {
+        Terms {
+            run_cost: Duration::from_micros(run_us),
+            ..Terms::new(pages_per_second, downtime)
+        }
+    }
+
+    #[test]
+    fn half_of_what_the_downtime_takes_are_places() {
+        for (rate, ms, takes, places) in [
+            (128_000.0, 300, 38_400, 19_200),
+            (16_000.0, 10, 160, 80),
+            (1_000.0, 7, 7, 3),
+            (1_000.0, 0, 0, 0),
+            (0.9, 1000, 0, 0),
+        ] {
+            let terms = Terms::new(rate, Duration::from_millis(ms));
+            assert_eq!((terms.takes(), terms.places()), (takes, places));
+        }
+    }
+
+    #[test]
+    fn runs_cost_what_the_link_sends_meanwhile() {
+        // 100 us are 10 pages.
+        let terms = terms(100_000.0, 100, Duration::from_millis(10));
+        let extent = Extent { pages: 60, runs: 4 };
+        assert_eq!(terms.weight(extent), 100.0);
+        assert_eq!(terms.weight_of_part(30, extent), 50.0);
+        assert_eq!(terms.pace(extent), 60_000.0);
+        assert_eq!(terms.pace(Extent::default()), 100_000.0);
+        assert_eq!(terms.takes(), 1000);
+    }
+
+    #[test]
+    fn numbers_without_sense_are_finite() {
+        let rates = [
+            f64::NAN,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+            -1.0,
+            0.0,
+            1e-300,
+            f64::MAX,
+        ];
+        let most = Extent {
+            pages: u64::MAX,
+            runs: u64::MAX,
+        };
+        for rate in rates {
+            for time in [Duration::ZERO, Duration::MAX] {
+                let terms = Terms {
+                    run_cost: time,
+                    ..Terms::new(rate, time)
+                };
+                for extent in [Extent::default(), most, most.and(most)] {
+                    assert!(terms.weight(extent).is_finite(), "{terms:?}");
+                    assert!(terms.weight_of_part(u64::MAX, extent).is_finite());
+                    assert!(terms.pace(extent).is_finite(), "{terms:?}");
+                }
+                assert!(terms.budget().is_finite() && terms.budget() >= 0.0);
+                let _ = (terms.takes(), terms.places());
+            }
+        }
+        for rate in [f64::NAN, -1.0, f64::NEG_INFINITY] {
+            assert_eq!(Terms::new(rate, Duration::MAX).takes(), 0);
+        }
+    }
+}
