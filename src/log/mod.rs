@@ -87,6 +87,7 @@ impl Inner {
                 out_of_range_entries: counts.out_of_range.get(),
                 overruns: counts.overruns.get(),
                 missing_bitmaps: self.kernel_bits.missing.get(),
+                useless_working_sets: self.harvester.working_set.is_useless().into(),
             }
         };
         let suspects = || self.harvester.suspects();

@@ -15,6 +15,13 @@
 //! | `kvm_dirty_ring_overruns_total` | `vm` | [`Stats::overruns`] |
 //! | `kvm_dirty_ring_missing_bitmaps_total` | `vm` | [`Stats::missing_bitmaps`] |
 //! | `kvm_dirty_ring_suspect_pages` | `vm` | [`Stats::suspect_pages`], a gauge |
+//! | `kvm_dirty_ring_members` | `vm` | [`WorkingSetStats::members`], a gauge |
+//! | `kvm_dirty_ring_members_joined_total` | `vm` | [`WorkingSetStats::joined`] |
+//! | `kvm_dirty_ring_members_closed_total` | `vm` | [`WorkingSetStats::closed`] |
+//! | `kvm_dirty_ring_refreshes_total` | `vm` | [`WorkingSetStats::refreshes`] |
+//! | `kvm_dirty_ring_refresh_nanoseconds` | `vm` | [`WorkingSetStats::refresh_ns`], a gauge: the last one's |
+//! | `kvm_dirty_ring_refresh_owed` | `vm` | [`WorkingSetStats::refresh_owed`], a gauge of 0 or 1 |
+//! | `kvm_dirty_ring_working_set_useless` | `vm` | [`WorkingSetStats::useless`], a gauge of 0 or 1 |
 //! | `kvm_dirty_ring_entries_total` | `vm`, `vcpu` | [`VcpuStats::entries`] |
 //! | `kvm_dirty_ring_full_exits_total` | `vm`, `vcpu` | [`VcpuStats::full_exits`] |
 //! | `kvm_dirty_ring_stall_nanoseconds_total` | `vm`, `vcpu` | [`VcpuStats::stall_ns`] |
@@ -47,6 +54,8 @@
 
 use metrics::{Label, SharedString, Unit};
 
+#[cfg(doc)]
+use crate::observe::stats::WorkingSetStats;
 use crate::observe::stats::{ReaperStats, Stats, VcpuStats};
 use crate::sync::Arc;
 
@@ -76,7 +85,7 @@ macro_rules! table {
     };
 }
 
-const VM: [Metric<Stats>; 10] = table! {
+const VM: [Metric<Stats>; 17] = table! {
     Counter "passes_total" Count "Passes begun, by whomever." |s| s.passes;
     Counter "resets_total" Count "Reset ioctls issued." |s| s.resets;
     Counter "short_resets_total" Count
@@ -94,6 +103,15 @@ const VM: [Metric<Stats>; 10] = table! {
         "Bitmaps of slots that KVM could not give." |s| s.missing_bitmaps;
     Gauge "suspect_pages" Count
         "Pages that may be written without being logged, and come with each sync." |s| s.suspect_pages;
+    Gauge "members" Count "Pages that stay open, and come with each sync." |s| s.working_set.members;
+    Counter "members_joined_total" Count "Times that a page was left open." |s| s.working_set.joined;
+    Counter "members_closed_total" Count "Open pages that refreshes have closed." |s| s.working_set.closed;
+    Counter "refreshes_total" Count "Refreshes that closed all open pages." |s| s.working_set.refreshes;
+    Gauge "refresh_nanoseconds" Nanoseconds "Time that the last refresh took." |s| s.working_set.refresh_ns;
+    Gauge "refresh_owed" Count
+        "1 if open pages are left though none are left open any more." |s| s.working_set.refresh_owed.into();
+    Gauge "working_set_useless" Count
+        "1 if KVM protects pages that it was asked to leave open." |s| s.working_set.useless.into();
 };
 
 const VCPU: [Metric<VcpuStats>; 7] = table! {

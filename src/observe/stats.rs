@@ -8,7 +8,7 @@ use crate::harvest::vcpu::Vcpu;
 use crate::sync::Counter;
 
 /// Counts since the log was enabled. They go up only, but for `suspect_pages`, soft limits, dirty limits,
-/// and what of the reaper is of now; and are read one by one: passes under way may show in one and not
+/// and what of the working set and the reaper is of now; and are read one by one: passes under way may show in one and not
 /// yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -280,11 +280,41 @@ impl fmt::Display for Stats {
                 before = ", ";
             }
         }
+        if self.working_set != WorkingSetStats::default() {
+            write!(f, "\nworking set: {}", self.working_set)?;
+        }
         for (place, vcpu) in self.vcpus.iter().enumerate() {
             write!(f, "\nvCPU {place}: {vcpu}")?;
         }
         if self.reaper != ReaperStats::default() {
             write!(f, "\nreaper: {}", self.reaper)?;
+        }
+        Ok(())
+    }
+}
+
+/// One line, for people.
+impl fmt::Display for WorkingSetStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (members, joined, closed) = (self.members, self.joined, self.closed);
+        write!(
+            f,
+            "{members} members, {joined} joined, {closed} closed by {} refreshes",
+            self.refreshes
+        )?;
+        if self.refreshes > 0 {
+            write!(
+                f,
+                ", the last in {}, {} back",
+                Ms(self.refresh_ns),
+                self.back
+            )?;
+        }
+        if self.refresh_owed {
+            f.write_str(", a refresh is owed")?;
+        }
+        if self.useless {
+            f.write_str(", off: KVM protects them all the same")?;
         }
         Ok(())
     }
@@ -362,6 +392,17 @@ mod tests {
             resets: 4,
             overruns: 1,
             suspect_pages: 7,
+            working_set: WorkingSetStats {
+                members: 5,
+                joined: 9,
+                closed: 4,
+                refreshes: 1,
+                refresh_ns: 2_000_000,
+                back: 3,
+                refresh_owed: true,
+                useless: true,
+                ..Default::default()
+            },
             vcpus: vec![vcpu(10), vcpu(20)],
             reaper: ReaperStats {
                 looks: 2,
@@ -378,6 +419,7 @@ mod tests {
         let text = "\
 3 passes, 30 entries, 4 resets of 7.5 entries, 2 full exits of 3.00 ms in all
 faults: 7 suspect pages, 1 broken rings
+working set: 5 members, 9 joined, 4 closed by 1 refreshes, the last in 2.00 ms, 3 back, a refresh is owed, off: KVM protects them all the same
 vCPU 0: 10 entries, 1 full exits of 1.50 ms in all, stops at 960 entries
 vCPU 1: 20 entries, 1 full exits of 1.50 ms in all, stops at 960 entries, ring broken
 reaper: 2 looks (0 woken), 0 passes of 0.00 ms in all, 0 entries, sleeps 0.25 ms, was 0.00 ms late, can't keep up";

@@ -218,6 +218,8 @@ pub(crate) struct Faults {
     pub(crate) out_of_range_entries: u64,
     pub(crate) overruns: u64,
     pub(crate) missing_bitmaps: u64,
+    /// 1 once the working set has gone off by itself.
+    pub(crate) useless_working_sets: u64,
 }
 
 /// The faults for which events were emitted. Faults are found deep in a pass, where a subscriber would hold up
@@ -253,6 +255,7 @@ impl Emitted {
             "kvm_dirty_ring_out_of_range", out_of_range_entries;
             "kvm_dirty_ring_overrun", overruns;
             "kvm_dirty_ring_missing_bitmap", missing_bitmaps;
+            "kvm_dirty_ring_useless_working_set", useless_working_sets;
         }
         event!(WARN, "kvm_dirty_ring_suspects", pages = suspects());
     }
@@ -270,6 +273,7 @@ impl Emitted {
             out_of_range_entries: now.out_of_range_entries - before.out_of_range_entries,
             overruns: now.overruns - before.overruns,
             missing_bitmaps: now.missing_bitmaps - before.missing_bitmaps,
+            useless_working_sets: now.useless_working_sets - before.useless_working_sets,
         }
     }
 }
