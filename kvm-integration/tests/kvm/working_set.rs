@@ -1,6 +1,6 @@
 //! Pages that stay open, on a kernel that promises nothing of the kind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::{Reaper, WorkingSet};
@@ -19,6 +19,7 @@ tests![
     migrations_with_members_beside_a_reaper,
     migrations_with_members_of_bitmaps,
     a_last_sync_protects_nothing,
+    a_change_of_the_hosts_protection_closes_pages,
 ];
 
 const PAGES: u64 = 600;
@@ -153,6 +154,45 @@ fn a_last_sync_protects_nothing() -> Outcome {
         assert_eq!(machine.round()?, 0);
         resume(&vcpus);
     }
+    stop(vcpus)?;
+    Ok(Completed)
+}
+
+/// A probe: KVM drops its mappings of pages whose protection changes in the VMM's own page tables, and the next write is logged
+/// again. Nothing promises that; what it costs is printed.
+fn a_change_of_the_hosts_protection_closes_pages() -> Outcome {
+    let mut machine = Machine::new(1024, &[PAGES])?;
+    machine.log.set_working_set(Some(WorkingSet::new(PAGES)));
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    let (_, reported) = pass(&mut machine, &vcpus)?;
+    assert_eq!(reported, PAGES);
+    let (mut logged, mut costs) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let memory = machine.memory(1);
+        let (start, bytes) = (
+            memory.host_addr() as *mut libc::c_void,
+            memory.bytes() as usize,
+        );
+        let began = Instant::now();
+        for protection in [
+            libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+            libc::PROT_READ | libc::PROT_WRITE,
+        ] {
+            // SAFETY: the guest's memory, which stays mapped, and which this leaves readable and writable.
+            let changed = unsafe { libc::mprotect(start, bytes, protection) };
+            assert_eq!(changed, 0, "{}", std::io::Error::last_os_error());
+        }
+        costs.push(began.elapsed());
+        let (entries, reported) = pass(&mut machine, &vcpus)?;
+        assert_eq!(reported, PAGES);
+        logged.push(entries);
+        machine.compare()?;
+    }
+    costs.sort();
+    remark(&format!(
+        "mprotect and back, of {PAGES} open pages: {:?}; entries of the pass after it: {logged:?}",
+        costs[2]
+    ));
     stop(vcpus)?;
     Ok(Completed)
 }
