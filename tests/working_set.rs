@@ -506,6 +506,42 @@ fn a_slot_whose_log_was_switched_starts_anew() {
 }
 
 #[test]
+fn what_was_not_sent_is_merged_or_given_back() {
+    let mut machine = machine(2);
+    machine.write(0..5);
+    machine.log.sync(&mut machine.dirty).unwrap();
+    let unsent = std::mem::take(&mut machine.dirty);
+    refresh(&machine);
+    machine.log.set_working_set(Some(WorkingSet::new(1)));
+    machine.write(4..5);
+    machine.vcpu.write(ROM, 9).unwrap();
+    machine.log.sync(&mut machine.dirty).unwrap();
+    assert!(machine.dirty.merge(&unsent));
+    let (members, others) = (
+        pages(machine.dirty.members()),
+        pages(machine.dirty.others()),
+    );
+    assert_eq!((members, others), (vec![4], vec![0, 1, 2, 3, 9]));
+    assert_eq!(pages(machine.dirty.part()), [0, 1, 2, 3, 4, 9]);
+
+    // Some of it is sent, the rest given back.
+    machine.dirty.remove(RAM, 1, 2);
+    machine.dirty.remove(RAM, 4, u64::MAX);
+    machine.dirty.remove(SlotId::new(7, 7), 0, 1);
+    machine.log.put_back(&machine.dirty).unwrap();
+    assert_eq!(
+        sync(&mut machine),
+        (vec![4], vec![0, 3, 9]),
+        "a member comes in any case"
+    );
+    assert_eq!(sync(&mut machine), (vec![4], NONE));
+    // Into one that has no slots yet.
+    let mut empty = DirtyPages::new();
+    assert!(empty.merge(&unsent));
+    assert_eq!(pages(empty.others()), [0, 1, 2, 3, 4]);
+}
+
+#[test]
 fn ids_that_no_slot_has_are_no_members() {
     let machine = machine(10);
     machine.vcpu.garble_next(77, 0);

@@ -1,4 +1,4 @@
-//! The Rust of README.md and docs/guide.md, so that it compiles: each paragraph of theirs is to be found
+//! The Rust of README.md and of the pages in docs/, so that it compiles: each paragraph of theirs is to be found
 //! in a function here, line by line. That it does what they say is for the other tests.
 
 #![allow(dead_code, reason = "it is compiled, and not run")]
@@ -10,10 +10,12 @@ use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_dirty_ring::convergence::{self, Convergence, Decision, Extent, Terms};
 use kvm_dirty_ring::error::ResetError;
 use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacer, Pacing, RingObservation};
 use kvm_dirty_ring::{
-    DirtyLog, DirtyPages, GuestMap, Limiter, Priority, Reaper, RingEntries, SlotId, VcpuRing,
+    DirtyLog, DirtyPages, DirtyPart, GuestMap, LastPages, Limiter, Priority, Reaper, RingEntries,
+    SlotId, VcpuRing, WorkingSet,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -213,6 +215,44 @@ fn limits(log: DirtyLog, threads: Vec<Thread>, mut vcpu_fd: VcpuFd, mut ring: Vc
     Ok(())
 }
 
+#[rustfmt::skip]
+fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outcome {
+    let send = |_: DirtyPart<'_>| io::Result::Ok(());
+    let protect = |_: SlotId| io::Result::Ok(());
+    let throttle_or_give_up = |_: NonZeroU64| io::Result::Ok(());
+    let (mut dirty, mut unsent, mut last) = (DirtyPages::new(), DirtyPages::new(), LastPages::new());
+    let terms = Terms::new(pages_per_second, downtime);             // of the link
+    log.set_working_set(Some(WorkingSet::new(terms.places())));     // when the migration starts
+    let mut convergence = Convergence::new();
+    loop {
+        log.sync(&mut dirty)?;
+        assert!(dirty.merge(&unsent), "out of memory");
+        unsent.clear();
+        let extent = |part: DirtyPart| Extent { pages: part.page_count(), runs: part.runs().count() as u64 };
+        let mut seen = convergence::Observation::new(terms, extent(dirty.others()), extent(dirty.members()));
+        let set = log.stats().working_set;
+        seen.refresh.pause = Some(Duration::from_nanos(set.refresh_ns));
+        (seen.refresh.closed, seen.refresh.back) = (set.last_closed, set.back);
+        seen.refresh.owed = set.refresh_owed;
+        match convergence.decide(&seen) {
+            Decision::GoOn => send(dirty.others())?,                // but not dirty.members()
+            Decision::Refresh => {                                  // what was found is still to be sent
+                std::mem::swap(&mut unsent, &mut dirty);
+                stop_vcpus()?;
+                log.refresh(protect)?;
+                resume_vcpus()?;
+            }
+            Decision::Finish => break,
+            Decision::Hopeless { pages_per_second } => throttle_or_give_up(pages_per_second)?,
+        }
+    }
+    stop_vcpus()?;
+    send(dirty.others())?;
+    log.last_sync(&mut last)?;                                      // protects nothing, resets nothing
+    send(last.part())?;                                             // members are among them
+    Ok(())
+}
+
 /// Lines as they are compared: however they are indented and their comments aligned.
 fn plain(text: &str) -> String {
     let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -260,4 +300,10 @@ fn the_readme_compiles() {
 #[test]
 fn the_guide_compiles() {
     all_of_it_compiles("docs/guide.md", include_str!("../../docs/guide.md"), 14);
+}
+
+#[test]
+fn the_page_about_the_working_set_compiles() {
+    let page = include_str!("../../docs/working-set.md");
+    all_of_it_compiles("docs/working-set.md", page, 1);
 }

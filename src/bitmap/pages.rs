@@ -99,6 +99,23 @@ impl PageBits {
         }
     }
 
+    /// Takes the bits of `first .. first + pages`, which are in the slot.
+    pub(crate) fn remove(&mut self, first: u64, pages: u64) {
+        for (word, mask) in masks(first, pages) {
+            if self.words[word] == 0 {
+                continue;
+            }
+            self.words[word] &= !mask;
+            if self.words[word] == 0 {
+                let group = word / 64;
+                self.summary[group] &= !(1 << (word % 64));
+                if self.summary[group] == 0 {
+                    self.top[group / 64] &= !(1 << (group % 64));
+                }
+            }
+        }
+    }
+
     /// Sets every bit.
     pub(crate) fn fill(&mut self) {
         for (word, mask) in masks(0, self.pages) {

@@ -62,6 +62,40 @@ impl DirtyLog {
         synced
     }
 
+    /// Gives pages back that a sync has handed out: all of `dirty`, or what is left of it when what was sent is taken out. The
+    /// next sync reports them again. Pages of slots that are no longer tracked are left out.
+    ///
+    /// For a migration that fails and is to be begun again from where it was, or a snapshot that could not be written.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # log.mark_dirty(ram, 1, 3)?;
+    /// # let mut dirty = DirtyPages::new();
+    /// log.sync(&mut dirty)?;
+    /// // Page 1 is sent, then the link breaks:
+    /// dirty.remove(ram, 1, 1);
+    /// log.put_back(&dirty)?;
+    /// log.sync(&mut dirty)?;
+    /// assert!(!dirty.contains(ram, 1) && dirty.contains(ram, 2) && dirty.contains(ram, 3));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// There is no memory for it; then nothing was given back.
+    pub fn put_back(&self, dirty: &DirtyPages) -> Result<(), SyncError> {
+        let mut pending = lock(&self.inner.pending);
+        if !pending.fit(&self.inner.harvester.layout().slots) {
+            return Err(SyncError::NoMemory);
+        }
+        pending.add(dirty);
+        Ok(())
+    }
+
     fn replace(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         dirty.clear();
         let mut collected = Collected {

@@ -153,6 +153,21 @@ impl DirtyPages {
         }
     }
 
+    /// Takes pages `first_page .. first_page + pages` of `slot` out, as far as they are here: they were sent.
+    pub fn remove(&mut self, slot: SlotId, first_page: u64, pages: u64) {
+        let Ok(place) = self.slots.binary_search_by_key(&slot, |s| s.slot.id()) else {
+            return;
+        };
+        let slot = &mut self.slots[place];
+        let first = first_page.min(slot.slot.pages());
+        let pages = pages.min(slot.slot.pages() - first);
+        slot.bits.remove(first, pages);
+        if let Some(kinds) = slot.kinds.as_deref_mut() {
+            kinds.members.remove(first, pages);
+            kinds.others.remove(first, pages);
+        }
+    }
+
     /// Forgets every page, and keeps the memory.
     pub fn clear(&mut self) {
         for slot in &mut self.slots {
@@ -195,6 +210,52 @@ impl DirtyPages {
                 have.bits.add(&other.bits);
             }
         }
+    }
+
+    /// Adds the pages of `from`, such as were found by an earlier sync and not sent. Members stay members; whatever else is there
+    /// then is another, also what was a member for `from`. Of a slot that is gone, whose id another has here, pages are left
+    /// out. False if there is no memory for it; then nothing is added.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// # let (mut dirty, mut unsent) = (DirtyPages::new(), DirtyPages::new());
+    /// # log.mark_dirty(ram, 1, 1)?;
+    /// log.sync(&mut unsent)?;
+    /// // Sending has failed. The next round sends these, too:
+    /// # log.mark_dirty(ram, 2, 1)?;
+    /// log.sync(&mut dirty)?;
+    /// assert!(dirty.merge(&unsent));
+    /// assert!(dirty.contains(ram, 1) && dirty.contains(ram, 2));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn merge(&mut self, from: &Self) -> bool {
+        let is_new = |slot: &&SlotPages| self.slot(slot.slot.id()).is_none();
+        let new = from.slots.iter().filter(is_new).map(|slot| {
+            let bits = PageBits::new(slot.slot.pages())?;
+            Some(SlotPages {
+                slot: Arc::clone(&slot.slot),
+                bits,
+                kinds: None,
+            })
+        });
+        let Some(mut new) = new.collect::<Option<Vec<_>>>() else {
+            return false;
+        };
+        self.slots.append(&mut new);
+        self.slots.sort_by_key(|slot| slot.slot.id());
+        self.add(from);
+        for slot in &mut self.slots {
+            if let Some(kinds) = slot.kinds.as_deref_mut() {
+                kinds.others.add_without(&slot.bits, &kinds.members);
+            }
+        }
+        true
     }
 
     /// Makes room for exactly the slots of `table` and keeps the pages of those that stay. False

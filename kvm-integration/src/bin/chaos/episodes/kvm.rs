@@ -138,10 +138,10 @@ fn handler(
     let (mut full_exits, mut failures) = (0, 0);
     move |exit| {
         if exit == Exit::RingFull {
-            full_exits += 1;
             if abandons > 0 && full_exits % abandons == 0 && ring.harvest_and_stop() > 0 {
                 counts.add(Fault::PassesAbandoned);
             }
+            full_exits += 1;
             match ring.on_full() {
                 Ok(()) => failures = 0,
                 // It has no way back into the guest, which the episode goes on without.

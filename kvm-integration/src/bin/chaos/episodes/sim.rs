@@ -287,7 +287,10 @@ impl Guest {
             return;
         }
         let abandons = self.job.abandons;
-        if abandons > 0 && self.full_exits % abandons == 0 && self.ring.harvest_and_stop() > 0 {
+        if abandons > 0
+            && self.full_exits % abandons == 1 % abandons
+            && self.ring.harvest_and_stop() > 0
+        {
             counts.add(Fault::PassesAbandoned);
         }
         match self.ring.on_full() {

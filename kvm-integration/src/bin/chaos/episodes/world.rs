@@ -53,7 +53,8 @@ pub struct Job {
     pub kind: Kind,
     /// The addresses of the pages to store to, over and over.
     pub list: Vec<u64>,
-    /// One full exit in so many ends its pass between harvest and reset; 0: none.
+    /// One full exit in so many, the first among them, ends its pass between harvest and reset; 0: none. On slow hosts there
+    /// is hardly a second.
     pub abandons: u64,
     pub counts: Arc<Counts>,
 }
