@@ -299,7 +299,7 @@ fn moment(u: &mut Unstructured<'_>) -> Result<Option<Moment>> {
     }))
 }
 
-/// Mostly small, for every page is looked at; rarely beyond the 32,768 pages of a touched-flag.
+/// Mostly small, for every page is looked at; rarely beyond the 32,768 pages of a block.
 fn slot_size(u: &mut Unstructured<'_>) -> Result<u64> {
     let size = u64::from(u.arbitrary::<u8>()?) + 1;
     Ok(if size == 256 { 32_770 } else { size })

@@ -2,27 +2,19 @@
 
 use core::ops::Range;
 
-use super::words::{BLOCK_WORDS, masks, ones, words_for};
+use super::words::{LINE_WORDS, Lines, masks, ones, words_for};
 use crate::prefetch;
 use crate::sync::zeroed;
 
 /// Up to so many non-zero words of 64 are cleared one by one, more all at once.
 const FEW: u32 = 8;
 
-fn any(words: &[u64]) -> bool {
-    words.iter().fold(0, |all, bits| all | bits) != 0
-}
-
-/// Words in a cache line. A block has 64 lines.
-const LINE: usize = 8;
-const _: () = assert!(BLOCK_WORDS == 64 * LINE);
-
 /// A bit a page, owned: what a sync collects and its caller reads.
 ///
 /// Over the words lie two levels of summaries, so that what is clean costs nothing: an idle guest
 /// of 1 TiB is 1,024 words of the upper one.
 pub(crate) struct PageBits {
-    words: Box<[u64]>,
+    words: Lines<u64>,
     /// A bit for each word: set if the word is not zero.
     summary: Box<[u64]>,
     /// A bit for each word of `summary`: set if it is not zero.
@@ -35,7 +27,7 @@ impl PageBits {
     pub(crate) fn new(pages: u64) -> Option<Self> {
         let words = words_for(pages);
         Some(Self {
-            words: zeroed(words)?,
+            words: Lines::zeroed(words)?,
             summary: zeroed(words.div_ceil(64))?,
             top: zeroed(words.div_ceil(64 * 64))?,
             pages,
@@ -50,31 +42,33 @@ impl PageBits {
         self.top[word / (64 * 64)] |= 1 << (word / 64 % 64);
     }
 
-    /// Moves the bits of `source`, the words of block `block`, here, and leaves none there.
-    pub(crate) fn take_block(&mut self, block: usize, source: &mut [u64]) {
-        let start = block * BLOCK_WORDS;
-        // First which cache lines have bits, of all lines without a branch, and the memory for
-        // them; then the words. Whether a line has any is not to be foreseen.
-        let mut lines = 0u64;
-        let whole = source.chunks_exact(LINE);
-        let rest = whole.remainder();
-        for (i, line) in whole.enumerate() {
-            lines |= u64::from(any(line)) << i;
-        }
-        if any(rest) {
-            lines |= 1 << (source.len() / LINE);
-        }
-        for line in ones(lines) {
-            prefetch::for_write(&self.words[start + line * LINE]);
-        }
-        for line in ones(lines) {
-            let first = line * LINE;
-            let end = source.len().min(first + LINE);
-            for (i, bits) in source[first..end].iter_mut().enumerate() {
-                if *bits != 0 {
-                    self.merge(start + first + i, core::mem::take(bits));
-                }
+    /// Asks for `word` and those beside it, to be written soon.
+    #[inline(always)]
+    pub(crate) fn ask(&self, word: usize) {
+        prefetch::for_write(&self.words[word]);
+    }
+
+    /// Moves the bits of the lines of `source` that begin at the words `lines` here, and leaves none there.
+    pub(crate) fn take_lines(&mut self, lines: &[usize], source: &mut [u64]) {
+        for &at in lines {
+            let (words, source) = (&mut self.words[at..], &mut source[at..]);
+            let line = words.first_chunk_mut::<LINE_WORDS>();
+            let (Some(words), Some(source)) = (line, source.first_chunk_mut::<LINE_WORDS>()) else {
+                // The slot's end.
+                let bits = source.iter_mut().map(core::mem::take).enumerate();
+                let bits = bits.filter(|(_, bits)| *bits != 0);
+                bits.for_each(|(i, bits)| self.merge(at + i, bits));
+                continue;
+            };
+            // Which words of a line have bits is not to be foreseen: all are moved, without a branch.
+            let mut moved = 0;
+            for i in 0..LINE_WORDS {
+                words[i] |= source[i];
+                moved |= u64::from(source[i] != 0) << i;
+                source[i] = 0;
             }
+            self.summary[at / 64] |= moved << (at % 64);
+            self.top[at / (64 * 64)] |= u64::from(moved != 0) << (at / 64 % 64);
         }
     }
 

@@ -24,6 +24,8 @@ struct Token {
     held: bool,
     /// Threads that wait for this shard and no other. They come first, or they might never.
     wanted: usize,
+    /// See [`ShardGuard`].
+    has_pages: bool,
     unreset: Option<Unreset>,
 }
 
@@ -41,6 +43,7 @@ impl ShardPool {
         let token = || Token {
             held: false,
             wanted: 0,
+            has_pages: false,
             unreset: None,
         };
         let tokens = Tokens {
@@ -93,6 +96,7 @@ impl ShardPool {
         ShardGuard {
             pool: self,
             index,
+            has_pages: token.has_pages,
             unreset: token.unreset.take(),
         }
     }
@@ -102,6 +106,9 @@ impl ShardPool {
 pub(crate) struct ShardGuard<'a> {
     pool: &'a ShardPool,
     index: usize,
+    /// Whether entries were harvested since its pages were last taken; else nobody need look for any. It outlives
+    /// the guard.
+    pub(crate) has_pages: bool,
     /// `Some` while the shard holds pages whose reset is outstanding. It outlives the guard.
     pub(crate) unreset: Option<Unreset>,
 }
@@ -118,6 +125,7 @@ impl Drop for ShardGuard<'_> {
         let mut tokens = lock(&self.pool.tokens);
         let token = &mut tokens.shards[self.index];
         token.held = false;
+        token.has_pages = self.has_pages;
         token.unreset = self.unreset;
         let waiting = tokens.waiting > 0;
         drop(tokens);

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::pages::PageBits;
 use super::shard::ShardBits;
 use super::shared::SharedBits;
-use super::words::{BLOCK_WORDS, words_for};
+use super::words::{LINE_WORDS, words_for};
 use crate::sync::Plain;
 
 /// Neighbouring words with the same bits. For places, see [`place`].
@@ -89,7 +89,7 @@ impl Bitmaps {
                 for (word, bits) in self.stretch(stretch) {
                     let (words, touched) = self.shard.0.parts();
                     words[word].store(words[word].load() | bits);
-                    touched[word / BLOCK_WORDS].store(1);
+                    touched[word / LINE_WORDS].store(1);
                     *self.shard.1.entry(word).or_default() |= bits;
                 }
             }
@@ -204,6 +204,24 @@ fn deed() -> impl Strategy<Value = Deed> {
         1 => Just(Deed::CopyShared),
         2 => Just(Deed::Clear),
     ]
+}
+
+/// Many lines of a block and of many blocks, more than are asked for at once.
+#[test]
+fn lines_are_taken_however_many_there_are() {
+    for pages in [64 * 700 + 5, 64 * 512 * 64 + 64 * 9 + 3] {
+        for apart in [1, 3, 7, 8, 65, 513] {
+            let mut bitmaps = Bitmaps::new(pages);
+            for at in (0..words_for(pages)).step_by(apart) {
+                let (at, words, bits) = (at as u32, 1, u64::MAX);
+                bitmaps.apply(Deed::Harvest(Stretch { at, words, bits }));
+            }
+            for deed in [Deed::TakeShard, Deed::TakeShard, Deed::Clear] {
+                bitmaps.apply(deed);
+                bitmaps.check();
+            }
+        }
+    }
 }
 
 proptest! {

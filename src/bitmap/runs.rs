@@ -15,11 +15,11 @@ impl PageBits {
 #[derive(Clone)]
 pub(crate) struct BitRuns<'a> {
     bits: &'a PageBits,
+    /// The words up to the last that is ours.
+    words: &'a [u64],
     /// The word looked at, and what of it is left.
     at: usize,
     left: u64,
-    /// The first word that is none of ours.
-    end: usize,
 }
 
 impl<'a> BitRuns<'a> {
@@ -28,9 +28,9 @@ impl<'a> BitRuns<'a> {
         let end = words.end.min(bits.words().len());
         let mut runs = Self {
             bits,
+            words: &bits.words()[..end],
             at: words.start,
             left: 0,
-            end,
         };
         runs.seek(words.start);
         runs
@@ -39,14 +39,15 @@ impl<'a> BitRuns<'a> {
     /// Goes to the first word at or after `from` that is not zero; false at the end.
     #[inline]
     fn seek(&mut self, from: usize) -> bool {
-        match self.bits.next_word(from) {
-            Some(word) if word < self.end => {
+        let word = self.bits.next_word(from);
+        match word.and_then(|word| Some((word, *self.words.get(word)?))) {
+            Some((word, left)) => {
                 self.at = word;
-                self.left = self.bits.words()[word];
+                self.left = left;
                 true
             }
-            _ => {
-                self.at = self.end;
+            None => {
+                self.at = self.words.len();
                 self.left = 0;
                 false
             }
@@ -72,10 +73,9 @@ impl Iterator for BitRuns<'_> {
             return Some(start..self.at as u64 * 64 + end);
         }
         // The run reaches the word's end: it goes on through the ones that follow.
-        let words = &self.bits.words()[..self.end];
         loop {
             self.at += 1;
-            let word = words.get(self.at).copied().unwrap_or(0);
+            let word = self.words.get(self.at).copied().unwrap_or(0);
             if word != u64::MAX {
                 let end = u64::from(word.trailing_ones());
                 self.left = word & !0 << end;

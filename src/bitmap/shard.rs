@@ -1,16 +1,24 @@
 //! The bits that one harvesting thread writes without any other looking on.
 
 use super::pages::PageBits;
-use super::words::{BLOCK_WORDS, block_words, blocks_for, words_for};
-use crate::sync::{Plain, PlainU8, PlainU64, lend, zeroed};
+use super::words::{BLOCK_WORDS, LINE_WORDS, Lines, ones, words_for};
+use crate::prefetch;
+use crate::sync::{Plain, PlainU8, PlainU64, lend};
+
+/// Flags of a block: as many as a word has bits, and a cache line bytes.
+const BLOCK_FLAGS: usize = BLOCK_WORDS / LINE_WORDS;
+const _: () = assert!(BLOCK_FLAGS == 64);
+
+/// Lines that are asked for before the first of them is moved: at least a block's, and few enough for a near cache.
+const MOST_ASKED: usize = 2 * BLOCK_FLAGS;
 
 /// One slot's part of one shard: a bit a page, written by plain stores.
 ///
 /// Whoever holds the shard (see [`ShardPool`](super::pool::ShardPool)) is alone with it.
 pub(crate) struct ShardBits {
-    words: Box<[PlainU64]>,
-    /// One for each block of words: not zero if any of their bits may be set.
-    touched: Box<[PlainU8]>,
+    words: Lines<PlainU64>,
+    /// One for each line of whole blocks: 1 if any of its bits are set, else 0.
+    touched: Lines<PlainU8>,
 }
 
 impl ShardBits {
@@ -18,8 +26,8 @@ impl ShardBits {
     pub(crate) fn new(pages: u64) -> Option<Self> {
         let words = words_for(pages);
         Some(Self {
-            words: zeroed(words)?,
-            touched: zeroed(blocks_for(words))?,
+            words: Lines::zeroed(words)?,
+            touched: Lines::zeroed(words.div_ceil(BLOCK_WORDS) * BLOCK_FLAGS)?,
         })
     }
 
@@ -38,7 +46,7 @@ impl ShardBits {
         let at = (page / 64) as usize;
         let word = &self.words[at];
         word.store(word.load() | 1 << (page % 64));
-        self.touched[at / BLOCK_WORDS].store(1);
+        self.touched[at / LINE_WORDS].store(1);
     }
 
     /// Moves all bits into `into` and leaves none.
@@ -46,12 +54,33 @@ impl ShardBits {
     /// # Safety
     /// The caller holds the shard.
     pub(crate) unsafe fn take_into(&self, into: &mut PageBits) {
-        let take = |block, words: &mut [u64]| {
-            into.take_block(block, words);
-            false
+        let take = |touched: &mut [u8], words: &mut [u64]| {
+            // Lines are found, and asked for from wherever they are, then moved, some at a time: the processor
+            // waits for many at once, and what is to be moved next depends on nothing.
+            let mut asked = [0; MOST_ASKED];
+            let mut count = 0;
+            for (group, touched) in touched.chunks_mut(64 * BLOCK_FLAGS).enumerate() {
+                for i in ones(touched_blocks(touched)) {
+                    let block = group * 64 + i;
+                    let flags = touched[i * BLOCK_FLAGS..].first_chunk_mut::<BLOCK_FLAGS>();
+                    let flags = core::mem::replace(flags.expect("a block"), [0; BLOCK_FLAGS]);
+                    for line in touched_lines(flags) {
+                        let at = block * BLOCK_WORDS + line * LINE_WORDS;
+                        prefetch::for_write(&words[at]);
+                        into.ask(at);
+                        asked[count] = at;
+                        count += 1;
+                    }
+                    if count > MOST_ASKED - BLOCK_FLAGS {
+                        into.take_lines(&asked[..count], words);
+                        count = 0;
+                    }
+                }
+            }
+            into.take_lines(&asked[..count], words);
         };
         // SAFETY: the caller holds the shard.
-        unsafe { self.for_each_block(take) }
+        unsafe { self.lend(take) }
     }
 
     /// Shows each word that is not zero to `each`.
@@ -59,38 +88,56 @@ impl ShardBits {
     /// # Safety
     /// The caller holds the shard.
     pub(crate) unsafe fn for_each(&self, mut each: impl FnMut(usize, u64)) {
-        let show = |block, words: &mut [u64]| {
-            let start = block * BLOCK_WORDS;
-            for (i, &bits) in words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
-                each(start + i, bits);
+        let show = |touched: &mut [u8], words: &mut [u64]| {
+            for (line, _) in touched.iter().enumerate().filter(|(_, flag)| **flag != 0) {
+                let first = line * LINE_WORDS;
+                let words = words[first..].iter().take(LINE_WORDS).enumerate();
+                for (i, &bits) in words.filter(|(_, bits)| **bits != 0) {
+                    each(first + i, bits);
+                }
             }
-            true
         };
         // SAFETY: the caller holds the shard.
-        unsafe { self.for_each_block(show) }
+        unsafe { self.lend(show) }
     }
 
-    /// Lends each touched block to `each`, which returns whether bits are left in it.
+    /// Lends the touched-flags and the words.
     ///
     /// # Safety
     /// The caller holds the shard.
-    unsafe fn for_each_block(&self, mut each: impl FnMut(usize, &mut [u64]) -> bool) {
-        let visit = |touched: &mut [u8]| {
-            for (group, flags) in touched.chunks_mut(64).enumerate() {
-                // Most are clean: seen of 64 at once.
-                if flags.iter().fold(0, |all, flag| all | flag) == 0 {
-                    continue;
-                }
-                for (i, flag) in flags.iter_mut().enumerate().filter(|(_, flag)| **flag != 0) {
-                    let block = group * 64 + i;
-                    let words = &self.words[block_words(block, self.words.len())];
-                    // SAFETY: as below.
-                    let left = unsafe { lend(words, |words| each(block, words)) };
-                    *flag = u8::from(left);
-                }
-            }
+    unsafe fn lend(&self, borrower: impl FnOnce(&mut [u8], &mut [u64])) {
+        let with_words = |touched: &mut [u8]| {
+            // SAFETY: as below.
+            unsafe { lend(&self.words, |words| borrower(touched, words)) }
         };
         // SAFETY: who holds the shard is alone with its words and flags.
-        unsafe { lend(&self.touched, visit) }
+        unsafe { lend(&self.touched, with_words) }
     }
+}
+
+/// Which blocks of up to 64 are touched, found without a branch that would depend on it.
+fn touched_blocks(flags: &[u8]) -> u64 {
+    let blocks = flags
+        .chunks_exact(BLOCK_FLAGS)
+        .enumerate()
+        .map(|(i, flags)| {
+            let any = eights(flags).fold(0, |any, eight| any | eight);
+            u64::from(any != 0) << i
+        });
+    blocks.fold(0, |all, block| all | block)
+}
+
+/// The lines of a block that are touched, in an order of their own.
+fn touched_lines(flags: [u8; BLOCK_FLAGS]) -> impl Iterator<Item = usize> {
+    // A flag is the lowest bit of its byte. There is room above it for those of the other seven eights.
+    let set = eights(&flags)
+        .enumerate()
+        .fold(0, |set, (i, eight)| set | eight << i);
+    ones(set).map(|bit| bit % 8 * 8 + bit / 8)
+}
+
+/// Eight flags at a time, the first of them the lowest byte.
+fn eights(flags: &[u8]) -> impl Iterator<Item = u64> {
+    let eights = flags.chunks_exact(8);
+    eights.map(|flags| u64::from_le_bytes(flags.try_into().expect("eight")))
 }

@@ -1,9 +1,53 @@
 //! Pages as bits of 64-bit words: the arithmetic that every bitmap here shares.
 
-use core::ops::Range;
+use core::ops::{Deref, DerefMut, Range};
 
-/// Words that share one touched-flag: 4 KiB of bits, 32,768 pages, 128 MiB of guest memory.
-pub(crate) const BLOCK_WORDS: usize = 512;
+use crate::sync::{Zero, zeroed};
+
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
+/// Words that fill a cache line: 512 pages, 2 MiB of guest memory.
+pub(crate) const LINE_WORDS: usize = 8;
+
+/// Words of a block, 64 lines: 4 KiB of bits, 32,768 pages, 128 MiB of guest memory.
+pub(crate) const BLOCK_WORDS: usize = 64 * LINE_WORDS;
+
+/// Memory that begins with a cache line, so that a line of words is one.
+///
+/// That is not asked of the allocator, which would write zeroes where it has zero pages to give.
+pub(crate) struct Lines<T> {
+    memory: Box<[T]>,
+    ours: Range<usize>,
+}
+
+impl<T: Zero> Lines<T> {
+    /// `len` zeroes; `None` if there is no memory for them.
+    pub(crate) fn zeroed(len: usize) -> Option<Self> {
+        let spare = (LINE_BYTES / size_of::<T>()).saturating_sub(1);
+        let memory: Box<[T]> = zeroed(len.checked_add(spare)?)?;
+        // What a model has in place of an integer may have no place at the begin of a line.
+        let start = memory.as_ptr().align_offset(LINE_BYTES).min(spare);
+        let ours = start..start + len;
+        Some(Self { memory, ours })
+    }
+}
+
+impl<T> Deref for Lines<T> {
+    type Target = [T];
+
+    #[inline]
+    fn deref(&self) -> &[T] {
+        &self.memory[self.ours.clone()]
+    }
+}
+
+impl<T> DerefMut for Lines<T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.memory[self.ours.clone()]
+    }
+}
 
 /// Words that hold `pages` bits.
 pub(crate) fn words_for(pages: u64) -> usize {
@@ -48,6 +92,17 @@ pub(crate) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_are_cache_lines() {
+        for len in [0, 1, 7, 8, 9, 512, 100_000] {
+            let words = Lines::<u64>::zeroed(len).unwrap();
+            let bytes = Lines::<u8>::zeroed(len).unwrap();
+            assert_eq!((words.len(), bytes.len()), (len, len));
+            assert_eq!(words.as_ptr().addr() % LINE_BYTES, 0);
+            assert_eq!(bytes.as_ptr().addr() % LINE_BYTES, 0);
+        }
+    }
 
     #[test]
     fn masks_cover_exactly_the_range() {

@@ -375,6 +375,7 @@ impl<'a> Pass<'a, Harvested> {
     fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {
         marking.marked += u64::from(entries);
         if entries > 0 {
+            self.shard.has_pages = true;
             let faults = self.stage.faults;
             self.shard.unreset.get_or_insert(Unreset { faults });
         }
@@ -449,12 +450,13 @@ impl Pass<'_, Reset> {
 
     /// Moves the pages of this pass, and of those published on its shard before, into `dirty`.
     /// False if there is no memory for it; then they stay.
-    pub(crate) fn publish_into(self, dirty: &mut DirtyPages) -> bool {
+    pub(crate) fn publish_into(mut self, dirty: &mut DirtyPages) -> bool {
         let fits = dirty.fit(&self.layout.slots);
-        if fits {
+        if fits && self.shard.has_pages {
             for (slot, bits) in dirty.slots_mut() {
                 slot.take_shard_into(&self.shard, bits);
             }
+            self.shard.has_pages = false;
         }
         self.publish();
         fits

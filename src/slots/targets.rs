@@ -3,7 +3,7 @@
 use core::ptr::NonNull;
 
 use crate::bitmap::pool::ShardGuard;
-use crate::bitmap::words::BLOCK_WORDS;
+use crate::bitmap::words::LINE_WORDS;
 use crate::prefetch;
 use crate::ring::entry::Entry;
 use crate::ring::view::{LINE, Take};
@@ -250,12 +250,12 @@ impl Target {
     fn merge(&self, word: u64, bits: u64) {
         debug_assert!(word < self.pages.div_ceil(64));
         let word = word as usize;
-        // SAFETY: the slot's shard has a word for each 64 pages and a flag for each block of words;
+        // SAFETY: the slot's shard has a word for each 64 pages and a flag for each line of words;
         // both live as long as the table (see `Targets::new`).
         let (word, touched) = unsafe {
             (
                 self.words.add(word).as_ref(),
-                self.touched.add(word / BLOCK_WORDS).as_ref(),
+                self.touched.add(word / LINE_WORDS).as_ref(),
             )
         };
         word.store(word.load() | bits);
