@@ -129,6 +129,7 @@ pub use kvm::enable::{HostSupport, RingEntries};
 pub use log::DirtyLog;
 pub use log::last_sync::LastPages;
 pub use log::limits::Awake;
+pub use log::on_demand::OnDemand;
 #[cfg(not(all(test, feature = "modelled")))]
 pub use log::rate::{Rate, RateMeter, Rates};
 pub use log::slots::RetiredSlot;

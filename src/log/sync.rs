@@ -156,7 +156,7 @@ impl DirtyLog {
 
     /// Notes which pages stay open. Where all of a slot is dirty in any case, or it goes and this may be the last chance to
     /// send them, none counts as such.
-    fn tell_members(&self, dirty: &mut DirtyPages, all: bool) -> Result<(), SyncError> {
+    pub(super) fn tell_members(&self, dirty: &mut DirtyPages, all: bool) -> Result<(), SyncError> {
         let layout = self.inner.harvester.layout();
         let open = |slot: &Slot, members: &mut PageBits| {
             if !all && slot.is_tracked() && !layout.slots.is_retired(slot) {
