@@ -234,7 +234,7 @@ impl Machine {
         Ok(last.page_count())
     }
 
-    fn copy(&self, runs: impl Iterator<Item = Run>) -> Result<(), Failed> {
+    pub fn copy(&self, runs: impl Iterator<Item = Run>) -> Result<(), Failed> {
         for run in runs {
             let slot = self.slots.iter().find(|slot| slot_id(slot.id) == run.slot);
             let slot = slot.ok_or_else(|| format!("pages of {}, which is no more", run.slot))?;
