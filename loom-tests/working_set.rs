@@ -3,8 +3,8 @@
 use super::kernel::{Copy, Fault, Machine, SLOT, State};
 use super::model;
 use crate::ring::entry::NO_SLOT;
-use crate::sync::{Arc, thread};
-use crate::{DirtyLog, DirtyPages, LastPages, VcpuRing, WorkingSet};
+use crate::sync::{Arc, lock, thread};
+use crate::{DirtyLog, DirtyPages, LastPages, Run, VcpuRing, WorkingSet};
 
 /// A machine of so many vCPUs and pages, and its log of two shards, with so many free places.
 fn machine<const N: usize>(
@@ -19,15 +19,16 @@ fn machine<const N: usize>(
     (machine, log, rings)
 }
 
-/// The guest, on vCPU 0: each of `writes` is a page and what is written to it.
+/// The guest, on one vCPU: each of `writes` is a page and what is written to it.
 fn guest<const N: usize>(
     machine: &Arc<Machine>,
+    vcpu: usize,
     writes: [(usize, u64); N],
 ) -> thread::JoinHandle<()> {
     let machine = Arc::clone(machine);
     thread::spawn(move || {
         for (page, value) in writes {
-            assert!(machine.write(0, page, value), "the ring is full");
+            assert!(machine.write(vcpu, page, value), "the ring is full");
         }
     })
 }
@@ -54,10 +55,17 @@ fn round(copy: &mut Copy, machine: &Machine, log: &DirtyLog) {
     copy.take_runs(machine, dirty.others().runs());
 }
 
-/// The last round of a guest that has stopped. After it, the copy is whole.
+/// The last round of a guest that has stopped. After it, the copy is whole, and what is no member is protected.
 fn last_round(copy: &mut Copy, machine: &Machine, log: &DirtyLog) {
-    copy.round(machine, log);
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    copy.take(machine, &dirty);
     copy.verify(machine);
+    let pages = |run: Run| run.first_page..run.first_page + run.pages;
+    for page in dirty.others().runs().flat_map(pages) {
+        let state = *lock(&machine.pages[page as usize].state);
+        assert!(state == State::Armed, "page {page} is open");
+    }
 }
 
 /// A pass leaves a page open while a sync is in flight that may or may not see it, and the guest goes on writing to it.
@@ -65,7 +73,7 @@ fn last_round(copy: &mut Copy, machine: &Machine, log: &DirtyLog) {
 fn join_beside_a_sync() {
     model(3, || {
         let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        let guest = guest(&machine, [(0, 1), (0, 2)]);
+        let guest = guest(&machine, 0, [(0, 1), (0, 2)]);
         let reaper = reaper(&log);
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
@@ -83,7 +91,7 @@ fn join_of_what_comes_again_beside_a_sync() {
         let (machine, log, _rings) = machine::<1>(1, 0, Vec::new());
         machine.write(0, 0, 1);
         log.reap().unwrap();
-        let guest = guest(&machine, [(0, 2), (0, 3)]);
+        let guest = guest(&machine, 0, [(0, 2), (0, 3)]);
         let reaper = reaper(&log);
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
@@ -115,7 +123,7 @@ fn one_joins_and_one_does_not_beside_a_sync() {
         let reaper = reaper(&log);
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
-        let guest = guest(&machine, [(1, 2), (0, 2)]);
+        let guest = guest(&machine, 0, [(1, 2), (0, 2)]);
         round(&mut copy, &machine, &log);
         guest.join().unwrap();
         last_round(&mut copy, &machine, &log);
@@ -133,10 +141,11 @@ fn short_reset_beside_a_join() {
         let reaper = reaper(&log);
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
-        let guest = guest(&machine, [(1, 2), (0, 2)]);
+        let guest = guest(&machine, 0, [(1, 2), (0, 2)]);
         round(&mut copy, &machine, &log);
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        copy.round(&machine, &log);
+        copy.verify(&machine);
         reaper.join().unwrap();
     });
 }
@@ -145,7 +154,7 @@ fn short_reset_beside_a_join() {
 /// it does when it is. The guest goes on when the refresh has returned.
 #[test]
 fn refresh_beside_a_join_and_a_sync() {
-    model(2, || {
+    model(3, || {
         let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
         machine.write(0, 0, 1);
         let reaper = reaper(&log);
@@ -169,11 +178,11 @@ fn refresh_beside_a_join_and_a_sync() {
 /// between has it as a member still, and what is written after the closing is logged.
 #[test]
 fn refresh_beside_a_guest_and_a_sync() {
-    model(3, || {
+    model(4, || {
         let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
         machine.write(0, 0, 1);
         log.reap().unwrap();
-        let guest = guest(&machine, [(0, 2), (0, 3)]);
+        let guest = guest(&machine, 0, [(0, 2), (0, 3)]);
         let vmm = thread::spawn({
             let (machine, log) = (Arc::clone(&machine), log.clone());
             move || assert_eq!(refresh(&machine, &log), 1)
@@ -194,7 +203,7 @@ fn refresh_beside_a_guest_a_join_and_a_sync() {
         let (machine, log, _rings) = machine::<1>(1, 2, Vec::new());
         machine.write(0, 0, 1);
         log.reap().unwrap();
-        let guest = guest(&machine, [(0, 2), (0, 3)]);
+        let guest = guest(&machine, 0, [(0, 2), (0, 3)]);
         let reaper = reaper(&log);
         let vmm = thread::spawn({
             let (machine, log) = (Arc::clone(&machine), log.clone());
@@ -212,7 +221,7 @@ fn refresh_beside_a_guest_a_join_and_a_sync() {
 /// A member is written, closed, written and harvested, and all of it while the refresh that closes it has not returned.
 #[test]
 fn join_before_a_refresh_returns() {
-    model(3, || {
+    model(5, || {
         let (machine, log, _rings) = machine::<1>(1, 2, Vec::new());
         machine.write(0, 0, 1);
         log.reap().unwrap();
@@ -253,7 +262,7 @@ fn two_passes_over_one_page() {
         });
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
-        let guest = guest(&machine, [(0, 3)]);
+        let guest = guest(&machine, 0, [(0, 3)]);
         round(&mut copy, &machine, &log);
         guest.join().unwrap();
         last_round(&mut copy, &machine, &log);
@@ -266,7 +275,7 @@ fn two_passes_over_one_page() {
 /// A page has joined by the time that the kernel learns that it stays open, whoever resets.
 #[test]
 fn void_entries_are_of_members() {
-    model(3, || {
+    model(6, || {
         let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
         machine.write(0, 0, 1);
         let pass = reaper(&log);
@@ -285,7 +294,7 @@ fn void_entries_are_of_members() {
 #[test]
 fn last_sync_called_off() {
     model(2, || {
-        let (machine, log, _rings) = machine::<1>(2, 1, Vec::new());
+        let (machine, log, _rings) = machine::<2>(2, 1, Vec::new());
         machine.write(0, 0, 1);
         machine.write(0, 1, 1);
         let reaper = reaper(&log);
@@ -295,7 +304,7 @@ fn last_sync_called_off() {
         copy.take_runs(&machine, last.runs());
         copy.verify(&machine);
 
-        let guest = guest(&machine, [(0, 2), (1, 2)]);
+        let guest = guest(&machine, 1, [(0, 2), (1, 2)]);
         let mut dirty = DirtyPages::new();
         log.sync(&mut dirty).unwrap();
         assert_eq!(dirty.page_count(), 2, "some were taken");
@@ -317,7 +326,7 @@ fn last_sync_called_off_without_members() {
         let mut last = LastPages::new();
         log.last_sync(&mut last).unwrap();
         assert!(last.contains(SLOT, 0), "page 0 was lost");
-        let guest = guest(&machine, [(0, 2)]);
+        let guest = guest(&machine, 0, [(0, 2)]);
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
         guest.join().unwrap();
@@ -329,7 +338,7 @@ fn last_sync_called_off_without_members() {
 /// Tracking begins anew, for a slot whose log is on already: nothing is protected by that, so members stay what they are.
 #[test]
 fn start_of_what_is_tracked_beside_a_join() {
-    model(2, || {
+    model(3, || {
         let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
         machine.write(0, 0, 1);
         let reaper = reaper(&log);
@@ -340,7 +349,7 @@ fn start_of_what_is_tracked_beside_a_join() {
         let mut copy = Copy::new(&machine);
         round(&mut copy, &machine, &log);
         vmm.join().unwrap();
-        let guest = guest(&machine, [(0, 2)]);
+        let guest = guest(&machine, 0, [(0, 2)]);
         round(&mut copy, &machine, &log);
         guest.join().unwrap();
         last_round(&mut copy, &machine, &log);
@@ -351,7 +360,7 @@ fn start_of_what_is_tracked_beside_a_join() {
 /// Tracking stops beside a reaper that has the page join, and begins again: what is written at any time is in the copy.
 #[test]
 fn stop_and_start_beside_a_join() {
-    model(2, || {
+    model(3, || {
         let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
         machine.write(0, 0, 1);
         let reaper = reaper(&log);
@@ -401,7 +410,7 @@ fn bitmap_guest<const N: usize>(
 /// A guest writes a page in each round, which so joins, or not: its bit is left, or cleared.
 #[test]
 fn bits_are_kept_beside_a_guest() {
-    model(3, || {
+    model(6, || {
         let (machine, log) = bitmap();
         machine.write_page(0, 1);
         let mut copy = Copy::new(&machine);
@@ -417,7 +426,7 @@ fn bits_are_kept_beside_a_guest() {
 /// A refresh clears the bit of a member, beside a guest that writes to it and a sync.
 #[test]
 fn bits_are_cleared_beside_a_guest_and_a_sync() {
-    model(2, || {
+    model(5, || {
         let (machine, log) = bitmap();
         let mut copy = Copy::new(&machine);
         for value in [1, 2] {
@@ -441,7 +450,7 @@ fn bits_are_cleared_beside_a_guest_and_a_sync() {
 /// A last sync reads the bits and leaves them, beside a refresh that clears those of members.
 #[test]
 fn last_sync_of_bits_called_off() {
-    model(3, || {
+    model(5, || {
         let (machine, log) = bitmap();
         let mut copy = Copy::new(&machine);
         for value in [1, 2] {

@@ -8,6 +8,7 @@ use crate::error::ResetError;
 use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
 use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
+use crate::ring::entry::NO_SLOT;
 use crate::ring::view::RingView;
 use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::DirtyPages;
@@ -265,8 +266,14 @@ impl Rings for Harvester {
     fn suspect_last_batches(&self) {
         let layout = self.layout();
         for vcpu in layout.vcpus.iter().filter(|vcpu| vcpu.taken() > 0) {
-            let (slot, page) = lock(&vcpu.ring).last();
-            if let Some(slot) = layout.slots.get(slot) {
+            let (named, page) = lock(&vcpu.ring).last();
+            if named == NO_SLOT {
+                // Made void, in whatever slot it was. A kernel that does not look has it in one batch with those before.
+                layout
+                    .slots
+                    .slots()
+                    .for_each(|slot| slot.suspect_batch(page));
+            } else if let Some(slot) = layout.slots.get(named) {
                 slot.suspect_batch(page);
             }
         }
