@@ -220,6 +220,21 @@ fn a_failed_clearing_keeps_members() {
     assert_eq!(machine.sync(), [vec![], vec![]]);
 }
 
+/// Its last sync is the only chance to send them.
+#[test]
+fn members_of_a_slot_that_goes_are_others() {
+    let mut machine = Machine::with_rings(1);
+    machine.write([5]);
+    machine.sync();
+    let retired = machine.log.retire_slot(RAM).unwrap();
+    assert_eq!(machine.sync(), [vec![], vec![run(RAM, 5, 1)]]);
+    assert_eq!(machine.stats().members, 0, "it holds places");
+    // It is kept after all, and they are open still.
+    machine.log.keep_slot(&retired).unwrap();
+    machine.write([5]);
+    assert_eq!(machine.sync(), [vec![run(RAM, 5, 1)], vec![]]);
+}
+
 /// That is what members are for: their pages stay writable.
 #[test]
 fn bits_of_members_are_left() {
@@ -244,6 +259,8 @@ fn a_last_sync_takes_nothing() {
     machine.write([4]);
     machine.log.mark_dirty(RAM, 5, 1).unwrap();
     let resets = machine.log.stats().resets;
+    // There would be places.
+    machine.log.set_working_set(Some(WorkingSet::new(10)));
     let mut last = LastPages::new();
     for _ in 0..2 {
         machine.log.last_sync(&mut last).unwrap();
@@ -254,10 +271,32 @@ fn a_last_sync_takes_nothing() {
         );
     }
     assert_eq!(machine.log.stats().resets, resets, "pages were protected");
+    assert_eq!(machine.stats().joined, 1, "pages were left open");
+    machine.log.set_working_set(Some(WorkingSet::new(1)));
     assert_eq!(machine.sync(), [vec![run(RAM, 1, 1)], vec![run(RAM, 2, 4)]]);
     machine.write([2, 3, 4]);
     assert_eq!(machine.sync(), [vec![run(RAM, 1, 1)], vec![run(RAM, 2, 3)]]);
     assert_eq!(machine.sync(), [vec![run(RAM, 1, 1)], vec![]]);
+}
+
+/// Nor what a refresh has closed, and no sync has reported yet.
+#[test]
+fn a_last_sync_takes_nothing_that_waits() {
+    let mut machine = Machine::with_rings(1);
+    machine.write([5]);
+    machine.sync();
+    let protect = |slot| {
+        machine.vm.rearm_slot(slot);
+        Ok(())
+    };
+    machine.log.refresh(protect).unwrap();
+    let mut last = LastPages::new();
+    for _ in 0..2 {
+        machine.log.last_sync(&mut last).unwrap();
+        assert!(last.runs().eq([run(RAM, 5, 1)]), "it was taken");
+    }
+    assert_eq!(machine.sync(), [vec![], vec![run(RAM, 5, 1)]]);
+    assert_eq!(machine.sync(), [vec![], vec![]]);
 }
 
 /// The same of a bitmap.
@@ -290,4 +329,25 @@ fn a_batch_that_ends_with_a_void_entry_is_suspect_where_the_kernel_ignores_it() 
     machine.write([5]);
     machine.sync();
     assert!(machine.dirty.contains(RAM, 5), "it was lost");
+}
+
+/// A void entry of a slot that goes is left in the ring by a reset that falls short. A kernel that goes by what it has logged
+/// would recycle it in one batch with entries of a new and smaller slot of that id, which it then forgets.
+#[test]
+fn no_void_entry_outlives_its_slot() {
+    let mut machine = Machine::new(|config| config.ignores_voids = true);
+    machine.log.set_working_set(Some(WorkingSet::new(1)));
+    machine.write([120]);
+    // Neither the reset of each nor its repetition recycles anything.
+    machine.vm.inject([ResetFault::Short { after: 0 }; 4]);
+    let retired = machine.log.retire_slot(RAM).unwrap();
+    machine.vm.delete_slot(RAM);
+    machine.log.finish_slot(&retired).unwrap();
+    machine.log.add_slot(RAM, 100).unwrap();
+    machine.vm.create_slot(RAM, 100);
+    for _ in 0..2 {
+        machine.write([99]);
+        machine.sync();
+        assert!(machine.dirty.contains(RAM, 99), "it was lost");
+    }
 }
