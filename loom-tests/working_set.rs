@@ -218,6 +218,32 @@ fn refresh_beside_a_guest_a_join_and_a_sync() {
     });
 }
 
+/// KVM has logged a member again, though it is open. A reaper finds that beside the refresh that closes it: it is no member any
+/// more when the reaper leaves it open, or it is one of those to be closed.
+#[test]
+fn refresh_beside_a_member_that_is_logged_again() {
+    model(2, || {
+        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
+        machine.write(0, 0, 1);
+        log.reap().unwrap();
+        machine.ring(0).push(SLOT.raw(), 0);
+        let guest = guest(&machine, 0, [(0, 2)]);
+        let reaper = reaper(&log);
+        let vmm = thread::spawn({
+            let (machine, log) = (Arc::clone(&machine), log.clone());
+            move || assert_eq!(refresh(&machine, &log), 1)
+        });
+        let mut copy = Copy::new(&machine);
+        round(&mut copy, &machine, &log);
+        guest.join().unwrap();
+        reaper.join().unwrap();
+        vmm.join().unwrap();
+        round(&mut copy, &machine, &log);
+        assert!(machine.write(0, 0, 3), "the ring is full");
+        last_round(&mut copy, &machine, &log);
+    });
+}
+
 /// A member is written, closed, written and harvested, and all of it while the refresh that closes it has not returned.
 #[test]
 fn join_before_a_refresh_returns() {
