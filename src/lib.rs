@@ -65,9 +65,9 @@
 //!   `KVM_RUN` was interrupted, and [keep vCPUs awake](DirtyLog::keep_awake) while it stops them.
 //! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
 //!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
-//! - Under seccomp, allow the ioctl `0xAEC7`, `rt_sigprocmask` and `getrusage` to every thread that syncs or
+//! - Under seccomp, allow the ioctls `0xAEC7` and `0x4010AE42`, `rt_sigprocmask` and `getrusage` to every thread that syncs or
 //!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later. With
-//!   bitmaps, and on aarch64, also the ioctls `0x4010AE42` and `0xC018AEC0` to who syncs or removes slots.
+//!   bitmaps, and on aarch64, also the ioctl `0xC018AEC0` to who syncs or removes slots.
 //!   `SECURITY.md` has the whole list, thread by thread.
 //!
 //! # Pages that stay open

@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use kvm_bindings::kvm_dirty_log;
+
 use super::bitmap::{self, Bitmaps};
 use super::enable::{self, RingEntries};
 use super::ioctl;
@@ -32,6 +34,7 @@ impl Kernel for Vm {
         // With a signal pending, `kvm_dirty_ring_reset` stops half-way, and pages that it has
         // recycled but not protected are never logged again.
         let _blocked = SignalsBlocked::new()?;
+        self.wait_for_slots_lock();
         let watch = StopWatch::start();
         let entries = ioctl::value(&self.fd, ioctl::RESET_DIRTY_RINGS, 0)?;
         Ok(Recycled {
@@ -76,6 +79,19 @@ impl Kernel for Vm {
 }
 
 impl Vm {
+    /// Waits until nobody changes the VM's memslots, which the reset would have to do: and a thread that sleeps in a reset can't be
+    /// told from one that was stopped at its end. Somebody may begin anew before the reset does; that is rare.
+    fn wait_for_slots_lock(&self) {
+        let mut none = kvm_dirty_log {
+            slot: u32::MAX,
+            ..Default::default()
+        };
+        // SAFETY: `kvm_get_dirty_log_protect` takes such a request, and refuses it, once it has had the lock: there is no slot of
+        // that number in any VM, and with rings alone no bitmap. So it writes nowhere.
+        let refused = unsafe { ioctl::pointer(&self.fd, ioctl::GET_DIRTY_LOG, &mut none) };
+        debug_assert!(refused.is_err());
+    }
+
     /// With dirty rings of `entries` entries, see [`DirtyLog::enable`](crate::DirtyLog::enable).
     pub(crate) fn with_rings(
         vm_fd: &impl AsRawFd,

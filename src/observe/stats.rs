@@ -26,7 +26,7 @@ pub struct Stats {
     /// Reset ioctls that recycled what was marked, and during which the thread may have been stopped,
     /// by SIGSTOP, a debugger or the freezer: the last pages may be unprotected. Up to 127 pages a
     /// vCPU are reported by every sync until their slot is re-armed. A thread that had to wait for a
-    /// change of memslots in the kernel counts, too.
+    /// change of memslots in the kernel counts, too, but for what it waited before the reset, as it does as a rule.
     pub doubtful_resets: u64,
     /// Reset ioctls that failed.
     pub failed_resets: u64,

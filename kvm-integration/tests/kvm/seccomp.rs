@@ -158,6 +158,7 @@ const PASS: Row = Row {
     calls: calls![
         SYS_rt_sigprocmask,
         SYS_getrusage,
+        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
         SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
     ],
 };
@@ -193,6 +194,7 @@ const REAPER: Row = Row {
         SYS_rt_sigprocmask,
         SYS_getrusage,
         SYS_prctl(0: PR_SET_TIMERSLACK = 29),
+        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
         SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
     ],
 };

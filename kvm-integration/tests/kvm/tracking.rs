@@ -44,7 +44,7 @@ fn stops_and_starts(mut machine: Machine) -> Result<Option<u64>, Failed> {
     // On a busy machine many a reset waits for a switch, however few rounds are wanted.
     while round < rounds || calm == 0 {
         assert!(
-            round < rounds.max(60) * 20,
+            round < rounds.max(60) * 2,
             "each round had a doubtful reset"
         );
         round += 1;
