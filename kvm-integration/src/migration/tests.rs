@@ -1,5 +1,7 @@
 //! The loop on machines that do as they are told, or on purpose not.
 
+mod working_set;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,6 +21,7 @@ const LIMITS: Limits = Limits {
     max_rounds: 5,
     downtime: Duration::from_millis(1),
     converge: false,
+    places: Places::Auto,
 };
 
 /// A machine without vCPUs, whose memory is written while it "pauses".
@@ -143,16 +146,19 @@ fn a_quiet_guest_takes_two_rounds() {
     assert_eq!(outcome.rounds[1].mib_per_second(), None);
 }
 
-fn busy() -> SimMachine {
-    let setup = Setup {
+fn busy_setup() -> Setup {
+    Setup {
         vcpus: 2,
         ring_entries: RingEntries::new(256).unwrap(),
         pages: 2000,
         workload: Workload::HotAndCold,
         seed: 5,
         write_rate: 0,
-    };
-    SimMachine::start(&setup).unwrap()
+    }
+}
+
+fn busy() -> SimMachine {
+    SimMachine::start(&busy_setup()).unwrap()
 }
 
 #[test]
@@ -183,6 +189,7 @@ fn a_guest_that_outruns_the_link_is_limited() {
         max_rounds: 100,
         downtime: Duration::from_millis(20),
         converge: true,
+        ..LIMITS
     };
     let mut machine = busy();
     let limiter = Limiter::spawn(machine.log(), machine.kick()).unwrap();

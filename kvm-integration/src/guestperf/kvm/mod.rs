@@ -267,7 +267,7 @@ mod tests {
     use super::*;
     use crate::cli::interrupt::Interrupted;
     use crate::guestperf::arm::OURS;
-    use crate::migration::Tracker;
+    use crate::migration::{Places, Tracker};
     use crate::page_set::PageSet;
 
     const CELL: Cell = Cell {
@@ -282,6 +282,7 @@ mod tests {
         // One page is too much.
         downtime: Duration::ZERO,
         converge: false,
+        places: Places::Auto,
     };
     const QUIET: Duration = Duration::from_millis(100);
 
