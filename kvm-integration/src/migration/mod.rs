@@ -31,6 +31,8 @@ use throttling::Throttling;
 pub use link::Destination;
 pub use outcome::{Limits, Observer, Outcome, Round, mib};
 pub use places::Places;
+#[cfg(tiny_guest)]
+pub(crate) use tracker::refresh as refresh_log;
 pub use tracker::{Open, Rings, Tracker};
 
 /// Migrates `guest` to `destination`. `tracker`, which tracks already, knows what is written.
