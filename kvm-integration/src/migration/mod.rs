@@ -94,7 +94,9 @@ pub fn migrate(
             }
             Decision::Hopeless { pages_per_second } => {
                 hopeless.get_or_insert(pages_per_second);
-                if !limits.converge {
+                // Where nothing is left to be sent but what stays open, no limit makes it less.
+                let is_vain = limit.is_some() && round.pages == 0;
+                if !limits.converge || is_vain {
                     break false;
                 }
                 let tighter = throttling.tighten(pages_per_second);

@@ -111,8 +111,9 @@ impl ArmTracker {
             .open_log()
             .is_some_and(|log| log.mode() == Mode::Bitmap)
         {
+            // The first one reports all there is, whatever KVM has found.
+            self.pages += if self.ioctls > 0 { pages } else { 0 };
             self.ioctls += 1;
-            self.pages += pages;
         }
     }
 }
