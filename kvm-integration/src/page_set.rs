@@ -45,6 +45,15 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages of these runs; of another slot, none.
+    pub fn add_runs(&mut self, runs: impl Iterator<Item = Run>) {
+        for run in runs {
+            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.id == run.slot) {
+                slot.add_run(run.first_page, run.pages);
+            }
+        }
+    }
+
     /// Adds all of `other`, which is left empty.
     pub fn take(&mut self, other: &mut Self) {
         for slot in &other.slots {
@@ -86,6 +95,16 @@ impl Slot {
     fn add(&mut self, words: &[u64]) {
         for (mine, theirs) in self.words.iter_mut().zip(words) {
             *mine |= theirs;
+        }
+    }
+
+    fn add_run(&mut self, first_page: u64, pages: u64) {
+        let end = (first_page + pages).min(self.end());
+        let mut page = first_page;
+        while page < end {
+            let here = (64 - page % 64).min(end - page);
+            self.words[(page / 64) as usize] |= u64::MAX >> (64 - here) << (page % 64);
+            page += here;
         }
     }
 
@@ -138,6 +157,10 @@ mod tests {
         set.add_words(SlotId::new(0, 9), &[1]);
         let wanted = vec![(3, 0, 1), (3, 2, 2), (3, 127, 65), (5, 63, 7)];
         assert_eq!((runs(&set), set.count()), (wanted.clone(), 75));
+
+        let mut by_runs = PageSet::new(&[slot(3, 192), slot(5, 70)]);
+        by_runs.add_runs(set.runs());
+        assert_eq!(runs(&by_runs), wanted);
 
         let mut other = PageSet::new(&[slot(3, 192), slot(5, 70)]);
         other.add_words(SlotId::new(0, 3), &[0b10]);

@@ -10,12 +10,15 @@ pub struct Arm {
     pub name: &'static str,
     /// What it is.
     pub tracking: Tracking,
+    /// Whether pages that the guest writes again and again stay open until the last round.
+    pub leaves_open: bool,
 }
 
 /// Who knows what was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tracking {
-    /// KVM's bitmap, by `KVM_GET_DIRTY_LOG`: no rings, no reaper, no full exits.
+    /// KVM's bitmap, by `KVM_GET_DIRTY_LOG`: no rings, no reaper, no full exits. Where pages are to stay open, by
+    /// the crate's log, which leaves their bits.
     Bitmap,
     /// Dirty rings, emptied by a reaper of that policy, and at full exits in that shape.
     Rings(Shape, Policy),
@@ -26,16 +29,26 @@ pub const OURS: &str = "adaptive";
 
 impl Arm {
     /// Every arm, in the order in which they are shown.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self {
             name: "bitmap",
             tracking: Tracking::Bitmap,
+            leaves_open: false,
         },
         Self::rings("fixed", OwnRing, Fixed),
         Self::rings("run-levels-as-posted", OwnRing, RunLevelsAsPosted),
         Self::rings("run-levels", OwnRing, RunLevels),
         Self::rings("aimd", OwnRing, Aimd),
         Self::rings(OURS, OwnRing, Adaptive),
+        Self {
+            leaves_open: true,
+            ..Self::rings("adaptive+ws", OwnRing, Adaptive)
+        },
+        Self {
+            name: "bitmap+ws",
+            tracking: Tracking::Bitmap,
+            leaves_open: true,
+        },
         Self::rings("qemu-fixed", AllRings, Fixed),
         Self::rings("qemu-run-levels-as-posted", AllRings, RunLevelsAsPosted),
         Self::rings("qemu-run-levels", AllRings, RunLevels),
@@ -47,6 +60,7 @@ impl Arm {
         Self {
             name,
             tracking: Tracking::Rings(shape, policy),
+            leaves_open: false,
         }
     }
 
@@ -69,7 +83,9 @@ mod tests {
                     Shape::OwnRing => "",
                     Shape::AllRings => "qemu-",
                 };
-                assert_eq!(arm.name, format!("{prefix}{}", <&str>::from(policy)));
+                let suffix = if arm.leaves_open { "+ws" } else { "" };
+                let policy = <&str>::from(policy);
+                assert_eq!(arm.name, format!("{prefix}{policy}{suffix}"));
             }
         }
         assert!(Arm::named(OURS).is_some());

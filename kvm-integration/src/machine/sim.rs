@@ -37,7 +37,11 @@ struct Thread {
 impl SimMachine {
     /// Makes it and lets it run.
     pub fn start(setup: &Setup) -> Result<Self> {
-        let mut config = SimConfig::default();
+        Self::with(setup, SimConfig::default())
+    }
+
+    /// The same on a kernel of another kind.
+    pub(crate) fn with(setup: &Setup, mut config: SimConfig) -> Result<Self> {
         config.ring_entries = setup.ring_entries.get();
         let vm = SimVm::new(config);
         let log = vm.dirty_log();

@@ -1,32 +1,39 @@
 //! Pre-copy live migration, from a running guest into memory of our own.
 //!
 //! Round 0 sends all memory; each further round asks the tracker what was written meanwhile and
-//! sends that, while the guest goes on. When what is to be sent fits into the downtime that is
+//! sends that, while the guest goes on. Pages that it writes all the time may stay open: they are
+//! sent in the last round alone. When what is left fits into the downtime that is
 //! allowed, or enough is enough, the vCPUs stop, one last sync tells the rest, and all of it is
 //! sent. Then both sides must be equal.
 
-mod converge;
 mod link;
 mod outcome;
+mod places;
+mod steering;
 #[cfg(test)]
 mod tests;
+mod throttling;
 mod tracker;
 
 use std::io;
-use std::num::NonZeroU64;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use kvm_dirty_ring::convergence::Decision;
 
 use crate::machine::{Guest, GuestSlot};
 use crate::page_set::PageSet;
-use converge::Converge;
 use link::Link;
+use steering::Steering;
+use throttling::Throttling;
 
 pub use link::Destination;
 pub use outcome::{Limits, Observer, Outcome, Round, mib};
-pub use tracker::{Rings, Tracker};
+pub use places::Places;
+#[cfg(tiny_guest)]
+pub(crate) use tracker::refresh as refresh_log;
+pub use tracker::{Open, Rings, Tracker};
 
 /// Migrates `guest` to `destination`. `tracker`, which tracks already, knows what is written.
 /// Afterwards the guest is paused.
@@ -46,32 +53,56 @@ pub fn migrate(
     let mut link = Link::new(slots, destination, bandwidth, interrupted, observer);
     let pages_total = slots.iter().map(|slot| slot.memory.pages()).sum();
     let stores = guest.stores();
+    let mut steering = Steering::new(limits);
+    tracker.set_working_set(steering.working_set());
     let mut pending = Pending::new(slots, tracker);
     let start = pending.start;
 
     // All memory is sent anyway: what counts are writes that come after this.
-    let mut round = pending.sync(true)?;
+    let mut round = pending.sync()?;
     pending.clear();
     (round.pages, round.written_in) = (pages_total, None);
+    steering.begin(pages_total);
     round.send = link.send(0, pages_total, true, link.whole().into_iter())?;
-    // No other round measures the link as well as this one.
-    let allowed = pages_total as f64 * limits.downtime.as_secs_f64() / round.send.as_secs_f64();
+    steering.measured(pages_total, round.send);
+    pending.tracker.set_working_set(steering.working_set());
     let mut rounds = vec![round];
     let mut rearms = 0;
-    let (mut converge, mut limit) = (Converge::default(), None);
+    let (mut refreshes, mut refreshing) = (0, Duration::ZERO);
+    let (mut throttling, mut limit, mut hopeless) = (Throttling::default(), None, None);
 
     let converged = loop {
         guest.check()?;
-        let mut round = pending.sync(true)?;
+        let mut round = pending.sync()?;
         rearms += u32::from(rearm(guest, pending.tracker)?);
-        if round.pages as f64 <= allowed {
+        let decision = steering.decide(round.pages, &pending.tracker.open());
+        if decision == Decision::Finish {
             break true;
         }
         if rounds.len() >= limits.max_rounds as usize {
             break false;
         }
-        if limits.converge {
-            limit = pending.limit(&mut converge, &rounds, &round)?.or(limit);
+        match decision {
+            Decision::Refresh => {
+                let pause = refresh(guest, pending.tracker)?;
+                steering.refreshed(pause);
+                pending.tracker.set_working_set(steering.working_set());
+                refreshes += 1;
+                refreshing += pause;
+                // What this sync has found is sent with what the next one does.
+                continue;
+            }
+            Decision::Hopeless { pages_per_second } => {
+                hopeless.get_or_insert(pages_per_second);
+                // Where nothing is left to be sent but what stays open, no limit makes it less.
+                let is_vain = limit.is_some() && round.pages == 0;
+                if !limits.converge || is_vain {
+                    break false;
+                }
+                let tighter = throttling.tighten(pages_per_second);
+                limit = Some(pending.tracker.limit(tighter)?);
+            }
+            Decision::GoOn | Decision::Finish => {}
         }
         round.limit = limit;
         round.send = link.send(rounds.len(), round.pages, true, pending.pages.runs())?;
@@ -84,7 +115,7 @@ pub fn migrate(
     guest.pause()?;
     let stopping = stop.elapsed();
     pending.tracker.quiesce()?;
-    let mut round = pending.sync(false)?;
+    let mut round = pending.last_sync()?;
     round.send = link.send(rounds.len(), round.pages, false, pending.pages.runs())?;
     round.limit = limit;
     rounds.push(round);
@@ -95,7 +126,10 @@ pub fn migrate(
         rounds,
         start,
         rearms,
+        refreshes,
+        refreshing,
         converged,
+        hopeless,
         stopping,
         downtime,
         total,
@@ -116,6 +150,21 @@ fn rearm(guest: &mut (impl Guest + ?Sized), tracker: &mut dyn Tracker) -> Result
     tracker.rearm(&mut |slot| guest.protect(slot).map_err(io::Error::other))?;
     guest.resume();
     Ok(true)
+}
+
+/// Closes all that stays open. For how long the guest was stopped for it.
+fn refresh(guest: &mut (impl Guest + ?Sized), tracker: &mut dyn Tracker) -> Result<Duration> {
+    let stop = Instant::now();
+    let is_to_stop = tracker.refresh_stops_the_guest();
+    if is_to_stop {
+        guest.pause()?;
+    }
+    tracker.refresh(&mut |slot| guest.protect(slot).map_err(io::Error::other))?;
+    if !is_to_stop {
+        return Ok(Duration::ZERO);
+    }
+    guest.resume();
+    Ok(stop.elapsed())
 }
 
 /// What is to be sent next.
@@ -140,34 +189,37 @@ impl<'a> Pending<'a> {
         }
     }
 
-    /// Adds what was written since the last sync. The round that sends it all, before that.
-    fn sync(&mut self, running: bool) -> Result<Round> {
+    /// Adds what was written since the last sync, but for what stays open. The round that sends it all,
+    /// before that.
+    fn sync(&mut self) -> Result<Round> {
         let begin = Instant::now();
         self.tracker.sync(&mut self.pages)?;
-        self.synced = Instant::now();
         Ok(Round {
+            members: self.tracker.open().members,
+            ..self.round(begin, true)
+        })
+    }
+
+    /// The same with what stays open, once the guest has stopped.
+    fn last_sync(&mut self) -> Result<Round> {
+        let begin = Instant::now();
+        self.tracker.last_sync(&mut self.pages)?;
+        Ok(self.round(begin, false))
+    }
+
+    /// After a sync that began then.
+    fn round(&mut self, begin: Instant, running: bool) -> Round {
+        self.synced = Instant::now();
+        Round {
             pages: self.pages.count(),
+            members: 0,
             running,
             begin: begin - self.start,
             written_in: Some(self.synced - self.since),
             sync: self.synced - begin,
             send: Duration::ZERO,
             limit: None,
-        })
-    }
-
-    /// Limits the guest, or limits it more, if what was written during the last of `rounds` is too
-    /// much: what each vCPU may dirty from now on, if that has changed.
-    fn limit(
-        &mut self,
-        converge: &mut Converge,
-        rounds: &[Round],
-        written: &Round,
-    ) -> Result<Option<NonZeroU64>> {
-        let tighter = rounds
-            .last()
-            .and_then(|sent| converge.after(sent, written.pages));
-        tighter.map(|limit| self.tracker.limit(limit)).transpose()
+        }
     }
 
     /// All of it was sent.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::SlotId;
 
+use super::places::Places;
 use crate::guest::memory::PAGE_SIZE;
 
 /// How far to go, and how fast.
@@ -17,8 +18,11 @@ pub struct Limits {
     /// The guest stops as soon as what is to be sent then takes the link no longer than this. What
     /// is written between that sync and the stop comes on top.
     pub downtime: Duration,
-    /// Where rounds do not become smaller, the guest's vCPUs are limited, until they do.
+    /// Where the guest would not get there, its vCPUs are limited, until it does; else the rounds
+    /// end then.
     pub converge: bool,
+    /// Pages that stay open until the last round, whatever they are.
+    pub places: Places,
 }
 
 /// Watches a migration.
@@ -45,6 +49,8 @@ impl Observer for () {}
 pub struct Round {
     /// Pages sent.
     pub pages: u64,
+    /// Pages that stayed open, and were not sent.
+    pub members: u64,
     /// Whether the guest was running.
     pub running: bool,
     /// When its sync began, after the migration's start.
@@ -61,7 +67,8 @@ pub struct Round {
 }
 
 impl Round {
-    /// Pages per second that the guest has dirtied.
+    /// Pages per second that the guest has dirtied, as far as that was logged: what stayed open shows in
+    /// the last round alone.
     pub fn dirty_rate(&self) -> Option<f64> {
         Some(self.pages as f64 / self.written_in?.as_secs_f64())
     }
@@ -92,8 +99,15 @@ pub struct Outcome {
     pub start: Instant,
     /// How often the guest was stopped to protect pages anew that might not have been protected.
     pub rearms: u32,
+    /// How often all that had stayed open was closed.
+    pub refreshes: u32,
+    /// For how long the guest was stopped for that.
+    pub refreshing: Duration,
     /// Whether what was left fitted into the downtime allowed, before the rounds ran out.
     pub converged: bool,
+    /// If the guest would not have got there as it wrote: pages a second of all of it that would
+    /// have done, when that was seen for the first time.
+    pub hopeless: Option<NonZeroU64>,
     /// From the wish to stop the vCPUs until all of them were out of the guest.
     pub stopping: Duration,
     /// From the wish to stop the vCPUs until the last page was sent.

@@ -1,5 +1,7 @@
 //! The loop on machines that do as they are told, or on purpose not.
 
+mod working_set;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,6 +21,7 @@ const LIMITS: Limits = Limits {
     max_rounds: 5,
     downtime: Duration::from_millis(1),
     converge: false,
+    places: Places::Auto,
 };
 
 /// A machine without vCPUs, whose memory is written while it "pauses".
@@ -143,30 +146,35 @@ fn a_quiet_guest_takes_two_rounds() {
     assert_eq!(outcome.rounds[1].mib_per_second(), None);
 }
 
-fn busy() -> SimMachine {
-    let setup = Setup {
+fn busy_setup() -> Setup {
+    Setup {
         vcpus: 2,
         ring_entries: RingEntries::new(256).unwrap(),
         pages: 2000,
         workload: Workload::HotAndCold,
         seed: 5,
         write_rate: 0,
-    };
-    SimMachine::start(&setup).unwrap()
+    }
+}
+
+fn busy() -> SimMachine {
+    SimMachine::start(&busy_setup()).unwrap()
 }
 
 #[test]
 fn a_guest_that_outruns_the_link_ends_at_the_round_limit() {
     let limits = Limits {
         bandwidth_mib: 100,
-        max_rounds: 4,
+        // It takes a third to see that there is no hope.
+        max_rounds: 2,
         downtime: Duration::from_micros(10),
+        places: Places::Off,
         ..LIMITS
     };
     let mut machine = busy();
     let outcome = run(&mut machine, &limits);
-    assert!(!outcome.converged);
-    assert_eq!(outcome.rounds.len(), 5);
+    assert!(!outcome.converged && outcome.hopeless.is_none());
+    assert_eq!(outcome.rounds.len(), 3);
     assert_eq!(outcome.mismatched_pages, 0);
     assert!(machine.log().stats().full_exits() > 0);
     assert!(outcome.downtime < outcome.total);
@@ -183,6 +191,7 @@ fn a_guest_that_outruns_the_link_is_limited() {
         max_rounds: 100,
         downtime: Duration::from_millis(20),
         converge: true,
+        ..LIMITS
     };
     let mut machine = busy();
     let limiter = Limiter::spawn(machine.log(), machine.kick()).unwrap();

@@ -4,21 +4,53 @@ use std::io;
 use std::num::NonZeroU64;
 
 use anyhow::{Context, Result};
-use kvm_dirty_ring::error::{LimitError, ReaperError};
+use kvm_dirty_ring::convergence::Refreshing;
+use kvm_dirty_ring::error::{LimitError, ReaperError, SlotError};
 use kvm_dirty_ring::pacing::Pacing;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Reaper, SlotId};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, LastPages, Mode, Reaper, SlotId, WorkingSet};
 
-use super::converge::share;
+use super::throttling::share;
 use crate::page_set::PageSet;
 
 /// Dirty tracking of one migration.
 pub trait Tracker {
-    /// Adds every page written since the call before to `dirty`. They are protected again when it
-    /// returns, so that a write which comes later is told by a later call.
+    /// Adds every page written since the call before to `dirty`, but for those that stay [open](Self::open). They
+    /// are protected again when it returns, so that a write which comes later is told by a later call.
     ///
     /// # Errors
     /// Pages may have been lost to this call, but not to a later one that succeeds.
     fn sync(&mut self, dirty: &mut PageSet) -> Result<()>;
+
+    /// Adds every page written since the last sync, and all that stay open, to `dirty`: the vCPUs stand
+    /// still, and do not run again.
+    ///
+    /// # Errors
+    /// As [`sync`](Self::sync).
+    fn last_sync(&mut self, dirty: &mut PageSet) -> Result<()> {
+        self.sync(dirty)
+    }
+
+    /// What may stay open from now on; none: every page is protected. A tracker that leaves nothing open need
+    /// not listen.
+    fn set_working_set(&mut self, terms: Option<WorkingSet>) {
+        let _ = terms;
+    }
+
+    /// What the last sync has left open.
+    fn open(&self) -> Open {
+        Open::default()
+    }
+
+    /// Whether the vCPUs have to stand still for a [refresh](Self::refresh).
+    fn refresh_stops_the_guest(&self) -> bool {
+        true
+    }
+
+    /// Closes all that stays open, so that the next sync tells of it. `protect` as for [`rearm`](Self::rearm).
+    fn refresh(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
+        let _ = protect;
+        Ok(())
+    }
 
     /// Whether some pages may be unprotected, and so come with every sync until they are
     /// [re-armed](Self::rearm).
@@ -44,12 +76,51 @@ pub trait Tracker {
     fn quiesce(&mut self) -> Result<()>;
 }
 
-/// The crate's: dirty rings, and a reaper.
+/// Pages that stay open.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Open {
+    /// How many.
+    pub members: u64,
+    /// What the tracker knows of refreshes; not for how long one stops the guest.
+    pub refresh: Refreshing,
+}
+
+impl Open {
+    /// What `log` knows, whose last sync has found `found`.
+    pub(crate) fn of(log: &DirtyLog, found: &DirtyPages) -> Self {
+        let stats = log.stats().working_set;
+        let mut refresh = Refreshing::default();
+        refresh.owed = stats.refresh_owed;
+        (refresh.closed, refresh.back) = (stats.last_closed, stats.back);
+        Self {
+            members: found.members().page_count(),
+            refresh,
+        }
+    }
+}
+
+/// Closes all that `log` has left open.
+pub(crate) fn refresh(
+    log: &DirtyLog,
+    protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
+) -> Result<()> {
+    match log.refresh(protect) {
+        // For good, and everything is reported.
+        Err(SlotError::BrokenRing { .. }) => Ok(()),
+        refreshed => {
+            refreshed.context("pages that stay open could not be closed")?;
+            Ok(())
+        }
+    }
+}
+
+/// The crate's: a dirty log, and a reaper.
 #[derive(Debug)]
 pub struct Rings {
     log: DirtyLog,
     reaper: Option<Reaper>,
     found: DirtyPages,
+    last: LastPages,
 }
 
 impl Rings {
@@ -64,6 +135,7 @@ impl Rings {
             log: log.clone(),
             reaper: Some(reaper),
             found: DirtyPages::new(),
+            last: LastPages::new(),
         }
     }
 
@@ -77,8 +149,31 @@ impl Tracker for Rings {
     fn sync(&mut self, dirty: &mut PageSet) -> Result<()> {
         let synced = self.log.sync(&mut self.found);
         synced.context("the dirty pages could not be had")?;
-        dirty.add(&self.found);
+        dirty.add_runs(self.found.others().runs());
         Ok(())
+    }
+
+    fn last_sync(&mut self, dirty: &mut PageSet) -> Result<()> {
+        let synced = self.log.last_sync(&mut self.last);
+        synced.context("the last dirty pages could not be had")?;
+        dirty.add_runs(self.last.runs());
+        Ok(())
+    }
+
+    fn set_working_set(&mut self, terms: Option<WorkingSet>) {
+        self.log.set_working_set(terms);
+    }
+
+    fn open(&self) -> Open {
+        Open::of(&self.log, &self.found)
+    }
+
+    fn refresh_stops_the_guest(&self) -> bool {
+        self.log.mode() == Mode::Rings
+    }
+
+    fn refresh(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
+        refresh(&self.log, protect)
     }
 
     fn is_suspicious(&self) -> bool {

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options, interrupted: &AtomicBool) -> Result<ExitCode> {
-    let (backend, why) = Backend::choose(options.backend)?;
+    let (backend, why) = Backend::choose(options.backend, options.mode.into())?;
     options.teller.tell(&why)?;
     let chaos = Chaos::new(backend, options.seed);
     let mut report = Report::new(&chaos, options.seed);

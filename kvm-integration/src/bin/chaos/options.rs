@@ -2,15 +2,18 @@
 
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use kvm_integration::cli::backend::Wanted;
 use kvm_integration::cli::output::Teller;
+
+use kvm_dirty_ring::Mode;
 
 /// Torments guests and their dirty logs, and looks whether a page gets lost.
 ///
 /// Episode after episode makes a guest, and does to it and to its log what a VMM, its devices and its
 /// users might: storms of signals, slots that come and go, vCPUs that come late, syncs beside syncs,
-/// full rings, overrun rings, reapers that stop and policies that fail. Meanwhile a copy is made of
+/// full rings, overrun rings, reapers that stop and policies that fail. In half of the episodes pages stay
+/// open that are written again and again, and are closed at any time. Meanwhile a copy is made of
 /// what syncs report and of nothing else; with the vCPUs stopped it must be equal to the original. What
 /// happens in an episode is a function of the seed and the episode's number. Exit status: 0 if it
 /// was equal each time and no entry was taken for another slot's, 1 if not, 2 if it could not be tried, 130 if interrupted.
@@ -37,8 +40,30 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = Wanted::Auto)]
     pub backend: Wanted,
 
+    /// How the guests' writes are logged
+    #[arg(long, value_enum, default_value_t = Logging::Rings)]
+    pub mode: Logging,
+
     #[command(flatten)]
     pub teller: Teller,
+}
+
+/// How the guests' writes are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Logging {
+    /// Into dirty rings
+    Rings,
+    /// Into bitmaps: without all that befalls rings and their resets
+    Bitmap,
+}
+
+impl From<Logging> for Mode {
+    fn from(logging: Logging) -> Self {
+        match logging {
+            Logging::Rings => Self::Rings,
+            Logging::Bitmap => Self::Bitmap,
+        }
+    }
 }
 
 impl Options {
@@ -62,7 +87,12 @@ impl Options {
 
     /// How to have an episode again.
     pub fn again(&self, number: u64) -> String {
-        format!("again: --seed {} --only-episode {number}", self.seed)
+        let seed = self.seed;
+        let mode = match self.mode {
+            Logging::Rings => "",
+            Logging::Bitmap => "--mode bitmap ",
+        };
+        format!("again: {mode}--seed {seed} --only-episode {number}")
     }
 }
 

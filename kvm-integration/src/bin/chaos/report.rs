@@ -13,6 +13,7 @@ use crate::episodes::{Chaos, Episode, Fault, Finding};
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     backend: &'static str,
+    mode: String,
     host: String,
     seed: u64,
     /// That came to their end.
@@ -38,6 +39,7 @@ impl Report {
     pub fn new(chaos: &Chaos, seed: u64) -> Self {
         Self {
             backend: chaos.backend().name(),
+            mode: chaos.backend().mode().to_string(),
             host: Host::detect().to_string(),
             seed,
             ..Self::default()
@@ -97,8 +99,8 @@ impl Report {
     /// Several lines, without the last line's end.
     pub fn table(&self) -> String {
         let mut lines = vec![format!(
-            "{}; {}, seed {}",
-            self.host, self.backend, self.seed
+            "{}; {}, {}, seed {}",
+            self.host, self.backend, self.mode, self.seed
         )];
         let mut line = |name: &str, value: String| lines.push(format!("{name:<26} {value:>12}"));
         for name in Fault::VARIANTS.iter().map(<&str>::from) {

@@ -51,7 +51,8 @@ pub struct Options {
 
     /// Only this arm: bitmap, fixed, run-levels-as-posted, run-levels, aimd or
     /// adaptive; or one of the last five with `qemu-` before it: in QEMU's shape, where a full exit
-    /// empties all rings under one lock. May be repeated
+    /// empties all rings under one lock; or adaptive+ws or bitmap+ws, which leave pages open that are written
+    /// again and again, until the last round. May be repeated
     #[arg(long = "arm", value_name = "NAME", value_parser = arm)]
     pub arms: Vec<Arm>,
 

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::column::{COLUMNS, Column};
 
-/// The arm that has no rings.
+/// How the arms are called that have no rings.
 const BITMAP: &str = "bitmap";
 
 /// How the crate's own way compares with others in a cell, by one measure.
@@ -46,7 +46,7 @@ fn of(column: &Column, result: &CellResult) -> Option<Verdict> {
     let own = result.arms.iter().find(|arm| arm.arm == OURS)?;
     let best = |rings_only: bool| {
         let arms = result.arms.iter();
-        let arms = arms.filter(|arm| !rings_only || arm.arm != BITMAP);
+        let arms = arms.filter(|arm| !rings_only || !arm.arm.starts_with(BITMAP));
         let counted = arms.filter_map(|arm| Some((arm.arm, column.counted(arm, result)?)));
         let (arm, value) = counted.min_by(|a, b| a.1.total_cmp(&b.1))?;
         let ours = column.counted(own, result);

@@ -46,6 +46,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome> {
         max_rounds: options.max_rounds,
         downtime: Duration::from_millis(options.downtime_ms),
         converge: options.converge,
+        places: options.working_set,
     };
     let destination = Destination::new(machine.slots(), GuestMemory::new)?;
     let log = machine.log().clone();

@@ -8,6 +8,7 @@ use kvm_integration::cli::output::Teller;
 use kvm_integration::guest::stamp::MAX_VCPUS;
 use kvm_integration::host::available_mib;
 use kvm_integration::machine::{MAX_PAGES, Setup};
+use kvm_integration::migration::Places;
 use kvm_integration::{Policy, Workload};
 
 /// Pages of 4 KiB in a MiB.
@@ -18,7 +19,8 @@ const PAGES_PER_MIB: u64 = 256;
 ///
 /// The guest writes its memory all the time. Round 0 copies all of it; each further round asks
 /// `sync` what was written meanwhile and copies that, until it is so little that the vCPUs can stop
-/// for it. Exit status: 0 if both sides are equal, 1 if not, 2 if it could not be tried, 130 if
+/// for it, or there is no hope that it ever is. Pages that are written again and again stay open: they
+/// are logged and copied no more until the guest has stopped. Exit status: 0 if both sides are equal, 1 if not, 2 if it could not be tried, 130 if
 /// interrupted.
 #[derive(Debug, Clone, Parser)]
 #[command(version)]
@@ -65,8 +67,14 @@ pub struct Options {
           value_parser = clap::value_parser!(u64).range(..=60_000))]
     pub downtime_ms: u64,
 
-    /// Where rounds do not become smaller, limits what the vCPUs dirty: to a quarter of what the
-    /// link takes, then to half as much each time
+    /// Pages that stay open until the last round, whatever they are: auto (half of what the link takes
+    /// within --downtime-ms; off if that or --bandwidth-mib is 0), off (every page is protected and sent
+    /// anew), or a number. With bitmaps, which need none of these places, any number is as good as another
+    #[arg(long, value_name = "auto|off|PAGES", default_value_t = Places::Auto, value_parser = places)]
+    pub working_set: Places,
+
+    /// Where there is no hope, limits what the vCPUs dirty: to half of what the link takes, then to
+    /// half as much each time. Without it the guest is stopped then. Takes rings
     #[arg(long)]
     pub converge: bool,
 
@@ -103,6 +111,11 @@ pub enum BackendChoice {
     Bitmap,
     /// The simulated kernel, with threads for vCPUs
     Sim,
+}
+
+fn places(text: &str) -> Result<Places, String> {
+    let wanted = |_| "auto, off or a number of pages is wanted".to_string();
+    text.parse().map_err(wanted)
 }
 
 impl Options {
@@ -147,6 +160,15 @@ mod tests {
                 .into_iter()
                 .chain(args.split_whitespace()),
         )
+    }
+
+    #[test]
+    fn a_working_set_is_of_so_many_pages_or_none() {
+        let places = |args| parse(args).map(|options| options.working_set);
+        assert_eq!(places("").unwrap(), Places::Auto);
+        assert_eq!(places("--working-set off").unwrap(), Places::Off);
+        assert_eq!(places("--working-set 7").unwrap(), Places::Pages(7));
+        assert!(places("--working-set much").is_err());
     }
 
     #[test]

@@ -38,8 +38,11 @@ impl Report<'_> {
             "max_rounds": options.max_rounds,
             "downtime_limit_ms": options.downtime_ms,
             "converge": options.converge,
+            "working_set": options.working_set.to_string(),
             "rounds": outcome.rounds.len(),
             "converged": outcome.converged,
+            // What the guest would have had to be limited to, if it did not get there as it wrote.
+            "hopeless_pages_per_second": outcome.hopeless,
             "pages_total": outcome.pages_total,
             "pages_sent": outcome.pages_sent(),
             "ring_full_exits": stats.full_exits(),
@@ -49,6 +52,10 @@ impl Report<'_> {
             "short_resets": stats.short_resets,
             "overruns": stats.overruns,
             "rearms": outcome.rearms,
+            "members_joined": stats.working_set.joined,
+            "refreshes": outcome.refreshes,
+            "refreshing_ms": ms(outcome.refreshing),
+            "working_set_useless": stats.working_set.useless,
             "entries_harvested": stats.entries,
             "guest_stores": outcome.stores,
             "stopping_ms": ms(outcome.stopping),
@@ -71,6 +78,23 @@ impl Report<'_> {
         self.write_table(&mut text)
             .expect("a String takes all that is written to it");
         text
+    }
+
+    /// What stayed open.
+    fn working_set(&self) -> String {
+        let (outcome, seen) = (self.outcome, &self.stats.working_set);
+        if outcome.rounds.iter().all(|round| round.members == 0) {
+            return "none".into();
+        }
+        let (joined, refreshes, pause) = (seen.joined, outcome.refreshes, ms(outcome.refreshing));
+        let told = format!(
+            "pages have joined {} times; {refreshes} refreshes, the guest stopped for {pause:.2} ms",
+            grouped(joined)
+        );
+        match seen.useless {
+            true => format!("{told}; this kernel protects what it was asked to leave open"),
+            false => told,
+        }
     }
 
     /// How the guest was limited.
@@ -114,8 +138,8 @@ impl Report<'_> {
         )?;
         writeln!(
             out,
-            "{:>8} {:>12} {:>10} {:>10} {:>10} {:>10} {:>16}",
-            "round", "pages", "MiB", "sync ms", "send ms", "MiB/s", "dirtied pages/s",
+            "{:>8} {:>12} {:>10} {:>10} {:>10} {:>10} {:>10} {:>16}",
+            "round", "pages", "MiB", "left open", "sync ms", "send ms", "MiB/s", "dirtied pages/s",
         )?;
         for (number, round) in outcome.rounds.iter().enumerate() {
             let number = match round.running {
@@ -126,9 +150,10 @@ impl Report<'_> {
             let dirtied = round.dirty_rate().map_or("-".into(), |r| grouped(r as u64));
             writeln!(
                 out,
-                "{number:>8} {:>12} {:>10.1} {:>10.2} {:>10.1} {:>10} {dirtied:>16}",
+                "{number:>8} {:>12} {:>10.1} {:>10} {:>10.2} {:>10.1} {:>10} {dirtied:>16}",
                 grouped(round.pages),
                 round.mib(),
+                grouped(round.members),
                 ms(round.sync),
                 ms(round.send),
                 link.map_or("-".into(), |rate| format!("{rate:.1}")),
@@ -137,11 +162,18 @@ impl Report<'_> {
         let (sent, sent_mib) = (grouped(outcome.pages_sent()), mib(outcome.pages_sent()));
         writeln!(out, "{:>8} {sent:>12} {sent_mib:>10.1}\n", "all")?;
         let mut line = |name: &str, value: String| writeln!(out, "{name:<18} {value}");
-        let end = match outcome.converged {
-            true => "converged",
-            false => "not converged: the limit came before the rest fitted into the downtime",
+        let end = match (outcome.converged, outcome.hopeless) {
+            (true, _) => "converged",
+            (false, Some(_)) if !options.converge => "not converged, and no hope for it",
+            _ => "not converged: the limit came before the rest fitted into the downtime",
         };
         line("rounds", format!("{} ({end})", outcome.rounds.len()))?;
+        if let Some(would_do) = outcome.hopeless {
+            let would_do = grouped(would_do.get());
+            let told = format!("would end with a guest that dirties {would_do} pages/s");
+            line("without hope", told)?;
+        }
+        line("working set", self.working_set())?;
         let (full_exits, stall) = (grouped(stats.full_exits()), stats.stall_ns());
         let stall = ms(Duration::from_nanos(stall));
         let full_exits = format!("{full_exits}, {stall:.2} ms of vCPU time");
@@ -179,6 +211,8 @@ impl Report<'_> {
 fn round_json(round: &Round) -> Value {
     json!({
         "pages": round.pages,
+        // Not sent: they stayed open.
+        "members": round.members,
         "guest_running": round.running,
         "sync_ms": ms(round.sync),
         "send_ms": ms(round.send),

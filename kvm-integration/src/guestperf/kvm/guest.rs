@@ -22,11 +22,22 @@ use crate::reaping::full_exit::FullExits;
 const SLOT: u32 = 1;
 const GPA: u64 = 4 << 30;
 
+/// How the guest's writes are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Logging {
+    /// Into the cell's rings.
+    Rings,
+    /// Into bitmaps that the crate's log reads.
+    Bitmap,
+    /// Into bitmaps, by no log.
+    Plain,
+}
+
 /// A guest that is paused at first.
 #[derive(Debug)]
 pub(super) struct StressedGuest {
     pub(super) vm: Arc<TinyVm>,
-    /// Of its dirty rings, if it has any.
+    /// Of its dirty log, if it has one.
     pub(super) full_exits: Option<Arc<FullExits>>,
     slots: Vec<GuestSlot>,
     pub(super) vcpus: Vcpus,
@@ -35,13 +46,13 @@ pub(super) struct StressedGuest {
 }
 
 impl StressedGuest {
-    /// Makes it, with the cell's rings or without any, on memory that other guests may have, too,
+    /// Makes it, to be logged like that, on memory that other guests may have, too,
     /// while this one is paused. Nothing is logged yet.
     pub(super) fn new(
         kvm: &Kvm,
         cell: &Cell,
         memory: &Arc<GuestMemory>,
-        with_rings: bool,
+        logging: Logging,
         cores: &Cores,
     ) -> Result<Self> {
         let slot = GuestSlot {
@@ -53,12 +64,11 @@ impl StressedGuest {
             memory: Arc::clone(memory),
         };
         let vm = TinyVm::with_capacity(kvm, cell.vcpus, RANDOM_WORDS)?;
-        let log = match with_rings {
-            true => Some(DirtyLog::enable(
-                vm.vm_fd(),
-                RingEntries::new(cell.ring_entries)?,
-            )?),
-            false => None,
+        let entries = RingEntries::new(cell.ring_entries)?;
+        let log = match logging {
+            Logging::Rings => Some(DirtyLog::enable(vm.vm_fd(), entries)?),
+            Logging::Bitmap => Some(DirtyLog::enable_bitmap(vm.vm_fd())?),
+            Logging::Plain => None,
         };
         if let Some(log) = &log {
             log.add_slot(slot.id, memory.pages())?;
@@ -104,6 +114,22 @@ impl StressedGuest {
     pub(super) fn set_logged(&self, logged: bool) -> Result<()> {
         let set = self.vm.set_logged(SLOT, logged);
         set.context("KVM refused")
+    }
+
+    /// Nothing is logged any more: what has stayed open is forgotten, so that the next migration begins as
+    /// the first one did.
+    pub(super) fn forget_what_is_open(&self) -> Result<()> {
+        let Some(full_exits) = &self.full_exits else {
+            return Ok(());
+        };
+        let log = full_exits.log();
+        log.set_working_set(None);
+        for slot in &self.slots {
+            log.stop_tracking(slot.id, || Ok(()))?;
+            // The next sync reports all of it: that is the one which sends all in any case.
+            log.start_tracking(slot.id, || Ok(()))?;
+        }
+        Ok(())
     }
 
     /// How far each vCPU is.

@@ -1,8 +1,8 @@
 //! Migrations of a guest on real KVM.
 //!
-//! A cell has two guests that share their memory and run in turns: one with dirty rings, and one
-//! without, for KVM knows either rings or bitmaps. They go on from migration to migration; only
-//! their logging starts and stops.
+//! A cell has three guests that share their memory and run in turns: one with dirty rings, and two
+//! without, for KVM knows either rings or bitmaps, and bitmaps that are cleared when they are read, or by
+//! another call. They go on from migration to migration; only their logging starts and stops.
 
 mod guest;
 mod sampler;
@@ -27,7 +27,7 @@ use crate::host::check_available;
 use crate::host::cores::{Cores, confine};
 use crate::machine::Guest;
 use crate::migration::{Destination, Limits, Outcome, migrate};
-use guest::StressedGuest;
+use guest::{Logging, StressedGuest};
 use sampler::{Raw, Sampler};
 use tracking::{ArmTracker, Delay};
 
@@ -39,6 +39,7 @@ const LONGEST_TOUR: Duration = Duration::from_secs(20);
 pub struct KvmCell<'a> {
     ringed: StressedGuest,
     plain: StressedGuest,
+    bitmapped: StressedGuest,
     destination: Destination,
     cores: Cores,
     interrupted: &'a AtomicBool,
@@ -62,13 +63,15 @@ impl<'a> KvmCell<'a> {
         for page in 0..memory.pages() {
             memory.write_u64(page * PAGE_SIZE, page + 1);
         }
-        let guest = |with_rings| StressedGuest::new(kvm, cell, &memory, with_rings, &cores);
-        let (ringed, plain) = (guest(true)?, guest(false)?);
+        let guest = |logging| StressedGuest::new(kvm, cell, &memory, logging, &cores);
+        let (ringed, plain) = (guest(Logging::Rings)?, guest(Logging::Plain)?);
+        let bitmapped = guest(Logging::Bitmap)?;
         let destination =
             Destination::new(ringed.slots(), GuestMemory::prefaulted).context(no_memory)?;
         Ok(Self {
             ringed,
             plain,
+            bitmapped,
             destination,
             cores,
             interrupted,
@@ -78,6 +81,7 @@ impl<'a> KvmCell<'a> {
     /// A quiet phase, a migration as `arm` tracks it, and a quiet phase again.
     pub fn migrate(&mut self, arm: &Arm, quiet: Duration, limits: &Limits) -> Result<Migration> {
         let guest = match arm.tracking {
+            Tracking::Bitmap if arm.leaves_open => &mut self.bitmapped,
             Tracking::Bitmap => &mut self.plain,
             Tracking::Rings(..) => &mut self.ringed,
         };
@@ -112,7 +116,7 @@ impl<'a> KvmCell<'a> {
             })
             .map(|done| done.sum_up(zero, &sampler.into_readings()))
         });
-        // Whatever happened: the other guest needs the memory.
+        // Whatever happened: the other guests need the memory.
         let paused = run.guest.pause();
         let migration = result?;
         paused?;
@@ -170,6 +174,9 @@ impl Run<'_> {
         counts[2] += tracker.ioctls;
         counts[3] += tracker.pages;
         self.guest.set_logged(false)?;
+        if arm.leaves_open {
+            self.guest.forget_what_is_open()?;
+        }
         self.delay.store(0, Ordering::Relaxed);
         let resumed = Instant::now();
         self.guest.resume();
@@ -267,7 +274,7 @@ mod tests {
     use super::*;
     use crate::cli::interrupt::Interrupted;
     use crate::guestperf::arm::OURS;
-    use crate::migration::Tracker;
+    use crate::migration::{Places, Tracker};
     use crate::page_set::PageSet;
 
     const CELL: Cell = Cell {
@@ -282,6 +289,7 @@ mod tests {
         // One page is too much.
         downtime: Duration::ZERO,
         converge: false,
+        places: Places::Auto,
     };
     const QUIET: Duration = Duration::from_millis(100);
 
@@ -349,6 +357,33 @@ mod tests {
             check(figures.worst_ms_per_gb > 0.0, "worst");
             let counted = samples.last().map(|last| last.full_exits);
             check(counted == Some(figures.full_exits), "full exits");
+        }
+    }
+
+    /// What it leaves open in one migration is logged in the next.
+    #[test]
+    fn what_stays_open_arrives_each_time() {
+        let interrupted = AtomicBool::new(false);
+        let Some((mut cell, _alone)) = cell(&interrupted) else {
+            return;
+        };
+        let arms = Arm::ALL.into_iter().filter(|arm| arm.leaves_open);
+        for arm in arms {
+            for places in [300, 2048, 0] {
+                let limits = Limits {
+                    downtime: Duration::from_millis(50),
+                    places: Places::Pages(places),
+                    ..LIMITS
+                };
+                let migration = cell.migrate(&arm, QUIET, &limits).unwrap();
+                let missed = migration.figures.missed_pages;
+                assert_eq!(missed, 0, "{}, {places}: pages were missed", arm.name);
+            }
+        }
+        for guest in [&cell.ringed, &cell.bitmapped] {
+            let stats = guest.full_exits.as_ref().unwrap().log().stats();
+            assert!(stats.working_set.joined > 0, "nothing stayed open");
+            assert_eq!(stats.working_set.members, 0);
         }
     }
 

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvm_dirty_ring::pacing::{Observation, Pacing};
-use kvm_dirty_ring::{DirtyPages, Priority, SlotId};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, LastPages, Mode, Priority, SlotId, WorkingSet};
 
 use super::guest::StressedGuest;
 use crate::guest::vm::TinyVm;
 use crate::guestperf::arm::{Arm, Tracking};
 use crate::machine::Guest;
-use crate::migration::Tracker;
+use crate::migration::{Open, Tracker, refresh_log};
 use crate::page_set::PageSet;
 use crate::reaping::Shape;
 use crate::reaping::full_exit::FullExits;
@@ -23,6 +23,7 @@ use crate::reaping::reaper::Reaping;
 pub(super) struct ArmTracker {
     source: Source,
     reaping: Option<Reaping>,
+    leaves_open: bool,
     /// CPU time of the reaper, once it has stopped.
     pub(super) reaper_cpu: Duration,
     /// Ioctls of bitmap mode, and pages that they found.
@@ -35,9 +36,16 @@ enum Source {
     /// KVM: without rings.
     Bitmap(Arc<TinyVm>, Vec<SlotId>),
     /// The crate's log.
-    Log(Arc<FullExits>, DirtyPages),
+    Log(Arc<FullExits>, Box<Pages>),
     /// The bitmap that full exits keep under QEMU's lock.
     UnderLock(Arc<FullExits>),
+}
+
+/// What syncs of the crate's log find.
+#[derive(Default)]
+struct Pages {
+    found: DirtyPages,
+    last: LastPages,
 }
 
 /// How long a policy sleeps just now; nobody has asked one yet: 0.
@@ -59,7 +67,7 @@ impl ArmTracker {
                     delay: Arc::clone(delay),
                 };
                 let source = match shape {
-                    Shape::OwnRing => Source::Log(Arc::clone(full_exits), DirtyPages::new()),
+                    Shape::OwnRing => Source::Log(Arc::clone(full_exits), Box::default()),
                     Shape::AllRings => {
                         full_exits.keep_bitmap(Some(PageSet::new(guest.slots())));
                         Source::UnderLock(Arc::clone(full_exits))
@@ -69,6 +77,9 @@ impl ArmTracker {
                 let reaping = Reaping::start(full_exits, shape, Box::new(told), priority, cpus);
                 (source, Some(reaping.context("the reaper did not start")?))
             }
+            (Tracking::Bitmap, Some(full_exits)) => {
+                (Source::Log(Arc::clone(full_exits), Box::default()), None)
+            }
             _ => {
                 let slots = guest.slots().iter().map(|slot| slot.id).collect();
                 (Source::Bitmap(Arc::clone(&guest.vm), slots), None)
@@ -77,10 +88,33 @@ impl ArmTracker {
         Ok(Self {
             source,
             reaping,
+            leaves_open: arm.leaves_open,
             reaper_cpu: Duration::ZERO,
             ioctls: 0,
             pages: 0,
         })
+    }
+}
+
+impl ArmTracker {
+    /// The log that may leave pages open.
+    fn open_log(&self) -> Option<&DirtyLog> {
+        match &self.source {
+            Source::Log(full_exits, _) if self.leaves_open => Some(full_exits.log()),
+            _ => None,
+        }
+    }
+
+    /// A sync that found so many pages, if the log has a bitmap: rings count by themselves.
+    fn count_bits(&mut self, pages: u64) {
+        if self
+            .open_log()
+            .is_some_and(|log| log.mode() == Mode::Bitmap)
+        {
+            // The first one reports all there is, whatever KVM has found.
+            self.pages += if self.ioctls > 0 { pages } else { 0 };
+            self.ioctls += 1;
+        }
     }
 }
 
@@ -96,13 +130,54 @@ impl Tracker for ArmTracker {
                     self.pages += u64::from(found);
                 }
             }
-            Source::Log(full_exits, found) => {
-                full_exits.log().sync(found)?;
-                dirty.add(found);
+            Source::Log(full_exits, pages) => {
+                full_exits.log().sync(&mut pages.found)?;
+                dirty.add_runs(pages.found.others().runs());
+                let count = pages.found.others().page_count();
+                self.count_bits(count);
             }
             Source::UnderLock(full_exits) => full_exits.sync(dirty)?,
         }
         Ok(())
+    }
+
+    fn last_sync(&mut self, dirty: &mut PageSet) -> Result<()> {
+        let Source::Log(full_exits, pages) = &mut self.source else {
+            return self.sync(dirty);
+        };
+        if !self.leaves_open {
+            // As it always was, so that arms can be compared with older figures.
+            return self.sync(dirty);
+        }
+        full_exits.log().last_sync(&mut pages.last)?;
+        dirty.add_runs(pages.last.runs());
+        let count = pages.last.page_count();
+        self.count_bits(count);
+        Ok(())
+    }
+
+    fn set_working_set(&mut self, terms: Option<WorkingSet>) {
+        if let Some(log) = self.open_log() {
+            log.set_working_set(terms);
+        }
+    }
+
+    fn open(&self) -> Open {
+        match &self.source {
+            Source::Log(full_exits, pages) => Open::of(full_exits.log(), &pages.found),
+            _ => Open::default(),
+        }
+    }
+
+    fn refresh_stops_the_guest(&self) -> bool {
+        self.open_log().is_none_or(|log| log.mode() == Mode::Rings)
+    }
+
+    fn refresh(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
+        match self.open_log() {
+            Some(log) => refresh_log(log, protect),
+            None => Ok(()),
+        }
     }
 
     fn is_suspicious(&self) -> bool {

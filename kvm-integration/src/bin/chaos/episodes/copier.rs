@@ -9,6 +9,15 @@ use super::ledger::Ledger;
 /// Resets that fail in a row at the most: none of those that are made to does so again.
 const MOST_FAILURES: u32 = 1000;
 
+/// Which of the pages that a sync reports are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Every page.
+    All,
+    /// All but those that stay open: every sync tells of them until they are closed, and they may wait.
+    Others,
+}
+
 /// Whoever syncs, with what it is given.
 pub struct Copier<'a> {
     log: &'a DirtyLog,
@@ -26,20 +35,24 @@ impl<'a> Copier<'a> {
     }
 
     /// A round beside those of others.
-    pub fn round(&mut self) -> Result<()> {
+    pub fn round(&mut self, kind: Kind) -> Result<()> {
         let ledger = self.ledger;
         let rounds = ledger.rounds.read();
         let _under_way = rounds.unwrap_or_else(std::sync::PoisonError::into_inner);
-        self.round_alone()
+        self.round_alone(kind)
     }
 
     /// A round; the caller sees to it that everybody else's are waited for when it matters.
-    pub fn round_alone(&mut self) -> Result<()> {
+    pub fn round_alone(&mut self, kind: Kind) -> Result<()> {
         let then = self.ledger.now();
         let synced = retry(|| self.log.sync(&mut self.dirty));
         synced.context("the dirty pages could not be had")?;
         let slots = self.ledger.since(then);
-        for run in self.dirty.runs() {
+        let part = match kind {
+            Kind::All => self.dirty.part(),
+            Kind::Others => self.dirty.others(),
+        };
+        for run in part.runs() {
             // Which of two slots of one id is meant nobody can tell: both are copied.
             let slots = slots.iter().filter(|slot| slot.id == run.slot);
             let copied = slots.filter(|slot| slot.copy_run(run.first_page, run.pages));

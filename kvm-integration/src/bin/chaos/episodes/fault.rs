@@ -62,13 +62,29 @@ pub enum Fault {
     DoubtfulResets,
     /// An entry named a page of no slot that the log was told of.
     EntriesOfNoSlot,
-    /// The guest wrote in the midst of a reset. (On KVM it always does, and nobody can tell when.)
+    /// How many pages may stay open changed, or whether any may.
+    PlacesChanged,
+    /// A page was harvested, and stayed open.
+    PagesLeftOpen,
+    /// All that stayed open was closed.
+    Refreshes,
+    /// A last sync was made, and the guest went on.
+    LastSyncsCalledOff,
+    /// An episode's kernel protected pages that were to stay open.
+    VoidsIgnored,
+    /// The guest wrote in the midst of a reset, or of the reading of a bitmap. (On KVM it always does, and nobody can tell when.)
     WritesInResets,
 }
 
 /// How often each kind was.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Counts([AtomicU64; Fault::VARIANTS.len()]);
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
 
 impl Counts {
     /// One more.

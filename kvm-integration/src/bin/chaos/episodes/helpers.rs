@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use kvm_dirty_ring::DirtyLog;
 
-use super::copier::Copier;
+use super::copier::{Copier, Kind};
 use super::fault::{Counts, Fault};
 use super::ledger::Ledger;
 use kvm_integration::guest::memory::PAGE_SIZE;
@@ -67,7 +67,7 @@ impl Shared<'_> {
     fn sync(&self, mut random: SplitMix64) -> Result<()> {
         let mut copier = Copier::new(self.log, self.ledger);
         while !self.is_over() {
-            copier.round()?;
+            copier.round(Kind::Others)?;
             self.counts.add(Fault::ConcurrentSyncs);
             nap(random.below(2) * random.below(4000));
         }

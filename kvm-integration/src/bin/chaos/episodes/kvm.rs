@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use kvm_dirty_ring::error::{EnableError, FullError, RingSizeError};
 use kvm_dirty_ring::sim::ResetFault;
-use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, Mode, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use super::fault::{Counts, Fault};
@@ -16,7 +16,7 @@ use super::ledger::{Instance, gpa};
 use super::plan::Kind;
 use super::world::{CHUNK, Job, LONGEST_LIST, Vcpu, World};
 use kvm_integration::guest::program::Exit;
-use kvm_integration::guest::program::{Load, Mode};
+use kvm_integration::guest::program::{self, Load};
 use kvm_integration::guest::thread::{Action, VcpuThread};
 use kvm_integration::guest::vm::TinyVm;
 use kvm_integration::host::refusal::refusing;
@@ -39,16 +39,21 @@ pub struct KvmWorld {
 
 impl KvmWorld {
     /// One for so many vCPUs in all. Where the host needs larger rings, they are larger.
-    pub fn new(kvm: &Kvm, vcpus: u32, ring_entries: u32) -> Result<Self> {
+    pub fn new(kvm: &Kvm, mode: Mode, vcpus: u32, ring_entries: u32) -> Result<Self> {
         let vm = TinyVm::with_capacity(kvm, vcpus, LONGEST_LIST)?;
         let enable = |entries| {
             let entries = RingEntries::new(entries).map_err(EnableError::from)?;
             DirtyLog::enable(vm.vm_fd(), entries)
         };
-        let log = match enable(ring_entries) {
-            Err(EnableError::RingSize(RingSizeError::TooSmall { min, .. })) => enable(min)?,
-            log => log?,
+        let rings = || match enable(ring_entries) {
+            Err(EnableError::RingSize(RingSizeError::TooSmall { min, .. })) => enable(min),
+            log => log,
         };
+        let log = match mode {
+            Mode::Bitmap => DirtyLog::enable_bitmap(vm.vm_fd()),
+            _ => rings(),
+        };
+        let log = log?;
         Ok(Self { vm, log })
     }
 
@@ -115,9 +120,9 @@ impl World for KvmWorld {
     fn start_vcpu(&self, job: Job) -> Result<Box<dyn Vcpu>> {
         let index = job.index;
         let (mode, chunk) = match job.kind {
-            Kind::Native => (Mode::Native, 0),
-            Kind::Emulated => (Mode::Emulated, CHUNK),
-            Kind::Careless => (Mode::Emulated, 0),
+            Kind::Native => (program::Mode::Native, 0),
+            Kind::Emulated => (program::Mode::Emulated, CHUNK),
+            Kind::Careless => (program::Mode::Emulated, 0),
         };
         let load = Load::new(mode, job.list).chunk(chunk);
         let vcpu = self.vm.create_vcpu(index, &load)?;

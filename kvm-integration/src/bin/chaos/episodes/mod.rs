@@ -11,7 +11,8 @@
 //! be at least as new in the copy as it was in memory before the retirement; what is written later
 //! nobody promises. Each writer has a word of its own in a page, and counts it up.
 //!
-//! Pages under suspicion are reported by every sync, so that they are no exception.
+//! Pages under suspicion are reported by every sync, so that they are no exception. Pages that stay open
+//! are, too: they are copied where a comparison follows, and else left.
 
 mod backend;
 mod conductor;
@@ -68,16 +69,19 @@ impl Chaos {
 
     /// Makes episode `number`.
     pub fn episode(&self, number: u64) -> Result<Episode> {
+        let mode = self.backend.mode();
         let plan = Plan::draw(&self.backend, self.seed, number);
         let counts = &self.counts;
         match &self.backend {
             #[cfg(tiny_guest)]
-            Backend::Kvm(kvm) => {
+            Backend::Kvm(kvm, _) => {
                 let vcpus = plan.vcpus.len() + plan.late.len();
-                let world = kvm::KvmWorld::new(kvm, vcpus as u32, plan.ring_entries)?;
+                let world = kvm::KvmWorld::new(kvm, mode, vcpus as u32, plan.ring_entries)?;
                 Conductor::run(&world, &plan, counts)
             }
-            Backend::Sim => Conductor::run(&sim::SimWorld::new(&plan, counts), &plan, counts),
+            Backend::Sim(_) => {
+                Conductor::run(&sim::SimWorld::new(mode, &plan, counts), &plan, counts)
+            }
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use super::backend::Backend;
 use super::policies::PolicyPlan;
+use kvm_dirty_ring::WorkingSet;
 use kvm_integration::guest::workload::Workload;
 use kvm_integration::random::SplitMix64;
 
@@ -38,6 +39,14 @@ pub struct Plan {
     pub syncers: u32,
     pub reapers: u32,
     pub policy: Option<PolicyPlan>,
+    /// Whether pages may stay open at all.
+    pub leaves_open: bool,
+    /// How many from the beginning, if any.
+    pub working_set: Option<WorkingSet>,
+    /// Whether resets protect pages that are to stay open; on the simulated kernel.
+    pub ignores_voids: bool,
+    /// Whether bitmaps can be read without being cleared; on the simulated kernel.
+    pub manual_protect: bool,
     /// Each ends with a comparison.
     pub rounds: Vec<Round>,
 }
@@ -105,6 +114,9 @@ pub enum Act {
     FailReset(i32),
     ShortenReset(u32),
     Garble(u64),
+    SetWorkingSet(Option<WorkingSet>),
+    Refresh,
+    CallOffALastSync,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +134,8 @@ impl Plan {
         let random = &mut random;
         let is_sim = backend.is_sim();
         // Suspicion hides what is missed, so most episodes do without its causes.
-        let faulty = chance(random, 4);
+        let faulty = backend.has_rings() && chance(random, 4);
+        let leaves_open = chance(random, 2);
         let careless = backend.overruns() && chance(random, 5);
         let ring_entries = match is_sim {
             true => 16 << random.below(9),
@@ -152,7 +165,12 @@ impl Plan {
             .collect();
         let acts = |random: &mut SplitMix64| -> Vec<(Act, u64)> {
             (0..1 + random.below(8))
-                .map(|_| (Act::draw(random, &goes, faulty), nap(random, is_sim)))
+                .map(|_| {
+                    (
+                        Act::draw(random, &goes, faulty, leaves_open),
+                        nap(random, is_sim),
+                    )
+                })
                 .collect()
         };
         Self {
@@ -177,6 +195,10 @@ impl Plan {
             syncers: random.below(3) as u32,
             reapers: random.below(2) as u32,
             policy: (!chance(random, 5)).then(|| PolicyPlan::draw(random)),
+            leaves_open,
+            working_set: working_set(random),
+            ignores_voids: leaves_open && is_sim && backend.has_rings() && chance(random, 4),
+            manual_protect: !chance(random, 4),
             rounds: (0..3 + random.below(4))
                 .map(|_| Round {
                     acts: acts(random),
@@ -206,7 +228,14 @@ impl VcpuPlan {
 }
 
 impl Act {
-    fn draw(random: &mut SplitMix64, goes: &[SlotPlan], faulty: bool) -> Self {
+    fn draw(random: &mut SplitMix64, goes: &[SlotPlan], faulty: bool, leaves_open: bool) -> Self {
+        if leaves_open && chance(random, 4) {
+            return match random.below(4) {
+                0 | 1 => Self::Refresh,
+                2 => Self::CallOffALastSync,
+                _ => Self::SetWorkingSet(working_set(random)),
+            };
+        }
         let pick = random.next();
         // Slots and faults come at the end, for where there are none.
         let slots = if goes.is_empty() { 0 } else { 8 };
@@ -262,6 +291,16 @@ fn chance(random: &mut SplitMix64, one_in: u64) -> bool {
     random.below(one_in) == 0
 }
 
+/// Places for none, some or all pages; seldom no working set.
+fn working_set(random: &mut SplitMix64) -> Option<WorkingSet> {
+    let terms = WorkingSet::new(random.below(3) * pages(random));
+    match random.below(8) {
+        0 => None,
+        1 => Some(terms.at_most(pages(random))),
+        _ => Some(terms),
+    }
+}
+
 /// As many small slots as large ones.
 fn pages(random: &mut SplitMix64) -> u64 {
     let most = FEWEST_PAGES << random.below((MOST_PAGES / FEWEST_PAGES).ilog2().into());
@@ -284,11 +323,18 @@ fn nap(random: &mut SplitMix64, is_sim: bool) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use kvm_dirty_ring::Mode;
+
     use super::*;
 
     #[test]
     fn an_episode_is_a_function_of_seed_and_number() {
-        let plan = |seed, episode| format!("{:?}", Plan::draw(&Backend::Sim, seed, episode));
+        let plan = |seed, episode| {
+            format!(
+                "{:?}",
+                Plan::draw(&Backend::Sim(Mode::Rings), seed, episode)
+            )
+        };
         assert_eq!(plan(1, 2), plan(1, 2));
         assert_ne!(plan(1, 2), plan(2, 2));
         assert_ne!(plan(1, 2), plan(1, 3));

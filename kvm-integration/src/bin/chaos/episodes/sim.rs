@@ -8,7 +8,7 @@ use std::thread::{self, Builder, JoinHandle};
 use anyhow::{Context, Result, anyhow};
 use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, Mode, SlotId, VcpuRing};
 
 use super::fault::{Counts, Fault};
 use super::helpers::nap;
@@ -65,12 +65,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl SimWorld {
-    pub fn new(plan: &Plan, counts: &Arc<Counts>) -> Self {
+    pub fn new(mode: Mode, plan: &Plan, counts: &Arc<Counts>) -> Self {
         let mut config = SimConfig::default();
         config.ring_entries = plan.ring_entries;
         config.reserved = plan.ring_entries / 4;
         config.first_index = plan.first_index;
         config.pml = plan.pml;
+        config.mode = mode;
+        config.ignores_voids = plan.ignores_voids;
+        config.manual_protect = plan.manual_protect;
         let vm = SimVm::new(config);
         let resets = Arc::new(Mutex::new(InReset {
             on: false,

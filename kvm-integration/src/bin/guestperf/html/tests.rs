@@ -71,8 +71,8 @@ fn every_arm_has_its_row_its_strip_and_its_switch() {
         assert!(html.contains(&format!("body:has(#arm-{number}:not(:checked))")));
         assert!(html.contains(&format!("class=\"of-arm-{number}")));
         // A policy has one hue, and QEMU's shape is dashed.
-        let (key, qemu) = (format!("[stroke=\"#0001{number:02X}\"] {{"), number > 5);
-        let hue = if qemu { number - 5 } else { number };
+        let (key, qemu) = (format!("[stroke=\"#0001{number:02X}\"] {{"), number > 7);
+        let hue = if qemu { number - 7 } else { number };
         assert!(html.contains(&format!("{key} stroke: var(--hue-{hue})")));
         assert_eq!(html.contains(&format!("{key} stroke-dasharray")), qemu);
     }
@@ -110,7 +110,7 @@ fn it_needs_no_network() {
 fn what_spoils_figures_can_not_be_overlooked() {
     let mut result = result();
     let sound = drawn(&[result.clone()]);
-    assert!(sound.contains("33 migrations, 0 missed pages"));
+    assert!(sound.contains("39 migrations, 0 missed pages"));
     let not_converged = "<td><span class=\"bad\">✗ 2 of 3</span></td>";
     assert!(!sound.contains("class=\"alarm\"") && !sound.contains(not_converged));
     result.arms[1].migrations[0].figures.converged = false;
@@ -162,7 +162,7 @@ fn nonsense_is_drawn_as_nothing() {
         }
     }
     let html = drawn(&[bare, unmeasured, empty, odd]);
-    assert_eq!(charts(&html).len(), 14 + 14 + 15);
+    assert_eq!(charts(&html).len(), 16 + 16 + 17);
     for chart in charts(&(html + &drawn(&[result()]))) {
         assert!(!chart.contains("NaN") && !chart.contains("inf"), "{chart}");
         let [width, height] = ["width", "height"].map(|name| -> f64 {

@@ -3,6 +3,7 @@
 mod slots;
 mod storms;
 mod vcpus;
+mod working_set;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,7 @@ use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::sim::ResetFault;
 use kvm_dirty_ring::{DirtyLog, Reaper, SlotId, Stats};
 
-use super::copier::Copier;
+use super::copier::{Copier, Kind};
 use super::episode::{Episode, Finding};
 use super::fault::{Counts, Fault};
 use super::helpers::{Helper, Shared, nap};
@@ -164,6 +165,9 @@ impl<'a> Conductor<'a> {
         if let Some(policy) = self.plan.policy {
             self.start_reaper(policy)?;
         }
+        if self.plan.leaves_open {
+            self.set_working_set(self.plan.working_set);
+        }
         for &vcpu in &self.plan.vcpus {
             self.start_vcpu(vcpu)?;
         }
@@ -196,6 +200,8 @@ impl<'a> Conductor<'a> {
             (Fault::ShortResets, stats.short_resets),
             (Fault::DoubtfulResets, stats.doubtful_resets),
             (Fault::FailedResets, stats.failed_resets),
+            (Fault::PagesLeftOpen, stats.working_set.joined),
+            (Fault::VoidsIgnored, self.plan.ignores_voids.into()),
         ];
         for (fault, times) in counted {
             self.counts.add_many(fault, times);
@@ -219,7 +225,7 @@ impl<'a> Conductor<'a> {
 
     fn act(&mut self, act: Act) -> Result<()> {
         match act {
-            Act::Sync => self.copier.round()?,
+            Act::Sync => self.copier.round(Kind::Others)?,
             Act::Storm(kind, acts) => self.rain(kind, acts),
             Act::Kick(pick) => {
                 let which = pick as usize % self.vcpus.len();
@@ -274,6 +280,9 @@ impl<'a> Conductor<'a> {
                 let is_garbled = self.vcpus[which].vcpu.garble_next(pick >> 32);
                 self.garbled += u64::from(is_garbled);
             }
+            Act::SetWorkingSet(terms) => self.set_working_set(terms),
+            Act::Refresh => self.refresh()?,
+            Act::CallOffALastSync => self.call_off_a_last_sync()?,
         }
         Ok(())
     }
@@ -286,10 +295,10 @@ impl<'a> Conductor<'a> {
         let closed = ledger.close();
         let settled = if alone {
             let settled = ledger.settle();
-            self.copier.round_alone()?;
+            self.copier.round_alone(Kind::All)?;
             settled
         } else {
-            self.copier.round()?;
+            self.copier.round(Kind::All)?;
             ledger.settle()
         };
         if self.log.stats().suspect_pages == 0 {

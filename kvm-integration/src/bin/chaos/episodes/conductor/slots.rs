@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use kvm_dirty_ring::SlotId;
 use kvm_dirty_ring::error::SlotError;
+use kvm_dirty_ring::{Mode, SlotId};
 
 use super::{Conductor, strange_entries};
-use crate::episodes::copier::retry;
+use crate::episodes::copier::{Kind, retry};
 use crate::episodes::fault::Fault;
 use crate::episodes::ledger::Instance;
 use crate::episodes::plan::VcpuPlan;
@@ -21,12 +21,13 @@ impl Conductor<'_> {
     pub fn add_slot(&mut self, id: SlotId, pages: u64, is_reused: bool) -> Result<Arc<Instance>> {
         let instance = Arc::new(Instance::new(id, pages)?);
         self.ledger.born(&instance);
+        let missing = self.log.stats().missing_bitmaps;
         // It resets where there were entries of slots that the log is not told of.
         retry(|| self.log.add_slot(id, pages))?;
         if is_reused && pages % 2 == 0 {
             self.world.write_in_resets(false);
             self.world.add_slot(&instance)?;
-            self.look_for_strays(&instance)?;
+            self.look_for_strays(&instance, missing)?;
             self.world.write_in_resets(true);
         } else {
             self.world.add_slot(&instance)?;
@@ -54,17 +55,19 @@ impl Conductor<'_> {
     }
 
     /// Nobody has written to the slot yet: what is reported of it are entries of one before. Syncs
-    /// of others may be told of them instead; but not always.
-    fn look_for_strays(&mut self, slot: &Instance) -> Result<()> {
-        self.copier.round()?;
+    /// of others may be told of them instead; but not always. Where one of those asked for the slot's bitmap
+    /// before there was one, of which there were `missing` before, all of it is dirty.
+    fn look_for_strays(&mut self, slot: &Instance, missing: u64) -> Result<()> {
+        self.copier.round(Kind::All)?;
         let stats = self.log.stats();
         let causes = [
             stats.short_resets,
             stats.doubtful_resets,
             stats.overruns,
             strange_entries(&stats),
+            stats.missing_bitmaps - missing,
         ];
-        if causes == [0; 4] {
+        if causes == [0; 5] {
             let strays: Vec<u64> = self.copier.reported(slot.id).collect();
             self.episode.stray_pages += strays.len() as u64;
             self.find(slot, &strays, "reported of a slot that is new");
@@ -94,7 +97,7 @@ impl Conductor<'_> {
         let retired = retry(|| self.log.retire_slot(instance.id))?;
         self.counts.add(Fault::SlotsRetired);
         // The last chance to copy it.
-        self.copier.round()?;
+        self.copier.round(Kind::All)?;
         drop(self.ledger.settle());
         self.episode.comparisons += 1;
         match &before {
@@ -133,12 +136,17 @@ impl Conductor<'_> {
         let slot = slots[pick as usize % slots.len()];
         self.world.write_in_resets(false);
         self.pause(|_, _| true)?;
-        self.world.rearm_slot(slot)?;
-        match self.log.rearmed(slot) {
-            Ok(()) => self.counts.add(Fault::SlotsRearmed),
-            // For good, and everything is reported.
-            Err(SlotError::BrokenRing { .. }) => {}
-            Err(error) => return Err(error.into()),
+        {
+            // The kernel throws its bitmap away: no sync is to come in between.
+            let has_bitmap = self.log.mode() == Mode::Bitmap;
+            let _settled = has_bitmap.then(|| self.ledger.settle());
+            self.world.rearm_slot(slot)?;
+            match self.log.rearmed(slot) {
+                Ok(()) => self.counts.add(Fault::SlotsRearmed),
+                // For good, and everything is reported.
+                Err(SlotError::BrokenRing { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         self.world.write_in_resets(true);
         self.resume();
