@@ -20,7 +20,7 @@
 //!
 //! - *Hardly less* is more than 0.95 of it.
 //! - A refresh *would help* where the others fit into takes, and either the members don't, or left is
-//!   hardly less than at the last sync.
+//!   hardly less than at the last sync; but not where rule 3 holds, as it would close the same pages again.
 //! - It *can be had* if its pause is no longer than the downtime, there are members to close, and it
 //!   is not in vain: after three at which left was hardly less than at the first of them, the next one
 //!   comes after eight syncs, and each further one after twice as many, unless left is less by then,

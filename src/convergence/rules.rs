@@ -68,14 +68,17 @@ impl Convergence {
         if terms.weight(left) <= takes {
             return Decision::Finish;
         }
-        let wanted = seen.refresh.owed || self.would_help(seen);
+        // Of hot pages that have moved meanwhile about half are back.
+        let [closed, back] = [seen.refresh.closed, seen.refresh.back].map(u128::from);
+        let most_are_back = closed > 0
+            && 3 * back > 2 * closed
+            && terms.weight_of_part(seen.refresh.back, seen.members) > takes;
+        // Another refresh would close them again, and no more come of it.
+        let wanted = seen.refresh.owed || self.would_help(seen) && !most_are_back;
         if self.is_to_be_had(seen) && when != When::JustHad && wanted {
             return Decision::Refresh;
         }
-        // Of hot pages that have moved meanwhile about half are back.
-        let [closed, back] = [seen.refresh.closed, seen.refresh.back].map(u128::from);
-        let most_are_back = closed > 0 && 3 * back > 2 * closed;
-        if most_are_back && terms.weight_of_part(seen.refresh.back, seen.members) > takes {
+        if most_are_back {
             return hopeless();
         }
         if when == When::Later && self.stands_still(seen) {
@@ -352,6 +355,19 @@ mod tests {
             let seen = back(members, closed, is_back);
             assert_eq!(last(&[seen]), decision, "{is_back} of {closed}");
         }
+    }
+
+    /// Where others are few, as in bitmap mode, another refresh would seem to help.
+    #[test]
+    fn what_is_back_is_not_closed_again_unless_that_is_owed() {
+        let mut seen = back(101, 151, 101);
+        seen.others = Extent::default();
+        seen.refresh.pause = Some(Duration::ZERO);
+        assert_eq!(last(&[seen]), HOPELESS);
+        seen.refresh.owed = true;
+        assert_eq!(last(&[seen]), Refresh);
+        (seen.refresh.owed, seen.refresh.back) = (false, 100);
+        assert_eq!(last(&[seen]), Refresh, "they would fit");
     }
 
     #[test]
