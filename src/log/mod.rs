@@ -9,6 +9,7 @@ pub(crate) mod limits;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) mod rate;
 mod rearm;
+mod retired;
 pub(crate) mod slots;
 mod sync;
 mod tracking;

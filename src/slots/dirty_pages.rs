@@ -291,6 +291,17 @@ impl DirtyPages {
         true
     }
 
+    /// Moves `slot` with its pages into `into`, in place of what is there. Takes no memory.
+    pub(crate) fn move_slot_into(&mut self, slot: &Arc<Slot>, into: &mut Self) {
+        into.slots.clear();
+        let place = self
+            .slots
+            .iter()
+            .position(|have| Arc::ptr_eq(&have.slot, slot));
+        into.slots
+            .extend(place.map(|place| self.slots.remove(place)));
+    }
+
     /// Each slot with the bits to merge into.
     pub(crate) fn slots_mut(&mut self) -> impl Iterator<Item = (&Slot, &mut PageBits)> {
         self.slots
