@@ -192,7 +192,12 @@ impl Machine {
         named.map(|(place, _)| place)
     }
 
-    fn reset(&self) -> io::Result<Recycled> {
+    /// A reset by somebody else, which shows what it recycles to `each`: slot and page.
+    pub(crate) fn reset_seeing(&self, mut each: impl FnMut(u32, u64)) {
+        self.reset_and(&mut each).unwrap();
+    }
+
+    fn reset_and(&self, each: &mut dyn FnMut(u32, u64)) -> io::Result<Recycled> {
         let mut faults = lock(&self.resets);
         let (limit, interrupted) = match faults.pop() {
             Some(Some(Fault::Error)) => return Err(io::Error::from_raw_os_error(libc::ENOMEM)),
@@ -200,11 +205,15 @@ impl Machine {
             Some(Some(Fault::AtEnd)) => (u32::MAX, true),
             Some(None) | None => (u32::MAX, false),
         };
+        // Void entries are among these: they name no slot that has pages, and none is armed for them.
         let mut named = Vec::new();
         let (mut recycled, mut last_ring) = (0, 0);
         for ring in &self.rings {
             let before = named.len();
-            recycled += ring.recycle(limit - recycled, |slot, page| named.push((slot, page)));
+            recycled += ring.recycle(limit - recycled, |slot, page| {
+                each(slot, page);
+                named.push((slot, page));
+            });
             if named.len() > before {
                 last_ring = before;
             }
@@ -231,11 +240,31 @@ impl Machine {
 }
 
 impl Machine {
-    /// Takes all bits, and arms their pages at the very end: only the return shows that they are. There
-    /// are none of a slot that was deleted.
-    fn take_bitmap(&self, slot: SlotId, words: &mut [u64]) -> io::Result<()> {
-        let mut taken = Vec::new();
+    /// The bits of a slot that are set; they stay. There are none of a slot that was deleted.
+    fn read_bitmap(&self, slot: SlotId, words: &mut [u64]) -> io::Result<()> {
         for page in self.pages.iter().filter(|page| page.slot == slot) {
+            let state = lock(&page.state);
+            if *state == State::Gone {
+                return Err(io::Error::from_raw_os_error(libc::ENOENT));
+            }
+            if page.logged.load(Ordering::Relaxed) {
+                words[(page.number / 64) as usize] |= 1 << (page.number % 64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes those bits that are set in `of`, and arms their pages at the very end: only the return shows that they are. Shows
+    /// those that were set to `each`. There are none of a slot that was deleted.
+    fn clear_bitmap(
+        &self,
+        slot: SlotId,
+        of: impl Fn(u64) -> bool,
+        mut each: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let mut taken = Vec::new();
+        let pages = self.pages.iter();
+        for page in pages.filter(|page| page.slot == slot && of(page.number)) {
             let state = lock(&page.state);
             if *state == State::Gone {
                 return Err(io::Error::from_raw_os_error(libc::ENOENT));
@@ -246,7 +275,7 @@ impl Machine {
         }
         thread::yield_now();
         for page in taken {
-            words[(page.number / 64) as usize] |= 1 << (page.number % 64);
+            each(page.number);
             let mut state = lock(&page.state);
             if *state == State::Open {
                 *state = State::Armed;
@@ -261,7 +290,7 @@ struct Ioctl(Arc<Machine>);
 
 impl Kernel for Ioctl {
     fn reset(&self) -> io::Result<Recycled> {
-        self.0.reset()
+        self.0.reset_and(&mut |_, _| ())
     }
 
     fn mode(&self) -> Mode {
@@ -269,7 +298,17 @@ impl Kernel for Ioctl {
     }
 
     fn take_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
-        self.0.take_bitmap(slot, words)
+        let set = |page: u64| words[(page / 64) as usize] |= 1 << (page % 64);
+        self.0.clear_bitmap(slot, |_| true, set)
+    }
+
+    fn read_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        self.0.read_bitmap(slot, words)
+    }
+
+    fn clear_bitmap(&self, slot: SlotId, _pages: u64, words: &mut [u64]) -> io::Result<()> {
+        let is_set = |page: u64| words[(page / 64) as usize] >> (page % 64) & 1 == 1;
+        self.0.clear_bitmap(slot, is_set, |_| ())
     }
 }
 
@@ -290,9 +329,16 @@ impl Copy {
 
     /// Copies the pages in `dirty`.
     pub(crate) fn take(&mut self, machine: &Machine, dirty: &crate::DirtyPages) {
-        for (slot, number) in dirty.pages() {
-            for page in machine.pages_at(slot, number) {
-                self.0[page] = machine.read(page);
+        self.take_runs(machine, dirty.runs());
+    }
+
+    /// Copies the pages of `runs`.
+    pub(crate) fn take_runs(&mut self, machine: &Machine, runs: impl Iterator<Item = crate::Run>) {
+        for run in runs {
+            for number in run.first_page..run.first_page + run.pages {
+                for page in machine.pages_at(run.slot, number) {
+                    self.0[page] = machine.read(page);
+                }
             }
         }
     }

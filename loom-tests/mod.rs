@@ -16,6 +16,7 @@ mod occupancy;
 mod ring;
 mod slots;
 mod tracking;
+mod working_set;
 
 /// Explores `body`, with at most `preemptions` preemptions in each execution.
 #[cfg(feature = "loom")]

@@ -70,6 +70,13 @@
 //!   bitmaps, and on aarch64, also the ioctls `0x4010AE42` and `0xC018AEC0` to who syncs or removes slots.
 //!   `SECURITY.md` has the whole list, thread by thread.
 //!
+//! # Pages that stay open
+//!
+//! A page that the guest writes all the time need not be protected in each round of a migration: with a [working
+//! set](DirtyLog::set_working_set) it stays open, every sync reports it among the [members](DirtyPages::members), and it
+//! is sent in the last round, which [`DirtyLog::last_sync`] finds without a reset. [`convergence`] decides when to go on,
+//! to [close](DirtyLog::refresh) them, to finish, or to give up. Off unless it is switched on.
+//!
 //! # Without rings
 //!
 //! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
@@ -129,6 +136,7 @@ pub use kvm::enable::{HostSupport, RingEntries};
 pub use log::DirtyLog;
 pub use log::last_sync::LastPages;
 pub use log::limits::Awake;
+pub use log::on_demand::OnDemand;
 #[cfg(not(all(test, feature = "modelled")))]
 pub use log::rate::{Rate, RateMeter, Rates};
 pub use log::slots::RetiredSlot;

@@ -541,6 +541,60 @@ fn what_was_not_sent_is_merged_or_given_back() {
     assert_eq!(pages(empty.others()), [0, 1, 2, 3, 4]);
 }
 
+/// Each chunk is protected when its turn comes: what is written before that is in it, and costs nothing.
+#[test]
+fn a_sync_on_demand_protects_a_chunk_at_a_time() {
+    let (vm, log, vcpu) = with_bitmap(true);
+    log.set_working_set(None);
+    let mut dirty = DirtyPages::new();
+    let write = |page| vcpu.write(RAM, page).unwrap();
+    [3, 70, 200].into_iter().for_each(write);
+    log.mark_dirty(RAM, 71, 1).unwrap();
+    let mut found = log.sync_on_demand().unwrap();
+    assert_eq!(found.page_count(), 4);
+    assert_eq!(pages(found.next_chunk(64).unwrap().unwrap()), [3]);
+    // One is protected by now, the other not yet.
+    [3, 70].into_iter().for_each(write);
+    assert_eq!(pages(found.next_chunk(1).unwrap().unwrap()), [70, 71]);
+    // Called off: the rest comes with the next sync.
+    drop(found);
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(pages(dirty.part()), [3, 200]);
+
+    // A slot that is gone is left out, whatever has its id by then.
+    write(5);
+    let mut found = log.sync_on_demand().unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    vm.delete_slot(RAM);
+    log.finish_slot(&retired).unwrap();
+    log.add_slot(RAM, 300).unwrap();
+    vm.create_slot(RAM, 300);
+    write(5);
+    assert!(found.next_chunk(64).unwrap().is_none());
+    drop(found);
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(pages(dirty.part()), [5]);
+}
+
+#[test]
+fn a_sync_on_demand_of_rings_or_without_manual_protection_has_protected_all() {
+    let (_vm, log, vcpu) = with_bitmap(false);
+    vcpu.write(RAM, 9).unwrap();
+    let mut found = log.sync_on_demand().unwrap();
+    assert_eq!(pages(found.next_chunk(64).unwrap().unwrap()), [9]);
+    assert!(found.next_chunk(64).unwrap().is_none());
+
+    let machine = machine(1);
+    machine.write([4, 5, 299]);
+    let mut found = machine.log.sync_on_demand().unwrap();
+    assert_eq!(pages(found.members()), [4]);
+    assert_eq!(
+        pages(found.next_chunk(u64::MAX).unwrap().unwrap()),
+        [5, 299]
+    );
+    assert!(found.next_chunk(64).unwrap().is_none());
+}
+
 #[test]
 fn ids_that_no_slot_has_are_no_members() {
     let machine = machine(10);

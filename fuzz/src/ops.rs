@@ -287,6 +287,10 @@ fn working_set_op(u: &mut Unstructured<'_>) -> Result<Op> {
             fails: moment(u)?.filter(|_| u.ratio(1, 4).unwrap_or(false)),
         },
         5 => Op::Protect(write(u, false)?),
+        6 => Op::OnDemand {
+            chunks: u.arbitrary::<u8>()?.into(),
+            span: u64::from(u.arbitrary::<u8>()?) + 1,
+        },
         _ => Op::LastSync,
     })
 }

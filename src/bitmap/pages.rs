@@ -72,40 +72,62 @@ impl PageBits {
         }
     }
 
+    /// Shows each word that is not zero to `each`.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(usize, u64)) {
+        let mut next = 0;
+        while let Some(word) = self.next_word(next) {
+            each(word, self.words[word]);
+            next = word + 1;
+        }
+    }
+
     /// Adds the bits of `from`, of as many pages.
     pub(crate) fn add(&mut self, from: &Self) {
-        let mut next = 0;
-        while let Some(word) = from.next_word(next) {
+        from.for_each(|word, bits| self.merge(word, bits));
+    }
+
+    /// Adds the bits of `from` that `without`, both of as many pages, does not have.
+    pub(crate) fn add_without(&mut self, from: &Self, without: &Self) {
+        from.for_each(|word, bits| {
+            let bits = bits & !without.words[word];
+            if bits != 0 {
+                self.merge(word, bits);
+            }
+        });
+    }
+
+    /// Adds these words of `from`, of as many pages.
+    pub(crate) fn add_words(&mut self, from: &Self, words: Range<usize>) {
+        let mut next = words.start;
+        while let Some(word) = from.next_word(next).filter(|word| *word < words.end) {
             self.merge(word, from.words[word]);
             next = word + 1;
         }
     }
 
-    /// Adds the bits of `from` that `without`, both of as many pages, does not have.
-    pub(crate) fn add_without(&mut self, from: &Self, without: &Self) {
-        let mut next = 0;
-        while let Some(word) = from.next_word(next) {
-            let bits = from.words[word] & !without.words[word];
-            if bits != 0 {
-                self.merge(word, bits);
-            }
-            next = word + 1;
-        }
+    /// Takes the bits that are set in `these`, of as many pages.
+    pub(crate) fn remove_all(&mut self, these: &Self) {
+        these.for_each(|word, bits| self.clear_in(word, bits));
     }
 
     /// Takes the bits of `first .. first + pages`, which are in the slot.
     pub(crate) fn remove(&mut self, first: u64, pages: u64) {
         for (word, mask) in masks(first, pages) {
-            if self.words[word] == 0 {
-                continue;
-            }
-            self.words[word] &= !mask;
-            if self.words[word] == 0 {
-                let group = word / 64;
-                self.summary[group] &= !(1 << (word % 64));
-                if self.summary[group] == 0 {
-                    self.top[group / 64] &= !(1 << (group % 64));
-                }
+            self.clear_in(word, mask);
+        }
+    }
+
+    /// Takes `bits` of `word`.
+    fn clear_in(&mut self, word: usize, bits: u64) {
+        if self.words[word] & bits == 0 {
+            return;
+        }
+        self.words[word] &= !bits;
+        if self.words[word] == 0 {
+            let group = word / 64;
+            self.summary[group] &= !(1 << (word % 64));
+            if self.summary[group] == 0 {
+                self.top[group / 64] &= !(1 << (group % 64));
             }
         }
     }

@@ -1,5 +1,6 @@
 //! Taking the bits that the kernel itself keeps of dirty pages.
 
+use core::ops::Range;
 use std::io;
 
 use crate::bitmap::pages::PageBits;
@@ -88,13 +89,8 @@ impl Taking<'_> {
                 return Ok(());
             }
             // Joined before the others are cleared: should that fail, they stay open and are reported all the same.
-            slot.members().keep(words, |joining| {
-                let fits = terms.has_room(joining);
-                if fits {
-                    terms.note_joined(joining);
-                }
-                fits
-            });
+            slot.members()
+                .keep(words, |joining| terms.lets_join(joining));
             kernel.clear_bitmap(id, pages, words)
         })
     }
@@ -163,6 +159,63 @@ impl Taking<'_> {
             into.fill();
         }
         Ok(())
+    }
+
+    /// Adds the kernel's bits of `slot`, for which there is room, to `into`, and leaves them where they are; but those of pages
+    /// that stay open, as in [`take_but_members`](Self::take_but_members). Where they can't be left, or make no sense, they are
+    /// [taken](Self::take).
+    pub(crate) fn find(
+        &mut self,
+        kernel: &dyn Kernel,
+        slot: &Slot,
+        retired: bool,
+        terms: &Terms,
+        into: &mut PageBits,
+    ) -> Result<(), BitmapError> {
+        let pages = slot.pages();
+        let words = &mut self.words[..words_for(pages)];
+        let read = kernel.read_bitmap(slot.id(), pages, words);
+        if read.is_err() || has_more(words, pages) || slot.is_missing() {
+            words.fill(0);
+            return self.take(kernel, slot, retired);
+        }
+        if !retired && terms.may_join() {
+            slot.members()
+                .keep(words, |joining| terms.lets_join(joining));
+        }
+        for (word, bits) in words.iter_mut().enumerate() {
+            let bits = core::mem::take(bits);
+            if bits != 0 {
+                into.merge(word, bits);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the kernel clear those of its bits of `slot`, for which there is room, that are set in `bits`, in these words.
+    pub(crate) fn protect(
+        &mut self,
+        kernel: &dyn Kernel,
+        slot: &Slot,
+        retired: bool,
+        bits: &PageBits,
+        range: Range<usize>,
+    ) -> Result<(), BitmapError> {
+        if bits
+            .next_word(range.start)
+            .is_none_or(|word| word >= range.end)
+        {
+            return Ok(());
+        }
+        let words = &mut self.words[..words_for(slot.pages())];
+        words[range.clone()].copy_from_slice(&bits.words()[range.clone()]);
+        let cleared = kernel.clear_bitmap(slot.id(), slot.pages(), words);
+        words[range].fill(0);
+        match cleared {
+            // It is deleted already, and nobody writes to it.
+            Err(error) if retired && error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            cleared => cleared.map_err(|source| failed(slot, source)),
+        }
     }
 
     /// Has the kernel clear the bits of the members of `slot`, for which there is room.

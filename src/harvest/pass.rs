@@ -9,6 +9,7 @@ use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
 use crate::harvest::strays::Strays;
 use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
+use crate::ring::entry::NO_SLOT;
 use crate::ring::view::RingView;
 use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::DirtyPages;
@@ -218,7 +219,9 @@ impl Harvester {
             pass.reset_all()?.publish();
             // Beside a broken ring none falls short: there every page is reported, whatever it was recycled with.
             let is_whole = self.gate.faults() == faults;
-            if is_whole || !self.awaits_reset_of(slot, 0) {
+            // A void entry may be one of the slot, for a kernel that does not look.
+            let awaits = |slot| self.awaits_reset_of(slot, 0);
+            if is_whole || !(awaits(slot) || awaits(SlotId::from_raw(NO_SLOT))) {
                 return Ok(());
             }
         }
@@ -295,8 +298,14 @@ impl Rings for Harvester {
     fn suspect_last_batches(&self) {
         let layout = self.layout();
         for vcpu in layout.vcpus.iter().filter(|vcpu| vcpu.taken() > 0) {
-            let (slot, page) = lock(&vcpu.ring).last();
-            if let Some(slot) = layout.slots.get(slot) {
+            let (named, page) = lock(&vcpu.ring).last();
+            if named == NO_SLOT {
+                // Made void, in whatever slot it was. A kernel that does not look has it in one batch with those before.
+                layout
+                    .slots
+                    .slots()
+                    .for_each(|slot| slot.suspect_batch(page));
+            } else if let Some(slot) = layout.slots.get(named) {
                 slot.suspect_batch(page);
             }
         }

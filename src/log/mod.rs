@@ -6,6 +6,7 @@
 mod kvm;
 pub(crate) mod last_sync;
 pub(crate) mod limits;
+pub(crate) mod on_demand;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) mod rate;
 mod rearm;

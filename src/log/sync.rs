@@ -108,8 +108,9 @@ impl DirtyLog {
             core::mem::swap(&mut *collected.pending, collected.dirty);
         }
         self.collect(collected.dirty)?;
-        if self.inner.harvester.working_set.was_ever_on() {
-            self.tell_members(collected.dirty)?;
+        let harvester = &self.inner.harvester;
+        if harvester.working_set.was_ever_on() {
+            self.tell_members(collected.dirty, harvester.any_broken())?;
         }
         collected.complete = true;
         // What was the caller's would keep slots that are gone, for as long as no sync needs it.
@@ -157,8 +158,7 @@ impl DirtyLog {
 
     /// Notes which pages stay open. Where all of a slot is dirty in any case, or it goes and this may be the last chance to
     /// send them, none counts as such.
-    fn tell_members(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
-        let all = self.inner.harvester.any_broken();
+    pub(super) fn tell_members(&self, dirty: &mut DirtyPages, all: bool) -> Result<(), SyncError> {
         let layout = self.inner.harvester.layout();
         let open = |slot: &Slot, members: &mut PageBits| {
             if !all && slot.is_tracked() && !layout.slots.is_retired(slot) {

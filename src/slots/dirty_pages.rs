@@ -1,6 +1,7 @@
 //! What a sync hands out: the pages to copy.
 
 use core::fmt;
+use core::ops::Range;
 
 use crate::bitmap::pages::PageBits;
 use crate::slot_id::SlotId;
@@ -202,6 +203,58 @@ impl DirtyPages {
         true
     }
 
+    /// The first dirty page that is no member is in this slot, and its word the first of these, which are `words` at most.
+    pub(crate) fn next_others(&self, words: usize) -> Option<(Arc<Slot>, Range<usize>)> {
+        self.slots.iter().find_map(|slot| {
+            let first = slot.of(Kind::Others)?.next_word(0)?;
+            let end = (first + words).min(slot.bits.words().len());
+            Some((Arc::clone(&slot.slot), first..end))
+        })
+    }
+
+    /// Moves the pages of these words of a slot that are no members into `into`, which has room for the slots that are here.
+    pub(crate) fn move_others(&mut self, slot: &Arc<Slot>, words: Range<usize>, into: &mut Self) {
+        let mut pairs = self.slots.iter_mut().zip(&mut into.slots);
+        let Some((from, to)) = pairs.find(|(from, _)| Arc::ptr_eq(&from.slot, slot)) else {
+            return;
+        };
+        if let Some(others) = from.of(Kind::Others) {
+            to.bits.add_words(others, words);
+        }
+        from.bits.remove_all(&to.bits);
+        if let Some(kinds) = from.kinds.as_deref_mut() {
+            kinds.others.remove_all(&to.bits);
+        }
+    }
+
+    /// Makes room for the slots of `other`, and no others; empty. False if there is no memory for it.
+    pub(crate) fn fit_as(&mut self, other: &Self) -> bool {
+        let mut pairs = self.slots.iter().zip(&other.slots);
+        let is_fit = self.slots.len() == other.slots.len()
+            && pairs.all(|(have, other)| Arc::ptr_eq(&have.slot, &other.slot));
+        if !is_fit {
+            let mut new = Self::new();
+            if !new.merge_slots(other) {
+                return false;
+            }
+            *self = new;
+        }
+        self.clear();
+        true
+    }
+
+    /// Drops what is here of a slot.
+    pub(crate) fn forget_slot(&mut self, slot: &Arc<Slot>) {
+        self.slots.retain(|have| !Arc::ptr_eq(&have.slot, slot));
+    }
+
+    /// The pages of a slot.
+    pub(crate) fn bits_of(&self, slot: &Arc<Slot>) -> Option<&PageBits> {
+        let have = self.slot(slot.id());
+        let have = have.filter(|have| Arc::ptr_eq(&have.slot, slot));
+        have.map(|have| &have.bits)
+    }
+
     /// Adds the pages of `from`, of slots that are here, too.
     pub(crate) fn add(&mut self, from: &Self) {
         for have in &mut self.slots {
@@ -235,6 +288,20 @@ impl DirtyPages {
     /// ```
     #[must_use]
     pub fn merge(&mut self, from: &Self) -> bool {
+        if !self.merge_slots(from) {
+            return false;
+        }
+        self.add(from);
+        for slot in &mut self.slots {
+            if let Some(kinds) = slot.kinds.as_deref_mut() {
+                kinds.others.add_without(&slot.bits, &kinds.members);
+            }
+        }
+        true
+    }
+
+    /// Makes room for the slots of `from`, too. False if there is no memory for it.
+    fn merge_slots(&mut self, from: &Self) -> bool {
         let is_new = |slot: &&SlotPages| self.slot(slot.slot.id()).is_none();
         let new = from.slots.iter().filter(is_new).map(|slot| {
             let bits = PageBits::new(slot.slot.pages())?;
@@ -249,12 +316,6 @@ impl DirtyPages {
         };
         self.slots.append(&mut new);
         self.slots.sort_by_key(|slot| slot.slot.id());
-        self.add(from);
-        for slot in &mut self.slots {
-            if let Some(kinds) = slot.kinds.as_deref_mut() {
-                kinds.others.add_without(&slot.bits, &kinds.members);
-            }
-        }
         true
     }
 
@@ -336,7 +397,7 @@ impl DirtyPages {
 pub struct DirtyPart<'a> {
     slots: &'a [SlotPages],
     /// The words of each of these slots; all of them, if there is more than one slot.
-    words: core::ops::Range<usize>,
+    words: Range<usize>,
     kind: Kind,
 }
 

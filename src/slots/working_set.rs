@@ -112,6 +112,15 @@ impl Terms {
         self.may_join() && self.members.get().saturating_add(pages) <= self.most.get()
     }
 
+    /// Whether `pages` more join: then they are counted.
+    pub(crate) fn lets_join(&self, pages: u64) -> bool {
+        let fits = self.has_room(pages);
+        if fits {
+            self.note_joined(pages);
+        }
+        fits
+    }
+
     /// So many have joined.
     pub(crate) fn note_joined(&self, pages: u64) {
         self.members.add(pages);

@@ -155,6 +155,7 @@ impl Machine {
             Op::Refresh { fails } => self.refresh(*fails),
             Op::Protect(write) => self.protect(write),
             Op::LastSync => self.last_sync(),
+            Op::OnDemand { chunks, span } => self.sync_on_demand(*chunks, *span),
             Op::Switch { slot, on, fails } => self.switch(*slot, *on, *fails),
         }
     }

@@ -81,6 +81,11 @@ pub enum Op {
     Protect(Write),
     /// A last sync with vCPUs stopped, which is called off.
     LastSync,
+    /// A sync on demand, of which so many chunks of so many pages are read.
+    OnDemand {
+        chunks: usize,
+        span: u64,
+    },
     /// A slot's log is switched on or off, well, or with a failure: before that is done, or after
     /// it.
     Switch {

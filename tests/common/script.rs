@@ -198,7 +198,7 @@ pub fn calm_bitmap_script() -> impl Strategy<Value = Vec<Op>> {
 pub fn bad_bitmaps_script() -> impl Strategy<Value = Vec<Op>> {
     let faults = vec(bitmap_fault(), 1..4).prop_map(Op::InjectBitmap);
     vec(
-        prop_oneof![8 => busy_op(), 2 => kernel_write(), 1 => faults],
+        prop_oneof![8 => busy_op(), 2 => kernel_write(), 1 => faults, 1 => on_demand()],
         1..120,
     )
 }
@@ -237,8 +237,14 @@ fn working_set_op() -> BoxedStrategy<Op> {
         2 => fails.prop_map(|fails| Op::Refresh { fails }),
         1 => guest_write().prop_map(Op::Protect),
         1 => Just(Op::LastSync),
+        2 => on_demand(),
     ]
     .boxed()
+}
+
+fn on_demand() -> impl Strategy<Value = Op> {
+    let chunks = prop_oneof![1 => 0usize..4, 2 => Just(usize::MAX)];
+    (chunks, 1u64..150).prop_map(|(chunks, span)| Op::OnDemand { chunks, span })
 }
 
 /// Pages stay open; no faults, writes only between resets.

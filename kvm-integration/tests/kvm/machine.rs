@@ -215,6 +215,17 @@ impl Machine {
         Ok((self.dirty.others().page_count(), members))
     }
 
+    /// A round in chunks of so many pages, each protected when its turn comes. How many pages they had.
+    pub fn round_on_demand(&mut self, span: u64) -> Result<u64, Failed> {
+        let mut found = self.log.sync_on_demand()?;
+        let mut copied = 0;
+        while let Some(chunk) = found.next_chunk(span)? {
+            self.copy(chunk.runs())?;
+            copied += chunk.page_count();
+        }
+        Ok(copied)
+    }
+
     /// The last round, with all vCPUs paused, by a sync that protects nothing. How many pages it copied.
     pub fn last_round(&mut self) -> Result<u64, Failed> {
         let mut last = LastPages::new();
@@ -223,7 +234,7 @@ impl Machine {
         Ok(last.page_count())
     }
 
-    fn copy(&self, runs: impl Iterator<Item = Run>) -> Result<(), Failed> {
+    pub fn copy(&self, runs: impl Iterator<Item = Run>) -> Result<(), Failed> {
         for run in runs {
             let slot = self.slots.iter().find(|slot| slot_id(slot.id) == run.slot);
             let slot = slot.ok_or_else(|| format!("pages of {}, which is no more", run.slot))?;

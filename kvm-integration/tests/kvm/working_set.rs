@@ -18,6 +18,7 @@ tests![
     migrations_with_members,
     migrations_with_members_beside_a_reaper,
     migrations_with_members_of_bitmaps,
+    chunks_are_protected_one_by_one,
     a_last_sync_protects_nothing,
     a_change_of_the_hosts_protection_closes_pages,
 ];
@@ -136,6 +137,36 @@ fn migrations_with_members_beside_a_reaper() -> Outcome {
 
 fn migrations_with_members_of_bitmaps() -> Outcome {
     migrate(Machine::with_bitmap(&[1500, 548])?)?;
+    Ok(Completed)
+}
+
+/// With bitmaps, under vCPUs that write on while chunk after chunk is cleared and copied; and with rings, for the same calls.
+fn chunks_are_protected_one_by_one() -> Outcome {
+    let machines = [
+        Machine::with_bitmap(&[1500, 548])?,
+        Machine::new(1024, &[1500, 548])?,
+    ];
+    for mut machine in machines {
+        let vcpus = machine.spawn_all(Workload::Random, 2)?;
+        for round in 0..scaled(30, 5) {
+            run_passes(&vcpus, 1)?;
+            let mut copied = 0;
+            for _ in 0..3 {
+                copied += machine.round_on_demand(64 << (round % 4))?;
+            }
+            assert!(copied > 0, "round {round}");
+            // Called off after its first chunk.
+            let mut found = machine.log.sync_on_demand()?;
+            if let Some(chunk) = found.next_chunk(128)? {
+                machine.copy(chunk.runs())?;
+            }
+            drop(found);
+            machine.finish(&vcpus)?;
+            resume(&vcpus);
+        }
+        stop(vcpus)?;
+        assert_unsuspicious(&machine.log.stats());
+    }
     Ok(Completed)
 }
 

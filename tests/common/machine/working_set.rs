@@ -16,6 +16,10 @@ impl Machine {
     /// Whatever stayed open is reported by the next sync, be it closed by then.
     pub(super) fn check_members(&mut self, reported: &PageSet) {
         let now = part_of(&self.dirty.members());
+        self.check_open(now, reported);
+    }
+
+    fn check_open(&mut self, now: PageSet, reported: &PageSet) {
         let before = mem::replace(&mut self.open, now);
         for (slot, pages) in before {
             let missing = |page: &u64| !reported.get(&slot).is_some_and(|now| now.contains(page));
@@ -99,6 +103,54 @@ impl Machine {
                 missed.is_empty(),
                 "slot {slot}: a last sync has missed {missed:?}"
             );
+        }
+    }
+
+    /// Copies what it is given chunk by chunk. What it leaves comes with the next sync.
+    pub(super) fn sync_on_demand(&mut self, chunks: usize, span: u64) {
+        let mut found = match self.memory.log.sync_on_demand() {
+            Ok(found) => found,
+            Err(error) => return assert!(self.injected > 0, "{error} for no reason"),
+        };
+        self.unreset = false;
+        let mut reported = part_of(&found.members());
+        let (mut read, mut failures) = (0, 0);
+        let is_whole = loop {
+            if read == chunks {
+                break false;
+            }
+            match found.next_chunk(span) {
+                Ok(None) => break true,
+                Ok(Some(chunk)) => {
+                    read += 1;
+                    for (slot, pages) in part_of(&chunk) {
+                        let reported = reported.entry(slot).or_default();
+                        for page in pages {
+                            assert!(reported.insert(page), "{slot} page {page} came twice");
+                            if let Some(copy) = self.copy.get_mut(&slot) {
+                                copy[page as usize] = self.memory.vm.version(slot, page).unwrap();
+                            }
+                        }
+                    }
+                }
+                Err(error) => {
+                    failures += 1;
+                    assert!(failures <= self.injected, "{error} for no reason");
+                }
+            }
+        };
+        let members = part_of(&found.members());
+        if is_whole {
+            return self.check_open(members, &reported);
+        }
+        // What was closed and is read by now has been reported; the rest is to come.
+        for (slot, pages) in &reported {
+            if let Some(open) = self.open.get_mut(slot) {
+                open.retain(|page| !pages.contains(page));
+            }
+        }
+        for (slot, pages) in members {
+            self.open.entry(slot).or_default().extend(pages);
         }
     }
 }

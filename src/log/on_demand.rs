@@ -1,0 +1,190 @@
+//! A sync of bitmaps that protects pages only when they are about to be read.
+
+use core::fmt;
+
+use super::DirtyLog;
+use crate::bitmap::words::words_for;
+use crate::error::SyncError;
+use crate::kernel::Mode;
+use crate::observe::trace;
+use crate::slots::dirty_pages::{DirtyPages, DirtyPart};
+use crate::sync::lock;
+
+/// The pages that a [sync on demand](DirtyLog::sync_on_demand) found dirty, to be read chunk by chunk: a chunk's pages are
+/// protected when it is asked for, and not before.
+///
+/// Dropped early, it loses nothing: the kernel still has the bits of what was not read, the log has the rest, and the next
+/// sync reports both.
+#[must_use]
+pub struct OnDemand {
+    log: DirtyLog,
+    /// What is yet to be handed out, members among it; and the chunk that was last.
+    found: DirtyPages,
+    /// Those of them that the kernel has yet to protect.
+    unprotected: DirtyPages,
+    chunk: DirtyPages,
+}
+
+impl DirtyLog {
+    /// As [`sync`](Self::sync), but in [`Mode::Bitmap`] protects no page yet: each chunk is protected when
+    /// [`OnDemand::next_chunk`] hands it out. So a page that the guest writes again before its turn comes costs no fault and
+    /// is sent once; and no vCPU has to wait for the clearing of a whole slot.
+    ///
+    /// Where the log has rings, or the kernel can't read bits without clearing them, all is protected at once, as by a sync.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{Mode, SlotId};
+    /// # let mut config = SimConfig::default();
+    /// # config.mode = Mode::Bitmap;
+    /// # let vm = SimVm::new(config);
+    /// # let log = vm.dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 100_000)?;
+    /// # vm.create_slot(ram, 100_000);
+    /// # let vcpu = vm.add_vcpu();
+    /// # for page in [5, 70_000] { vcpu.write(ram, page)?; }
+    /// let mut found = log.sync_on_demand()?;
+    /// let mut sent = 0;
+    /// while let Some(chunk) = found.next_chunk(32_768)? {
+    ///     sent += chunk.runs().map(|run| run.pages).sum::<u64>();
+    /// }
+    /// assert_eq!(sent, 2);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`sync`](Self::sync).
+    pub fn sync_on_demand(&self) -> Result<OnDemand, SyncError> {
+        let mut found = OnDemand {
+            log: self.clone(),
+            found: DirtyPages::new(),
+            unprotected: DirtyPages::new(),
+            chunk: DirtyPages::new(),
+        };
+        if self.mode() == Mode::Rings {
+            self.sync(&mut found.found)?;
+            return Ok(found);
+        }
+        let started = trace::flush();
+        let collected = self.find(&mut found);
+        trace::flushed(started, || found.found.page_count());
+        self.inner().emit_faults();
+        collected.map(|()| found)
+    }
+
+    fn find(&self, into: &mut OnDemand) -> Result<(), SyncError> {
+        let harvester = &self.inner().harvester;
+        let mut pending = lock(&self.inner().pending);
+        let layout = harvester.layout();
+        let fit = [&mut into.found, &mut into.unprotected, &mut *pending]
+            .map(|pages| pages.fit(&layout.slots));
+        if fit != [true; 3] {
+            return Err(SyncError::NoMemory);
+        }
+        {
+            let mut taking = self.inner().kernel_bits.lock();
+            for (slot, bits) in into.unprotected.slots_mut() {
+                if !slot.is_tracked() {
+                    continue;
+                }
+                if !taking.fit(slot.pages()) {
+                    return Err(SyncError::NoMemory);
+                }
+                let retired = layout.slots.is_retired(slot);
+                taking.find(
+                    harvester.kernel(),
+                    slot,
+                    retired,
+                    &harvester.working_set,
+                    bits,
+                )?;
+            }
+        }
+        // Nothing fails from here on: what is taken is handed out, or given back.
+        into.found.add(&pending);
+        pending.clear();
+        for (slot, bits) in into.found.slots_mut() {
+            slot.device().take_into(bits);
+            slot.copy_suspects_into(bits);
+            slot.members().copy_into(bits);
+        }
+        into.found.add(&into.unprotected);
+        self.tell_members(&mut into.found, false)
+    }
+}
+
+impl OnDemand {
+    /// How many pages there are yet to be read, without members.
+    pub fn page_count(&self) -> u64 {
+        self.found.others().page_count()
+    }
+
+    /// Pages that stay open, see [`DirtyPages::members`]: they are in no chunk. Every sync reports them.
+    pub fn members(&self) -> DirtyPart<'_> {
+        self.found.members()
+    }
+
+    /// Protects the next pages, and hands them out: dirty ones of one slot, within `span` pages of each other (64 at least),
+    /// ascending by slot, then by page. `None` if there are no more. They may be read from now on.
+    ///
+    /// Pages of a slot whose removal has been finished meanwhile are left out.
+    ///
+    /// # Errors
+    /// The kernel could not protect all of them. They are not handed out: the next call tries again.
+    pub fn next_chunk(&mut self, span: u64) -> Result<Option<DirtyPart<'_>>, SyncError> {
+        let span_words = words_for(span.max(1));
+        loop {
+            self.chunk.clear();
+            let Some((slot, words)) = self.found.next_others(span_words) else {
+                return Ok(None);
+            };
+            if !self.chunk.fit_as(&self.found) {
+                return Err(SyncError::NoMemory);
+            }
+            let inner = self.log.inner();
+            let mut taking = inner.kernel_bits.lock();
+            // Now, so that `add_slot` waits for us if the id is about to name another slot.
+            let layout = inner.harvester.layout();
+            if !layout.slots.holds(&slot) {
+                drop(taking);
+                self.found.forget_slot(&slot);
+                continue;
+            }
+            if !taking.fit(slot.pages()) {
+                return Err(SyncError::NoMemory);
+            }
+            let retired = layout.slots.is_retired(&slot);
+            if let Some(bits) = self.unprotected.bits_of(&slot) {
+                taking.protect(
+                    inner.harvester.kernel(),
+                    &slot,
+                    retired,
+                    bits,
+                    words.clone(),
+                )?;
+            }
+            drop(taking);
+            self.found.move_others(&slot, words, &mut self.chunk);
+            return Ok(Some(self.chunk.part()));
+        }
+    }
+}
+
+impl Drop for OnDemand {
+    fn drop(&mut self) {
+        // What the kernel has yet to protect it still has, and the next sync takes it. The rest goes where there is memory
+        // for it in any case.
+        for (slot, bits) in self.found.slots_mut() {
+            bits.for_each(|word, bits| _ = slot.device().merge(word, bits));
+        }
+    }
+}
+
+impl fmt::Debug for OnDemand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnDemand")
+            .field("pages", &self.page_count())
+            .finish_non_exhaustive()
+    }
+}
