@@ -436,7 +436,8 @@ pub enum ReaperError {
     /// The thread could not be started.
     #[error("starting the reaper's thread failed")]
     Spawn(#[source] Arc<io::Error>),
-    /// A reset failed. The reaper goes on at its policy's pace.
+    /// A reset failed. The reaper goes on at its policy's pace; where one after another fails, more and more slowly, down to
+    /// once a second.
     #[error(transparent)]
     Reset(#[from] ResetError),
     /// The policy failed. The reaper goes on with [`Fixed`](crate::pacing::Fixed), once a second.
