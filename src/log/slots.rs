@@ -155,7 +155,8 @@ impl DirtyLog {
 
     /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
     /// still name it, and has them recycled, so that none can ever land in a later slot of that id or be
-    /// reset beside its entries. From then on the id may be added again.
+    /// reset beside its entries. From then on the id may be added again. `DirtyPages` that name the slot still do: [clear
+    /// it](crate::DirtyPages::clear_slot) there before another has the id.
     ///
     /// # Errors
     /// [`SlotError::Unknown`] if it is finished already, [`SlotError::Kept`] if it was called off; a reset
