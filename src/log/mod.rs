@@ -221,11 +221,12 @@ impl DirtyLog {
     }
 
     /// As [`reap`](Self::reap), on shard `shard` (modulo how many there are), where pages land only
-    /// if several passes are under way at once.
+    /// if several passes are under way at once. For tests (feature `test-utils`).
     ///
     /// # Errors
     /// As [`reap`](Self::reap).
     #[cfg(feature = "test-utils")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
     pub fn reap_on_shard(&self, shard: usize) -> Result<u64, ResetError> {
         let harvester = &self.inner.harvester;
         let shard = harvester.pool.acquire(shard % harvester.pool.len());

@@ -154,8 +154,9 @@ impl VcpuRing {
 
     /// Harvests this ring and ends the pass before its reset, as a panic in between would: its
     /// pages come with a later sync, after the reset that the sync makes up for. Returns how many
-    /// entries there were.
+    /// entries there were. For tests (feature `test-utils`).
     #[cfg(feature = "test-utils")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
     pub fn harvest_and_stop(&mut self) -> u32 {
         self.inner.harvester.begin().harvest(&self.vcpu).entries
     }
