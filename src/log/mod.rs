@@ -238,7 +238,7 @@ impl DirtyLog {
 
     /// Replaces what is in `rings` by what a [pacing](crate::pacing) policy is to be shown of each
     /// ring, in the order in which the vCPUs were attached. It reads about a dozen flags a ring,
-    /// one if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only
+    /// two if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only
     /// while slots or vCPUs are added or removed may it wait a moment. By the time it returns, vCPUs
     /// may have logged more.
     pub fn observe(&self, rings: &mut Vec<RingObservation>) {
