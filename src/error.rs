@@ -219,6 +219,16 @@ pub enum SlotError {
         /// How many there are.
         slot_pages: u64,
     },
+    /// A page size, or the address of such a page, that no log by guest address can have.
+    #[error(
+        "pages of {page_bytes} bytes from address {address:#x}: the size is a power of two, and the address a multiple of it"
+    )]
+    PageSize {
+        /// The address of the first page.
+        address: u64,
+        /// The size of a page.
+        page_bytes: u64,
+    },
     /// The VMM could not have the slot's pages protected anew: all of them are suspect now, as the slot
     /// need not be logged any more.
     #[error("slot {slot} could not be protected anew, all its pages are suspect")]
@@ -302,6 +312,17 @@ pub enum GuestMapError {
         /// The slot.
         slot: SlotId,
     },
+    /// Dirty pages of a slot are in no region: the map is not that of the log.
+    #[error(
+        "dirty pages of slot {slot} are in no region of the map, which is not that of the log: make it anew"
+    )]
+    Unmapped {
+        /// The slot.
+        slot: SlotId,
+    },
+    /// Ranges of no pages.
+    #[error("ranges of at most 0 pages: 1 or more are allowed")]
+    NoPages,
     /// Two regions have addresses in common.
     #[error("slots {} and {} overlap", slots[0], slots[1])]
     Overlap {

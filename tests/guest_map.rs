@@ -1,9 +1,10 @@
 //! Guest addresses of slots' pages, against a map that has every page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kvm_dirty_ring::error::GuestMapError;
-use kvm_dirty_ring::{GuestMap, GuestRegion, Run, SlotId};
+use kvm_dirty_ring::sim::{SimConfig, SimVm};
+use kvm_dirty_ring::{DirtyPages, GuestMap, GuestRegion, Run, SlotId};
 use proptest::prelude::*;
 
 fn page_size() -> u64 {
@@ -134,4 +135,81 @@ fn runs_of_another_map_have_no_range() {
     assert_eq!(range(0, 5, 1), None);
     assert_eq!(range(0, u64::MAX, 2), None);
     assert_eq!(range(1, 0, 1), None);
+}
+
+/// Ranges against pages one by one, in slots that adjoin or not, in parts, of any size.
+#[test]
+fn ranges_are_what_is_dirty_by_address() {
+    let page = page_size();
+    let slots = [
+        (SlotId::new(0, 5), 100, 130),
+        (SlotId::new(0, 1), 230, 64),
+        (SlotId::new(0, 9), 300, 70),
+    ];
+    let log = SimVm::new(SimConfig::default()).dirty_log();
+    for (slot, _, pages) in slots {
+        log.add_slot(slot, pages).unwrap();
+    }
+    let region = |(slot, first, pages)| GuestRegion {
+        slot,
+        address: first * page,
+        pages,
+    };
+    let map = GuestMap::new(slots.map(region)).unwrap();
+    let mut dirty = DirtyPages::new();
+    for step in [1, 2, 3, 7, 63, 64, 65] {
+        for (slot, _, pages) in slots {
+            for first in (0..pages).step_by(step) {
+                log.mark_dirty(slot, first, (step as u64).div_ceil(2).min(pages - first))
+                    .unwrap();
+            }
+        }
+        log.sync(&mut dirty).unwrap();
+        let expected: BTreeSet<u64> = dirty
+            .runs()
+            .flat_map(|run| {
+                let range = map.range(run).unwrap();
+                range.step_by(page as usize)
+            })
+            .collect();
+        for most in [1, 2, 5, 64, u64::MAX] {
+            let mut found = BTreeSet::new();
+            let mut last = 0;
+            for range in map.ranges(dirty.part(), most).unwrap() {
+                assert!(range.start >= last && range.start < range.end);
+                let pages = (range.end - range.start) / page;
+                assert!(pages <= most);
+                let adjoins = range.start == last && last > 0;
+                assert!(!adjoins || most < u64::MAX, "two ranges that are one");
+                last = range.end;
+                found.extend(range.step_by(page as usize));
+            }
+            assert_eq!(found, expected, "each {step}, at most {most}");
+            let (left, right) = dirty.part().split();
+            let parts = [Some(left), right].into_iter().flatten();
+            let parts: Vec<u64> = parts
+                .flat_map(|part| {
+                    let ranges = map.ranges(part, most).unwrap();
+                    ranges
+                        .flat_map(|range| range.step_by(page as usize))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            assert_eq!(parts.len(), expected.len());
+        }
+    }
+    assert!(matches!(
+        map.ranges(dirty.part(), 0).err(),
+        Some(GuestMapError::NoPages)
+    ));
+    let other = GuestMap::new([
+        region(slots[0]),
+        region((slots[1].0, 230, 63)),
+        region(slots[2]),
+    ])
+    .unwrap();
+    log.mark_dirty(slots[1].0, 63, 1).unwrap();
+    log.sync(&mut dirty).unwrap();
+    let refused = other.ranges(dirty.part(), 1).err();
+    assert!(matches!(refused, Some(GuestMapError::Unmapped { slot }) if slot == slots[1].0));
 }

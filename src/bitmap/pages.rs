@@ -185,6 +185,20 @@ impl PageBits {
         Some((from / 64 + 1 + skipped) * 64 + bit)
     }
 
+    /// The last page whose bit is set in `words`.
+    pub(crate) fn last_in(&self, words: Range<usize>) -> Option<u64> {
+        let words = words.start..words.end.min(self.words.len());
+        let highest = |word: u64| u64::from(u64::BITS - 1 - word.leading_zeros());
+        for group in (words.start / 64..words.end.div_ceil(64)).rev() {
+            let in_words = |word: &usize| words.contains(word);
+            let set = ones(self.summary[group]).map(|word| group * 64 + word);
+            if let Some(word) = set.filter(in_words).last() {
+                return Some(word as u64 * 64 + highest(self.words[word]));
+            }
+        }
+        None
+    }
+
     pub(crate) fn contains(&self, page: u64) -> bool {
         page < self.pages && self.words[(page / 64) as usize] >> (page % 64) & 1 == 1
     }

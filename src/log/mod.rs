@@ -6,6 +6,8 @@
 mod kvm;
 pub(crate) mod last_sync;
 pub(crate) mod limits;
+#[cfg(not(all(test, feature = "modelled")))]
+mod marks;
 pub(crate) mod on_demand;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) mod rate;

@@ -482,6 +482,27 @@ impl<'a> DirtyPart<'a> {
         })
     }
 
+    /// The runs of one slot, as pages; none if the part has none of it.
+    pub(crate) fn runs_of(&self, slot: SlotId) -> impl Iterator<Item = Range<u64>> + use<'a> {
+        let place = self.slots.binary_search_by_key(&slot, |s| s.slot.id());
+        let bits = place.ok().and_then(|place| self.slots[place].of(self.kind));
+        let words = self.words.clone();
+        bits.into_iter()
+            .flat_map(move |bits| bits.runs(words.clone()))
+    }
+
+    /// The last page of each slot that has any, as a run.
+    pub(crate) fn last_runs(&self) -> impl Iterator<Item = Run> + '_ {
+        self.slots.iter().filter_map(|slot| {
+            let page = slot.of(self.kind)?.last_in(self.words.clone())?;
+            Some(Run {
+                slot: slot.slot.id(),
+                first_page: page,
+                pages: 1,
+            })
+        })
+    }
+
     /// How many pages of the part are dirty.
     pub fn page_count(&self) -> u64 {
         let bits = self.slots.iter().filter_map(|slot| slot.of(self.kind));

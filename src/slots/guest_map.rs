@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::error::GuestMapError;
 use crate::kernel::page_size;
 use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
-use crate::slots::dirty_pages::Run;
+use crate::slots::dirty_pages::{DirtyPart, Run};
 
 /// One slot's place in guest memory, as given to `KVM_SET_USER_MEMORY_REGION`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -119,6 +119,61 @@ impl GuestMap {
         (page < region.pages).then_some((region.slot, page))
     }
 
+    /// The guest addresses of dirty pages, in the shape that is sent: ranges ascending by address, each as long as it can be
+    /// but of at most `most` pages, across slots that adjoin in the guest.
+    ///
+    /// Of all pages: `map.ranges(dirty.part(), most)`; of those that are no members: `dirty.others()`. Several
+    /// threads [split](DirtyPart::split) a part, and each has the ranges of its own.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, GuestMap, GuestRegion, SlotId};
+    /// # let (low, high) = (SlotId::new(0, 1), SlotId::new(0, 0));
+    /// # let map = GuestMap::new([
+    /// #     GuestRegion { slot: low, address: 0, pages: 16 },
+    /// #     GuestRegion { slot: high, address: 16 << 12, pages: 16 },
+    /// # ])?;
+    /// # let log = SimVm::new(SimConfig::default()).dirty_log();
+    /// # log.add_slot(low, 16)?;
+    /// # log.add_slot(high, 16)?;
+    /// log.mark_dirty(low, 15, 1)?; // the two slots adjoin
+    /// log.mark_dirty(high, 0, 2)?;
+    /// let mut dirty = DirtyPages::new();
+    /// log.sync(&mut dirty)?;
+    /// # if cfg!(target_arch = "x86_64") {
+    /// assert!(map.ranges(dirty.part(), 512)?.eq([15 << 12..18 << 12]));
+    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`GuestMapError::Unmapped`] if a page of the part is in no region, as the map is not that of the log: no range would
+    /// name it, and it must not be passed over. Or `most` is 0: [`GuestMapError::NoPages`].
+    pub fn ranges<'a>(
+        &'a self,
+        part: DirtyPart<'a>,
+        most: u64,
+    ) -> Result<impl Iterator<Item = Range<u64>> + 'a, GuestMapError> {
+        if most == 0 {
+            return Err(GuestMapError::NoPages);
+        }
+        let most = most.saturating_mul(page_size() as u64);
+        // As many words as there are slots, for each its last run: cheap beside the runs themselves.
+        if let Some(run) = part.last_runs().find(|run| self.range(*run).is_none()) {
+            return Err(GuestMapError::Unmapped { slot: run.slot });
+        }
+        let runs = self.by_address.iter().flat_map(move |region| {
+            let address = |page| region.address + page * page_size() as u64;
+            let runs = part.runs_of(region.slot);
+            runs.map(move |run| address(run.start)..address(run.end))
+        });
+        Ok(Ranges {
+            runs,
+            next: None,
+            most,
+        })
+    }
+
     /// The guest addresses of a run of pages. `None` if they are not all in one region: then the map
     /// is not that of the log, and the run is not to be passed over.
     pub fn range(&self, run: Run) -> Option<Range<u64>> {
@@ -129,5 +184,35 @@ impl GuestMap {
         let end = run.first_page.checked_add(run.pages)?;
         let address = |page| region.address + page * page_size() as u64;
         (end <= region.pages).then(|| address(run.first_page)..address(end))
+    }
+}
+
+/// Ranges made of runs: joined where they adjoin, cut where they are longer than `most` bytes.
+struct Ranges<I> {
+    runs: I,
+    next: Option<Range<u64>>,
+    most: u64,
+}
+
+impl<I: Iterator<Item = Range<u64>>> Iterator for Ranges<I> {
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Range<u64>> {
+        let mut range = self.next.take().or_else(|| self.runs.next())?;
+        while range.end - range.start < self.most {
+            match self.runs.next() {
+                Some(run) if run.start == range.end => range.end = run.end,
+                other => {
+                    self.next = other;
+                    return Some(range);
+                }
+            }
+        }
+        let cut = range.start + self.most;
+        if cut < range.end {
+            self.next = Some(cut..range.end);
+            range.end = cut;
+        }
+        Some(range)
     }
 }

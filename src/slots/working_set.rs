@@ -130,6 +130,8 @@ impl Terms {
     /// A sync has counted the members.
     pub(crate) fn note_members(&self, members: u64) {
         self.members.set(members);
+        // One may have joined by a pass that was under way when nothing was to join any more.
+        self.note_owed();
     }
 
     /// A pass of `entries` entries is over, of which `named` named members.

@@ -18,18 +18,19 @@ mod x86_64;
 use std::io::{Read, Write, stdin};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kvm_dirty_ring::{DirtyPages, Reaper, pacing::Adaptive};
+use kvm_dirty_ring::convergence::{Convergence, Decision, Extent, Observation, Terms};
+use kvm_dirty_ring::{DirtyPages, DirtyPart, LastPages, Reaper, WorkingSet, pacing::Adaptive};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile, WriteVolatile};
 
 use machine::{COUNT, Machine, PATIENCE, SLOT};
 
-/// The guest is stopped after a round of so few pages.
-const FEW_PAGES: u64 = 256;
+/// For so long the guest may be stopped.
+const DOWNTIME: Duration = Duration::from_millis(10);
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -63,13 +64,32 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     let log = &machine.log;
     let reaper = Reaper::spawn(log, Adaptive::default())?;
     log.start_tracking(SLOT, || (machine.set_logged)(true))?;
-    // Nobody knows what was written until now: the first round has all memory.
+    // Nobody knows what was written until now: the first round has all memory, and shows how fast the link is.
     let (start, mut dirty) = (Instant::now(), DirtyPages::new());
-    while send_dirty(&mut socket, &machine, &mut dirty)? > FEW_PAGES && start.elapsed() < PATIENCE {
+    log.sync(&mut dirty)?;
+    let sent = send_pages(&mut socket, &machine, &dirty.part())?;
+    let link = Terms::new(sent as f64 / start.elapsed().as_secs_f64(), DOWNTIME);
+    // So many pages stay open, and are sent in the end. Without refreshes, no more than that.
+    log.set_working_set(Some(WorkingSet::new(link.places()).at_most(link.places())));
+    let mut convergence = Convergence::new();
+    loop {
+        log.sync(&mut dirty)?;
+        let [others, members] = [dirty.others(), dirty.members()].map(|part| Extent {
+            pages: part.page_count(),
+            runs: part.runs().count() as u64,
+        });
+        let decision = convergence.decide(&Observation::new(link, others, members));
+        send_pages(&mut socket, &machine, &dirty.others())?;
+        // What does not get there by itself is ended all the same: this guest is small.
+        if decision != Decision::GoOn || start.elapsed() > PATIENCE {
+            break;
+        }
     }
     let state = machine.stop(thread)?;
-    // Complete, for nobody writes any more: neither vCPU nor device.
-    send_dirty(&mut socket, &machine, &mut dirty)?;
+    // Complete, for nobody writes any more: neither vCPU nor device. So nothing need be protected.
+    let mut last = LastPages::new();
+    log.last_sync(&mut last)?;
+    send_pages(&mut socket, &machine, &last.part())?;
     reaper.stop()?;
 
     let (here, checksum): (u32, _) = (machine.memory.read_obj(COUNT)?, machine.checksum()?);
@@ -80,17 +100,16 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     Ok(())
 }
 
-/// Sends all that was written since the last time. Returns how many pages.
-fn send_dirty(socket: &mut UnixStream, machine: &Machine, dirty: &mut DirtyPages) -> Result<u64> {
-    machine.log.sync(dirty)?;
-    println!("{} pages to send", dirty.page_count());
-    for run in dirty.runs() {
+/// Sends these pages. Returns how many.
+fn send_pages(socket: &mut UnixStream, machine: &Machine, pages: &DirtyPart<'_>) -> Result<u64> {
+    println!("{} pages to send", pages.page_count());
+    for run in pages.runs() {
         let range = machine.map.range(run).context("a run of no slot")?;
         send(socket, &(range.start, range.end - range.start))?;
         // Straight from guest memory, in which vCPUs may write: then a later sync has the page.
         socket.write_all_volatile(&machine.map.slice(&machine.memory, run)?)?;
     }
-    Ok(dirty.page_count())
+    Ok(pages.page_count())
 }
 
 fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
