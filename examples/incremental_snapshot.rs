@@ -1,6 +1,9 @@
 //! A snapshot of a running guest into a file: first all memory, then only what was written since,
 //! each run of pages at its own offset. The guest stops for the last sync and the last pages alone.
 //!
+//! Pages are counted from the begin of their slot, so two slots have a page 3 each: in the file, slots lie one after the
+//! other, without the hole that the guest has between them.
+//!
 //! ```sh
 //! cargo run --example incremental_snapshot
 //! cargo run --example incremental_snapshot -- FILE    # and keep the file
@@ -23,18 +26,22 @@ use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::pacing::Adaptive;
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
 
-const RAM: SlotId = SlotId::new(0, 0);
-const PAGES: u64 = 8192;
+/// Memory from address 0 on, and from 4 GiB on.
+const LOW: SlotId = SlotId::new(0, 0);
+const HIGH: SlotId = SlotId::new(0, 1);
+const PAGES: u64 = 4096;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let guest = Guest::new(1024, RAM, PAGES); // KVM_CREATE_VM
+    let guest = Guest::new(1024, LOW, PAGES); // KVM_CREATE_VM
     let log = guest.dirty_log(); // DirtyLog::enable(&vm_fd, ...)
-    log.add_slot(RAM, PAGES)?;
+    log.add_slot(LOW, PAGES)?;
     guest.create_slot(); // KVM_SET_USER_MEMORY_REGION
+    log.add_slot(HIGH, PAGES)?;
+    let high = guest.add_memory(HIGH, PAGES); // the same
     let mut vcpus = Vec::new();
     for number in 0..2 {
         let load = Load {
-            first_page: number * 4096,
+            first_page: number * 2048,
             pages: 1000,
             burst: 20,
             rest: Duration::from_millis(2),
@@ -48,19 +55,25 @@ fn main() -> Result<(), Box<dyn Error>> {
     let given = std::env::args_os().nth(1).map(PathBuf::from);
     let path = given.clone().unwrap_or_else(temporary_path);
     let file = File::create(&path)?;
-    let memory = guest.memory();
+    let low = guest.memory();
+    let slots = [(LOW, &*low), (HIGH, &*high)];
 
     // All memory, read after a sync: what is written from here on comes with the next one. Pages
     // that the guest writes while they are read end up torn in the file, and are written again.
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty)?;
-    file.write_all_at(&memory.read(0, PAGES), 0)?;
-    println!("full: {PAGES} pages");
+    for (slot, memory) in slots {
+        file.write_all_at(&memory.read(0, PAGES), offset(&slots, slot, 0))?;
+    }
+    println!("full: {} pages", 2 * PAGES);
 
-    for _ in 0..3 {
+    for number in 1..4 {
+        // A device writes to one page above 4 GiB.
+        high.write(3, number);
+        log.mark_dirty(HIGH, 3, 1)?;
         thread::sleep(Duration::from_millis(100));
         log.sync(&mut dirty)?;
-        let pages = write_increment(&file, &memory, &dirty)?;
+        let pages = write_increment(&file, &slots, &dirty)?;
         println!("increment: {pages} pages, the guest runs on");
     }
 
@@ -70,7 +83,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         vcpu.join().expect("a vCPU's thread panicked")?;
     }
     log.sync(&mut dirty)?;
-    let pages = write_increment(&file, &memory, &dirty)?;
+    let pages = write_increment(&file, &slots, &dirty)?;
     // From here on the guest may run again: a VMM resumes its vCPUs now. This guest stays stopped,
     // to be compared.
     println!(
@@ -84,17 +97,37 @@ fn main() -> Result<(), Box<dyn Error>> {
     if given.is_none() {
         fs::remove_file(&path)?;
     }
-    assert!(restored == memory.read(0, PAGES), "the snapshot differs");
+    for (slot, memory) in slots {
+        let restored = &restored[offset(&slots, slot, 0) as usize..][..PAGES as usize * PAGE];
+        assert!(
+            restored == memory.read(0, PAGES),
+            "slot {slot} differs in the snapshot"
+        );
+    }
     println!("what the file restores is the guest's memory, byte by byte");
     Ok(())
 }
 
+/// Where a page is in the file: its slot comes after those before it. What is restored has the slots in the same order; a
+/// VMM writes a table of them into the file.
+fn offset(slots: &[(SlotId, &Memory)], slot: SlotId, page: u64) -> u64 {
+    let before = slots.iter().take_while(|(other, _)| *other != slot);
+    let first_page: u64 = before.map(|(_, memory)| memory.pages()).sum();
+    (first_page + page) * PAGE as u64
+}
+
 /// Writes the dirty pages, each to its place in the file. How many there were.
-fn write_increment(file: &File, memory: &Memory, dirty: &DirtyPages) -> io::Result<u64> {
+fn write_increment(
+    file: &File,
+    slots: &[(SlotId, &Memory)],
+    dirty: &DirtyPages,
+) -> io::Result<u64> {
     for run in dirty.runs() {
+        let memory = slots.iter().find(|(slot, _)| *slot == run.slot);
+        let (_, memory) = memory.expect("a slot that the log does not know");
         // A VMM passes its mapping of the memory here, or has several runs written at once.
         let bytes = memory.read(run.first_page, run.pages);
-        file.write_all_at(&bytes, run.first_page * PAGE as u64)?;
+        file.write_all_at(&bytes, offset(slots, run.slot, run.first_page))?;
     }
     Ok(dirty.page_count())
 }

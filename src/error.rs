@@ -88,16 +88,27 @@ pub enum EnableError {
     /// The rings of this VM are enabled already; KVM allows that once.
     #[error("the dirty rings of this VM are enabled already: KVM allows it once in a VM's life")]
     AlreadyEnabled,
-    /// A vCPU exists already.
+    /// A vCPU exists already. The rings asked for are the largest that the host has: no size would do.
     #[error(
         "KVM refused the dirty rings, as it does once a vCPU exists: enable them before the first"
     )]
     VcpuExists,
-    /// A vCPU exists already, or the rings are enabled already and a memslot exists: on a host whose rings have
-    /// [bitmaps beside them](crate::HostSupport::with_bitmap) KVM answers both alike.
+    /// A vCPU exists already, or the kernel keeps more entries in reserve than so small a ring has, as a kernel may
+    /// that is newer than this crate: KVM answers both alike. If there is no vCPU, larger rings will do.
     #[error(
-        "KVM refused the dirty rings, as it does once a vCPU exists, and for a second time: enable them \
-         once, before the first vCPU and the first memslot"
+        "KVM refused dirty rings of {entries} entries, as it does once a vCPU exists, and where it keeps as many in \
+         reserve: enable them before the first vCPU; if there is none, take larger rings"
+    )]
+    VcpuOrReserve {
+        /// Entries of each ring.
+        entries: u32,
+    },
+    /// A vCPU exists already, or the rings are enabled already and a memslot exists: on a host whose rings have
+    /// [bitmaps beside them](crate::HostSupport::with_bitmap) KVM answers both alike; and alike where the kernel keeps more
+    /// in reserve than the rings have.
+    #[error(
+        "KVM refused the dirty rings, as it does once a vCPU exists, for a second time, and where they are smaller than \
+         its reserve: enable them once, before the first vCPU and the first memslot; if that is so, take larger ones"
     )]
     TooLate,
     /// A memslot exists already, on a host whose rings have [bitmaps beside
@@ -446,7 +457,8 @@ pub enum ReaperError {
     /// The thread could not be started.
     #[error("starting the reaper's thread failed")]
     Spawn(#[source] Arc<io::Error>),
-    /// A reset failed. The reaper goes on at its policy's pace.
+    /// A reset failed. The reaper goes on at its policy's pace; where one after another fails, more and more slowly, down to
+    /// once a second.
     #[error(transparent)]
     Reset(#[from] ResetError),
     /// The policy failed. The reaper goes on with [`Fixed`](crate::pacing::Fixed), once a second.

@@ -93,7 +93,8 @@
 //! waits for the one that emits them; `docs/guide.md` lists them. With the feature `metrics`, `metrics::publish`
 //! hands stats to a recorder.
 //!
-//! 64-bit Linux on x86-64 and aarch64; a page is a page of the host. Test without `/dev/kvm` on the
+//! 64-bit Linux on x86-64 and aarch64; on riscv64 it compiles, and its unit tests run, but no KVM has run it. It does not
+//! compile for other processors. A page is a page of the host. Test without `/dev/kvm` on the
 //! simulated kernel, `sim` (feature `test-utils`).
 
 #![deny(
@@ -105,6 +106,16 @@
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("kvm-dirty-ring is for 64-bit Linux");
+
+// Orderings, page sizes and the mapping of rings are those of processors on which somebody has run this.
+#[cfg(not(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    target_arch = "riscv64"
+)))]
+compile_error!(
+    "kvm-dirty-ring is for x86_64, aarch64 and riscv64: on no other processor was it ever run"
+);
 
 mod bitmap;
 pub mod convergence;
@@ -123,6 +134,7 @@ pub mod ring;
     any(test, feature = "test-utils"),
     not(all(test, feature = "modelled"))
 ))]
+#[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
 pub mod sim;
 mod slot_id;
 mod slots;

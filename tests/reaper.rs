@@ -152,7 +152,8 @@ fn failing_resets_are_reported() {
     assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
     assert!(reaper.take_error().is_none(), "it is told once");
     fail_once(1);
-    assert!(matches!(reaper.stop(), Err(ReaperError::Reset(_))));
+    // It was got over: who stops the reaper after a migration that went well is not to fail for it.
+    reaper.stop().unwrap();
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty).unwrap();
     assert_eq!(dirty.page_count(), 2);
@@ -365,8 +366,9 @@ fn policies_may_go_with_a_bang() {
         vcpu.write(RAM, 0).unwrap();
         wait_until(|| vcpu.used() == 0);
         assert!(reaper.is_running());
-        let error = reaper.stop();
-        assert_eq!(error.is_err(), !decides, "{error:?}");
+        let error = reaper.take_error();
+        assert_eq!(error.is_some(), !decides, "{error:?}");
+        reaper.stop().unwrap();
     }
 }
 

@@ -2,13 +2,107 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use kvm_dirty_ring::pacing::{Adaptive, Pacer};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm};
-use kvm_dirty_ring::{DirtyPages, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, SlotId, VcpuRing};
 use proptest::prelude::*;
 
 const RAM: SlotId = SlotId::new(0, 0);
 const PAGES: u64 = 10_000;
+
+/// A machine whose kernel keeps more in reserve than anybody knows.
+fn with_more_in_reserve() -> (SimVm, DirtyLog, SimVcpu, VcpuRing) {
+    let mut config = SimConfig::default();
+    (config.ring_entries, config.reserved) = (4096, 1088);
+    config.reported_reserve = Some(64);
+    let vm = SimVm::new(config);
+    let log = vm.dirty_log();
+    log.add_slot(RAM, PAGES).unwrap();
+    vm.create_slot(RAM, PAGES);
+    let vcpu = vm.add_vcpu();
+    let ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    (vm, log, vcpu, ring)
+}
+
+/// A full exit shows it, whatever passes there were since the one before.
+#[test]
+fn a_reserve_that_nobody_knows_is_learnt() {
+    for passes in 0..4 {
+        let (_vm, log, vcpu, mut ring) = with_more_in_reserve();
+        let mut next = 0..PAGES;
+        let mut write = || vcpu.write(RAM, next.next().unwrap());
+        for _ in 0..passes {
+            (0..50).for_each(|_| write().unwrap());
+            log.reap().unwrap();
+        }
+        log.observe(&mut Vec::new());
+        assert_eq!(log.stats().vcpus[0].soft_limit, 4032);
+        while write().is_ok() {}
+        ring.on_full().unwrap();
+        assert_eq!(
+            log.stats().vcpus[0].soft_limit,
+            3008,
+            "after {passes} passes"
+        );
+    }
+}
+
+/// What was looked at after the vCPU had left the guest shows nothing: another pass has emptied most of its ring.
+#[test]
+fn a_look_after_the_exit_shows_no_limit() {
+    let (vm, log, vcpu, mut ring) = with_more_in_reserve();
+    let spare = vm.add_vcpu();
+    let _spare_ring = log.attach_ring(spare.ring_memory()).unwrap();
+    (0..2000).for_each(|page| vcpu.write(RAM, page).unwrap());
+    ring.harvest_and_stop();
+    (2000..3008).for_each(|page| vcpu.write(RAM, page).unwrap());
+    assert!(vcpu.write(RAM, 3008).is_err());
+    // Recycles the former, and leaves the latter.
+    spare.write(RAM, 5000).unwrap();
+    log.reap_rings(&[false, true]).unwrap();
+    log.observe(&mut Vec::new());
+    ring.on_full().unwrap();
+    assert_eq!(log.stats().vcpus[0].soft_limit, 4032);
+}
+
+/// A reaper that took the ring for larger than it is comes in time from then on.
+#[test]
+fn a_reaper_comes_in_time_once_it_has_learnt_the_limit() {
+    let (vm, log, vcpu, mut ring) = with_more_in_reserve();
+    let mut pacer = Pacer::new(Adaptive::default());
+    let (mut rings, mut woken) = (Vec::new(), false);
+    let (mut now, mut next) = (Duration::ZERO, 0u64);
+    let mut late_exits = 0;
+    for step in 0..20_000 {
+        // A steady writer: 2 pages in 10 us.
+        now += Duration::from_micros(10);
+        for _ in 0..2 {
+            next += 1;
+            if next % PAGES == 0 {
+                vm.rearm_slot(RAM);
+            }
+            while vcpu.write(RAM, next % PAGES).is_err() {
+                ring.on_full().unwrap();
+                woken = true;
+                late_exits += u64::from(step > 10_000);
+            }
+        }
+        if woken || now >= pacer.due() {
+            log.observe(&mut rings);
+            pacer
+                .look(now, std::mem::take(&mut woken), &mut rings)
+                .unwrap();
+            if !pacer.reap().is_empty() {
+                let entries = log.reap_rings(pacer.reap()).unwrap();
+                pacer.passed(now, entries);
+            }
+        }
+    }
+    assert_eq!(log.stats().vcpus[0].soft_limit, 3008);
+    assert_eq!(late_exits, 0, "the vCPU stops on");
+}
 
 /// What happens to a guest whose kernel keeps its reserve.
 #[derive(Debug, Clone)]

@@ -69,6 +69,41 @@ fn ids_are_taken_until_a_removal_is_finished() {
     assert_eq!(dirty.words(RAM), Some(&[1 << 19][..]));
 }
 
+/// What was found of a slot and not sent would pass for pages of the next slot with its id, which has fewer.
+#[test]
+fn pages_of_a_slot_that_is_gone_are_no_other_slots() {
+    let (vm, log, vcpu, _ring) = with_ram(100);
+    let other = SlotId::new(0, 6);
+    log.add_slot(other, 10).unwrap();
+    log.mark_dirty(other, 3, 1).unwrap();
+    vcpu.write(RAM, 99).unwrap();
+    let mut dirty = DirtyPages::new();
+    log.sync(&mut dirty).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    vm.delete_slot(RAM);
+    log.finish_slot(&retired).unwrap();
+    log.add_slot(RAM, 10).unwrap();
+    vm.create_slot(RAM, 10);
+    assert!(dirty.contains(RAM, 99), "it names the slot before");
+    dirty.clear_slot(RAM);
+    assert_eq!(dirty.pages().collect::<Vec<_>>(), [(other, 3)]);
+    assert_eq!(dirty.words(RAM), None);
+    // It serves on, for the slot that has the id now.
+    vcpu.write(RAM, 7).unwrap();
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(dirty.pages().collect::<Vec<_>>(), [(RAM, 7)]);
+    // Neither given back nor merged are they the new one's.
+    log.put_back(&dirty).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    vm.delete_slot(RAM);
+    log.finish_slot(&retired).unwrap();
+    log.add_slot(RAM, 10).unwrap();
+    log.put_back(&dirty).unwrap();
+    let mut next = DirtyPages::new();
+    log.sync(&mut next).unwrap();
+    assert!(next.is_empty());
+}
+
 /// Whoever insists that entries are recycled is disappointed four times: by a reset, and by its repetition.
 fn none_recycled() -> impl Iterator<Item = ResetFault> {
     let stops = ResetFault::Short { after: 0 };

@@ -48,6 +48,13 @@ impl Guest {
         self.vm.create_slot(self.ram, self.memory.pages());
     }
 
+    /// Another slot, with memory of its own: `mmap`, and `KVM_SET_USER_MEMORY_REGION` as above. No vCPU of these examples
+    /// writes there.
+    pub fn add_memory(&self, slot: SlotId, pages: u64) -> Arc<Memory> {
+        self.vm.create_slot(slot, pages);
+        Arc::new(Memory::new(pages))
+    }
+
     /// `KVM_CREATE_VCPU`.
     pub fn create_vcpu(&self, load: Load) -> Vcpu {
         Vcpu {
@@ -145,6 +152,13 @@ impl Memory {
         let page = &self.words[page as usize * WORDS..][..WORDS];
         page[0].store(number, Ordering::Relaxed);
         page[number as usize % WORDS].store(number, Ordering::Relaxed);
+    }
+
+    /// Gives a page back to the host, which reads as zeroes from then on: `madvise(MADV_DONTNEED)`.
+    pub fn discard(&self, page: u64) {
+        let page = &self.words[page as usize * WORDS..][..WORDS];
+        page.iter()
+            .for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// The bytes of `pages` pages.

@@ -142,10 +142,10 @@ fn adding(log: DirtyLog, slot: SlotId, pages: u64, region: kvm_userspace_memory_
 
 #[rustfmt::skip]
 fn removing(
-    log: DirtyLog, mut dirty: DirtyPages, slot: SlotId, mut region: kvm_userspace_memory_region,
+    log: DirtyLog, mut last: DirtyPages, slot: SlotId, mut region: kvm_userspace_memory_region,
 ) -> Outcome {
     let retired = log.retire_slot(slot)?;  // what was written is known now
-    log.sync(&mut dirty)?;                 // if these pages are to be copied: for the last time
+    log.sync_retired(&retired, &mut last)?; // if these pages are to be copied: for the last time
     region.memory_size = 0;
     set_region(&region)?;                  // deleted in KVM
     log.finish_slot(&retired)?;            // the id is free now

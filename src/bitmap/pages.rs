@@ -186,6 +186,7 @@ impl PageBits {
     }
 
     /// The last page whose bit is set in `words`.
+    #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn last_in(&self, words: Range<usize>) -> Option<u64> {
         let words = words.start..words.end.min(self.words.len());
         let highest = |word: u64| u64::from(u64::BITS - 1 - word.leading_zeros());

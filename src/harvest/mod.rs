@@ -6,4 +6,5 @@
 pub(crate) mod kernel_bits;
 pub(crate) mod pass;
 pub(crate) mod reset_gate;
+mod strays;
 pub(crate) mod vcpu;

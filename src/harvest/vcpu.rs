@@ -38,6 +38,8 @@ pub(crate) struct Counts {
     pub(crate) soft_limit: Counter,
     /// Whether one has.
     limit_is_shown: Counter,
+    /// See [`Vcpu::note_look`].
+    look: Counter,
 }
 
 /// Entries at which the vCPU stops, and whether a full exit has shown that.
@@ -167,6 +169,25 @@ impl Vcpu {
         }
     }
 
+    /// Notes a look at the ring, at which `waiting` entries waited behind `taken`, all of which had been recycled before
+    /// that was counted.
+    fn note_look(&self, taken: u64, waiting: u32) {
+        // In one word, so that the two belong together. None is zero.
+        self.counts.look.set(taken << 32 | u64::from(waiting + 1));
+    }
+
+    /// Whether the vCPU's exit, which its thread handles, saw nothing in the ring but the last `entries` that were
+    /// taken. If so many had not been logged by the last look, the vCPU left the guest after it; and by then all
+    /// before these had been recycled.
+    pub(crate) fn exit_saw_only(&self, entries: u32) -> bool {
+        let look = self.counts.look.get();
+        let Some(waiting) = (look as u32).checked_sub(1) else {
+            return false;
+        };
+        let since = (self.taken() as u32).wrapping_sub((look >> 32) as u32);
+        since == entries && entries > waiting
+    }
+
     /// Entries that the vCPU has logged so far.
     pub(crate) fn logged(&self) -> u64 {
         let (waiting, taken) = self.occupancy();
@@ -185,7 +206,12 @@ impl Vcpu {
 
     /// What a pacing policy is shown.
     pub(crate) fn observe(&self) -> RingObservation {
+        let before = self.taken();
+        let all_recycled = self.gauge(before).all_recycled();
         let (waiting, taken) = self.occupancy();
+        if all_recycled && taken == before {
+            self.note_look(taken, waiting);
+        }
         RingObservation {
             entries: self.memory.entries().into(),
             soft_limit: self.counts.soft_limit.get(),

@@ -158,13 +158,7 @@ pub(super) fn enable(
     if is_initially_set(fd)? {
         return Err(EnableError::InitiallySet);
     }
-    // `kvm_vm_ioctl_enable_dirty_log_ring` returns EINVAL for a wrong size, for a second time, both ruled
-    // out by now, and once a vCPU exists.
-    let refused = match support.with_bitmap {
-        // Of rings that are there beside bitmaps `is_enabled` hears nothing once there is a memslot.
-        true => EnableError::TooLate,
-        false => EnableError::VcpuExists,
-    };
+    let refused = refusal(entries.get(), &support);
     enable_cap(fd, cap, entries.bytes(), refused)?;
     if !support.with_bitmap {
         return Ok(None);
@@ -173,6 +167,20 @@ pub(super) fn enable(
     let cap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
     enable_cap(fd, cap, 0, EnableError::SlotExists)?;
     bitmaps(fd).map(Some)
+}
+
+/// Why KVM refuses rings of `entries` with EINVAL. `kvm_vm_ioctl_enable_dirty_log_ring` does for a second time and once a
+/// vCPU exists; and where the ring does not hold its reserve, of which it tells nobody the size: those that are known
+/// are ruled out by now, but the next kernel may keep more.
+fn refusal(entries: u32, support: &HostSupport) -> EnableError {
+    if support.with_bitmap {
+        // Of rings that are there beside bitmaps `is_enabled` hears nothing once there is a memslot.
+        return EnableError::TooLate;
+    }
+    match entries < support.max_entries {
+        true => EnableError::VcpuOrReserve { entries },
+        false => EnableError::VcpuExists,
+    }
 }
 
 /// The bitmaps of the VM behind `fd`, if it has no rings.
@@ -365,6 +373,28 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// KVM has one answer for a vCPU that exists and for a ring that does not hold its reserve.
+    #[test]
+    fn a_reserve_that_nobody_knows_is_among_the_reasons() {
+        let support = |with_bitmap| HostSupport {
+            max_entries: 65_536,
+            acq_rel: true,
+            with_bitmap,
+        };
+        let refused = refusal(1024, &support(false));
+        assert!(matches!(
+            refused,
+            EnableError::VcpuOrReserve { entries: 1024 }
+        ));
+        let told = refused.to_string();
+        assert!(told.contains("vCPU") && told.contains("reserve") && told.contains("larger"));
+        // No kernel has its largest ring in reserve.
+        let refused = refusal(65_536, &support(false));
+        assert!(matches!(refused, EnableError::VcpuExists));
+        let refused = refusal(1024, &support(true));
+        assert!(matches!(refused, EnableError::TooLate) && refused.to_string().contains("reserve"));
+    }
 
     #[test]
     fn sizes_are_refused_with_what_is_allowed() {

@@ -23,6 +23,12 @@ impl DirtyLog {
     /// costs a sync one ioctl a slot, which copies a bit a page, 32 KiB for 1 GiB, and one more for
     /// each GiB with such pages.
     ///
+    /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused. Don't switch that on
+    /// *later*, either: slots that are made or begin to be logged from then on lose their first writes, and nothing
+    /// shows it. KVM does not tell what was enabled, and with rings it has no bitmap by which a slot would, so no later
+    /// call of this crate can notice. A VMM that can't vouch for all of its parts enables the capability once more
+    /// without that flag (`args[0]` 0, or 1) before it makes slots and before it starts tracking.
+    ///
     /// # Errors
     /// Each way in which KVM refuses it is a variant of its own; the VM is as it was, but for
     /// [`EnableError::SlotExists`].

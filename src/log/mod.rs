@@ -12,6 +12,7 @@ pub(crate) mod on_demand;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) mod rate;
 mod rearm;
+mod retired;
 pub(crate) mod slots;
 mod sync;
 mod tracking;
@@ -222,11 +223,12 @@ impl DirtyLog {
     }
 
     /// As [`reap`](Self::reap), on shard `shard` (modulo how many there are), where pages land only
-    /// if several passes are under way at once.
+    /// if several passes are under way at once. For tests (feature `test-utils`).
     ///
     /// # Errors
     /// As [`reap`](Self::reap).
     #[cfg(feature = "test-utils")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
     pub fn reap_on_shard(&self, shard: usize) -> Result<u64, ResetError> {
         let harvester = &self.inner.harvester;
         let shard = harvester.pool.acquire(shard % harvester.pool.len());
@@ -238,7 +240,7 @@ impl DirtyLog {
 
     /// Replaces what is in `rings` by what a [pacing](crate::pacing) policy is to be shown of each
     /// ring, in the order in which the vCPUs were attached. It reads about a dozen flags a ring,
-    /// one if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only
+    /// two if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only
     /// while slots or vCPUs are added or removed may it wait a moment. By the time it returns, vCPUs
     /// may have logged more.
     pub fn observe(&self, rings: &mut Vec<RingObservation>) {

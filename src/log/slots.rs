@@ -94,7 +94,8 @@ impl DirtyLog {
     /// Begins to remove a memslot: empties the rings, and takes the kernel's own bits of it, so that
     /// what the guest wrote is known before the slot goes. Then delete the slot in KVM and call
     /// [`finish_slot`](Self::finish_slot). In between the slot is still tracked, and its id cannot be
-    /// added. Whoever wants its last pages has to sync before it is finished.
+    /// added. Whoever wants its last pages takes them by [`sync_retired`](Self::sync_retired) before it is
+    /// finished; a [`sync`](Self::sync) would take those of all other slots with them.
     ///
     /// Pages that the guest writes after this and before the deletion are not copied by anybody
     /// any more, nor are those that a running vCPU has written before and its processor's
@@ -113,7 +114,7 @@ impl DirtyLog {
     /// # log.add_slot(ram, 1000)?;
     /// # vm.create_slot(ram, 1000);
     /// let retired = log.retire_slot(ram)?;
-    /// log.sync(&mut DirtyPages::new())?; // its last pages, if they are to be copied
+    /// log.sync_retired(&retired, &mut DirtyPages::new())?; // its last pages, if they are to be copied
     /// vm.delete_slot(ram); // KVM_SET_USER_MEMORY_REGION of no size
     /// log.finish_slot(&retired)?;
     /// log.add_slot(ram, 500)?; // the id is free again
@@ -154,7 +155,8 @@ impl DirtyLog {
 
     /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
     /// still name it, and has them recycled, so that none can ever land in a later slot of that id or be
-    /// reset beside its entries. From then on the id may be added again.
+    /// reset beside its entries. From then on the id may be added again. `DirtyPages` that name the slot still do: [clear
+    /// it](crate::DirtyPages::clear_slot) there before another has the id.
     ///
     /// # Errors
     /// [`SlotError::Unknown`] if it is finished already, [`SlotError::Kept`] if it was called off; a reset
@@ -190,8 +192,8 @@ impl DirtyLog {
 /// A memslot whose removal has begun, see [`DirtyLog::retire_slot`].
 #[must_use = "the slot's id stays taken until the removal is finished, or called off"]
 pub struct RetiredSlot {
-    slot: Arc<Slot>,
-    removal: Removal,
+    pub(super) slot: Arc<Slot>,
+    pub(super) removal: Removal,
 }
 
 impl RetiredSlot {

@@ -25,9 +25,10 @@ impl DirtyLog {
     /// Where a [working set](Self::set_working_set) is on, some of these pages are not protected: those that
     /// [`DirtyPages::members`] tells from the [others](DirtyPages::others). Each sync reports them.
     ///
-    /// Each other page is handed out once, to whichever call comes first: where two parts of a VMM need
-    /// dirty pages, let one sync, and keep the result for both. Pages that were not copied, because
-    /// sending them failed, are the caller's: keep them, or [mark](Self::mark_dirty) them again. While a
+    /// Each other page, of whichever slot, is handed out once, to whichever call comes first: where two parts of
+    /// a VMM need dirty pages, let one sync, and keep the result for both. A thread that needs the last pages of a
+    /// slot that it removes takes these alone, by [`sync_retired`](Self::sync_retired). Pages that were not copied,
+    /// because sending them failed, are the caller's: keep them, or [give them back](Self::put_back). While a
     /// slot is [being removed](Self::retire_slot) its pages are reported still, and `dirty` may name it
     /// for longer: keep its memory until all of that is copied or cleared.
     ///
@@ -107,14 +108,18 @@ impl DirtyLog {
             core::mem::swap(&mut *collected.pending, collected.dirty);
         }
         self.collect(collected.dirty)?;
+        let harvester = &self.inner.harvester;
+        if harvester.working_set.was_ever_on() {
+            self.tell_members(collected.dirty, harvester.any_broken())?;
+        }
         collected.complete = true;
         // What was the caller's would keep slots that are gone, for as long as no sync needs it.
         *collected.pending = DirtyPages::new();
         Ok(())
     }
 
-    /// Adds every page written before the call, and those under suspicion, to `dirty`.
-    fn collect(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
+    /// Adds every page written before the call, and those under suspicion, to `dirty`. Under the lock on syncs.
+    pub(super) fn collect(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         let harvester = &self.inner.harvester;
         for shard in 0..harvester.pool.len() {
             // Waits for the pass that holds the shard: its pages are harvested, and we are not to
@@ -148,10 +153,7 @@ impl DirtyLog {
                 bits.fill();
             }
         }
-        match has_members {
-            true => self.tell_members(dirty, all),
-            false => Ok(()),
-        }
+        Ok(())
     }
 
     /// Notes which pages stay open. Where all of a slot is dirty in any case, or it goes and this may be the last chance to

@@ -121,3 +121,61 @@ impl DirtyLog {
         }
     }
 }
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+    use crate::sim::{SimConfig, SimVm};
+
+    const SLOTS: u16 = 1000;
+    const RINGS: u64 = 16;
+
+    /// A thousand slots are stopped, under locks: nobody looks through all rings for each of them.
+    #[test]
+    fn to_stop_many_slots_takes_one_look_or_none() {
+        let vm = SimVm::new(SimConfig::default());
+        let log = vm.dirty_log();
+        let slots: Vec<SlotId> = (0..SLOTS).map(|id| SlotId::new(0, id)).collect();
+        for &slot in &slots {
+            log.add_slot(slot, 64).unwrap();
+            vm.create_slot(slot, 64);
+        }
+        let vcpus: Vec<_> = (0..RINGS).map(|_| vm.add_vcpu()).collect();
+        let attach = |vcpu: &crate::sim::SimVcpu| log.attach_ring(vcpu.ring_memory()).unwrap();
+        let mut rings: Vec<_> = vcpus.iter().map(attach).collect();
+        let looked_at = || log.inner().harvester.strays.looked_at.get();
+        let look = RINGS * u64::from(log.ring_entries());
+        let stop_all = || {
+            for &slot in &slots {
+                log.stop_tracking(slot, || {
+                    vm.set_logged(slot, false);
+                    Ok(())
+                })
+                .unwrap();
+                log.start_tracking(slot, || {
+                    vm.set_logged(slot, true);
+                    Ok(())
+                })
+                .unwrap();
+            }
+        };
+        vcpus[3].write(slots[1], 5).unwrap();
+        rings[3].harvest_and_stop();
+        stop_all();
+        assert_eq!(looked_at(), 0, "there was never anything to be found");
+        // One entry past the end of its slot: a look for all, and another for that slot.
+        vcpus[3].garble_next(slots[7].raw(), 64);
+        vcpus[3].write(slots[2], 5).unwrap();
+        rings[3].harvest_and_stop();
+        stop_all();
+        assert_eq!(looked_at(), 2 * look);
+        let suspects = || log.inner().harvester.suspects();
+        assert_eq!(suspects(), 64, "the slot that the entry names");
+        // It is recycled, and the slot's stop finds that out.
+        log.reap().unwrap();
+        stop_all();
+        assert_eq!((looked_at(), suspects()), (3 * look, 0));
+        stop_all();
+        assert_eq!(looked_at(), 3 * look);
+    }
+}

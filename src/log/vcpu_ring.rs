@@ -154,8 +154,9 @@ impl VcpuRing {
 
     /// Harvests this ring and ends the pass before its reset, as a panic in between would: its
     /// pages come with a later sync, after the reset that the sync makes up for. Returns how many
-    /// entries there were.
+    /// entries there were. For tests (feature `test-utils`).
     #[cfg(feature = "test-utils")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
     pub fn harvest_and_stop(&mut self) -> u32 {
         self.inner.harvester.begin().harvest(&self.vcpu).entries
     }
@@ -166,12 +167,15 @@ impl VcpuRing {
         let taken = pass.harvest(&self.vcpu);
         *entries = taken.entries;
         // Whether the vCPU's exit saw nothing but what we have taken: all that was taken before was recycled
-        // before, and since then nobody else has taken any. Asked now: another pass may have been faster.
+        // before, and since then nobody else has taken any. Asked now: another pass may have been faster. Since the
+        // exit before, or since somebody last looked at the ring: where a reaper empties it now and then, it would never
+        // show its limit otherwise, and the reaper never learn that it comes too late.
         let is_all = |before: &Seen| {
             let since = self.vcpu.taken() - before.taken;
             before.all_recycled && since == u64::from(taken.entries)
         };
-        let alone = self.before.as_ref().is_some_and(is_all);
+        let alone =
+            self.before.as_ref().is_some_and(is_all) || self.vcpu.exit_saw_only(taken.entries);
         // No kernel stops a vCPU at so little.
         let is_little = alone && u64::from(taken.entries) * 16 < self.prior;
         let limit = self.vcpu.soft_limit();

@@ -29,6 +29,11 @@ impl<'a> Gauge<'a> {
         count == 0 || count <= self.memory.entries() && self.is_dirty(count - 1)
     }
 
+    /// Whether all entries before the consumer are recycled: one load, as they are recycled in order.
+    pub(crate) fn all_recycled(&self) -> bool {
+        !self.at(self.memory.entries() - 1).awaits_reset()
+    }
+
     /// How many entries wait: one load if none does, else a load for each bit of the ring's size,
     /// and two.
     pub(crate) fn occupancy(&self) -> u32 {

@@ -10,6 +10,9 @@ pub struct SimConfig {
     pub ring_entries: u32,
     /// Entries in reserve: a vCPU stops that many before its ring's end.
     pub reserved: u32,
+    /// What it says of that number, which the log takes for likely; none: the truth. Kernels tell nobody, and the next may
+    /// keep more than those before.
+    pub reported_reserve: Option<u32>,
     /// Entries of each vCPU's hardware buffer (Intel's page-modification logging has 512), whose
     /// pages reach the ring late: when it is full, or when the vCPU leaves the guest. Zero: none.
     pub pml: usize,
@@ -35,6 +38,7 @@ impl Default for SimConfig {
         Self {
             ring_entries: 4096,
             reserved: RESERVED_ENTRIES,
+            reported_reserve: None,
             pml: 0,
             first_index: 0,
             mode: Mode::Rings,

@@ -223,7 +223,8 @@ impl Kernel for SimVm {
     }
 
     fn reserved_entries(&self) -> u32 {
-        self.inner.config.reserved
+        let config = &self.inner.config;
+        config.reported_reserve.unwrap_or(config.reserved)
     }
 
     fn mode(&self) -> Mode {

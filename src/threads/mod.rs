@@ -2,6 +2,7 @@
 //!
 //! May import: ground, pacing, observe, kvm, log.
 
+mod backoff;
 pub(crate) mod limiter;
 pub(crate) mod reaper;
 pub(crate) mod scheduling;

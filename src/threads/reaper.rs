@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Instant;
 
+use super::backoff::Backoff;
 use super::scheduling::{Priority, prepare};
 use crate::error::ReaperError;
 use crate::log::DirtyLog;
@@ -218,11 +219,17 @@ impl Reaper {
 
     /// Stops the thread and waits for it. What is in the rings stays there for the next sync.
     ///
+    /// What went wrong on the way, and was got over, is no error of this call: ask [`take_error`](Self::take_error)
+    /// before.
+    ///
     /// # Errors
-    /// What went wrong last and was not asked for yet.
+    /// [`ReaperError::Panicked`]: it had ended before, and nobody knew.
     pub fn stop(mut self) -> Result<(), ReaperError> {
         self.end();
-        self.take_error().map_or(Ok(()), Err)
+        match self.take_error() {
+            Some(error @ ReaperError::Panicked) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn end(&mut self) {
@@ -252,6 +259,8 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
     let start = Instant::now();
     let mut rings = Vec::new();
     let mut load = Load::default();
+    let mut backoff = Backoff::default();
+    let mut due = pacer.due();
     let mut deaf = start;
     let mut heard = Heard::Nothing;
     let mut pauses = false;
@@ -291,7 +300,7 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         counts.looks.add(1);
         match heard {
             Heard::Nothing => {
-                let late = now.saturating_sub(pacer.due());
+                let late = now.saturating_sub(due);
                 counts.lateness_ns.set(late.as_nanos() as u64);
             }
             Heard::Full => counts.woken.add(1),
@@ -303,10 +312,11 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         let decided = start.elapsed();
         let mut took = Duration::ZERO;
         if !pacer.reap().is_empty() {
-            let entries = log.reap_rings(pacer.reap()).unwrap_or_else(|error| {
+            let taken = log.reap_rings(pacer.reap()).map_err(|error| {
                 control.report(error);
-                0
             });
+            backoff.note(taken.ok());
+            let entries = taken.unwrap_or(0);
             let end = start.elapsed();
             pacer.passed(end, entries);
             took = end - decided;
@@ -314,8 +324,11 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
             counts.entries.add(entries);
             counts.pass_ns.add(took.as_nanos() as u64);
         }
-        let due = pacer.due();
         let asleep = start.elapsed();
+        // Nor is a full ring to wake it sooner, which it could not empty.
+        let patient = asleep + backoff.delay();
+        due = pacer.due().max(patient);
+        deaf = deaf.max(start + patient);
         let delay_ns = due.saturating_sub(asleep).as_nanos() as u64;
         counts.delay_ns.set(delay_ns);
         trace::look(heard.kick(), pacer.reap(), delay_ns);

@@ -2,6 +2,7 @@
 //! for it.
 
 use std::fs::File;
+use std::io;
 use std::slice::from_ref;
 use std::sync::Arc;
 
@@ -16,9 +17,9 @@ use kvm_integration::{
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
-use super::harness::Outcome;
+use super::harness::{Outcome, remark};
 use super::machine::{
-    Machine, assert_unsuspicious, gpa, host_page_size, page_of, run_passes, slot_id, stop,
+    Machine, assert_unsuspicious, gpa, host_page_size, page_of, pause, run_passes, slot_id, stop,
     wait_paused,
 };
 
@@ -29,6 +30,7 @@ tests![
     twice_takes_no_entries,
     after_a_vcpu,
     manual_protection,
+    initially_set_when_it_is_too_late,
     slots_of_the_vmm_are_left_alone,
     no_vcpu,
     vcpu_of_a_vm_without_rings,
@@ -174,6 +176,12 @@ fn after_a_vcpu() -> Outcome {
     let vcpu = vcpu(&vm)?;
     let late = DirtyLog::enable(vm.vm_fd(), entries());
     match (HostSupport::query()?.with_bitmap, &late) {
+        (false, Err(EnableError::VcpuOrReserve { .. })) | (true, Err(EnableError::TooLate)) => {}
+        _ => panic!("{late:?}"),
+    }
+    let largest = RingEntries::new(HostSupport::query()?.max_entries)?;
+    let late = DirtyLog::enable(vm.vm_fd(), largest);
+    match (HostSupport::query()?.with_bitmap, &late) {
         (false, Err(EnableError::VcpuExists)) | (true, Err(EnableError::TooLate)) => {}
         _ => panic!("{late:?}"),
     }
@@ -186,16 +194,56 @@ fn after_a_vcpu() -> Outcome {
     Ok(Completed)
 }
 
-fn manual_protection() -> Outcome {
-    let set = |vm: &TinyVm, flags| {
-        let mut protect = kvm_enable_cap {
-            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            ..Default::default()
-        };
-        protect.args[0] = flags;
-        vm.vm_fd().enable_cap(&protect)
+/// Switches manual protection: `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE` is 1, `KVM_DIRTY_LOG_INITIALLY_SET` 2.
+fn set_manual_protection(vm: &TinyVm, flags: u64) -> Result<(), Failed> {
+    let mut protect = kvm_enable_cap {
+        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        ..Default::default()
     };
-    // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, without and with KVM_DIRTY_LOG_INITIALLY_SET.
+    protect.args[0] = flags;
+    Ok(vm.vm_fd().enable_cap(&protect)?)
+}
+
+/// Switched on once the rings are there, it can't be noticed. What the guide advises is enough: to switch it off before
+/// slots are logged.
+fn initially_set_when_it_is_too_late() -> Outcome {
+    for is_switched_off in [true, false] {
+        let mut machine = Machine::new(1024, &[64])?;
+        let switch = |machine: &Machine, on| {
+            let set = || machine.vm.set_logged(1, on).map_err(io::Error::other);
+            match on {
+                true => machine.log.start_tracking(slot_id(1), set),
+                false => machine.log.stop_tracking(slot_id(1), set),
+            }
+        };
+        let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+        switch(&machine, false)?;
+        // All of it is mapped for writing.
+        run_passes(&vcpus, 2)?;
+        set_manual_protection(&machine.vm, 3)?;
+        if is_switched_off {
+            set_manual_protection(&machine.vm, 0)?;
+        }
+        switch(&machine, true)?;
+        assert_eq!(machine.round()?, 64);
+        run_passes(&vcpus, 2)?;
+        pause(&vcpus)?;
+        let found = machine.round()?;
+        if is_switched_off {
+            assert_eq!(found, 64);
+            machine.compare()?;
+        } else {
+            remark(&format!(
+                "of 64 pages {found} are logged with INITIALLY_SET"
+            ));
+        }
+        stop(vcpus)?;
+    }
+    Ok(Completed)
+}
+
+fn manual_protection() -> Outcome {
+    let set = set_manual_protection;
     let enabled = vm()?;
     set(&enabled, 1)?;
     still_works(enabled)?;
