@@ -218,18 +218,18 @@ mod tests {
         fn guest_pages_are_marked_as_one_by_one(
             words in vec(prop_oneof![Just(0u64), any::<u64>(), 0u64..8], 1..4),
             begin in 0u64..6,
-            shift in 0u32..4,
+            shift in 0u32..5,
         ) {
             let host_page = page_size() as u64;
             let log = SimVm::new(SimConfig::default()).dirty_log();
             let slots = [SlotId::new(0, 0), SlotId::new(0, 1)];
-            let regions = [(slots[0], 10, 70), (slots[1], 85, 100)];
+            let regions = [(slots[0], 10, 72), (slots[1], 85, 100)];
             for (slot, _, pages) in regions {
                 log.add_slot(slot, pages).unwrap();
             }
             let region = |(slot, first, pages)| GuestRegion { slot, address: first * host_page, pages };
             let map = GuestMap::new(regions.map(region)).unwrap();
-            // Half a page of the host's, one, two, and four.
+            // Half a page of the host's, one, two, four, and eight, one of which reaches into both regions.
             let page_bytes = (host_page / 2) << shift;
             let address = begin * 8 * host_page;
             let holes = log.mark_guest_words(&map, address, page_bytes, &words).unwrap();
