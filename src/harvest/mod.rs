@@ -6,5 +6,4 @@
 pub(crate) mod kernel_bits;
 pub(crate) mod pass;
 pub(crate) mod reset_gate;
-mod strays;
 pub(crate) mod vcpu;

@@ -6,7 +6,6 @@ use crate::bitmap::pages::PageBits;
 use crate::bitmap::pool::{MAX_SHARDS, ShardGuard, ShardPool, Unreset};
 use crate::error::ResetError;
 use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
-use crate::harvest::strays::Strays;
 use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
 use crate::ring::entry::NO_SLOT;
@@ -33,7 +32,6 @@ pub(crate) struct Harvester {
     pub(crate) pool: ShardPool,
     layout: Mutex<Arc<Layout>>,
     pub(crate) counts: Counts,
-    pub(crate) strays: Strays,
     /// What may stay open of what passes find.
     pub(crate) working_set: Terms,
 }
@@ -101,7 +99,6 @@ impl Harvester {
             pool: ShardPool::new(shards),
             layout: Mutex::default(),
             counts: Counts::default(),
-            strays: Strays::default(),
             working_set: Terms::default(),
         }
     }
@@ -243,40 +240,13 @@ impl Harvester {
     ///
     /// But as long as an entry waits for its reset that names a page past the slot's end, all of them stay
     /// under it: the kernel will forget the batch, and what is written and harvested by then may be in it.
-    ///
-    /// Who marks such entries counts them, and then makes the slot suspect, before he gives the right to harvest away, and
-    /// so before they can be recycled. So either that comes after the suspicion was ended, or the count and the entries
-    /// are seen here: by the acquire of what ends it.
+    /// Who marks such entries makes the slot suspect before he gives the ring away, or the right to harvest:
+    /// so either that comes after this, or the entries are seen here.
     pub(crate) fn end_suspicion(&self, slot: &Slot, bits: &mut PageBits) {
         slot.take_suspects_into(bits);
-        if self.may_await_past_the_end_of(slot) {
+        if self.awaits_reset_of(slot.id(), slot.pages()) {
             slot.suspect_all();
         }
-    }
-
-    /// Whether an entry waits for its reset, or may, that names a page past the end of the slot. All rings are looked at
-    /// for all slots at once, and not at all while no pass has met one: a slot of more pages that had the id before
-    /// went with all of its entries recycled, as did those that there were before a slot was added.
-    fn may_await_past_the_end_of(&self, slot: &Slot) -> bool {
-        let counts = &self.counts;
-        let counted = || counts.out_of_range.get() + counts.unknown_slot.get();
-        let layout = self.layout();
-        let is_stray = |slot: u32, page: u64| {
-            let known = layout.slots.get(slot);
-            known.is_none_or(|known| page >= known.pages())
-        };
-        self.strays.may_name(slot.id().raw(), counted, |slots| {
-            let mut looked_at = 0;
-            for vcpu in &layout.vcpus {
-                let ring = lock(&vcpu.ring);
-                let strays = ring
-                    .awaiting_reset()
-                    .filter(|&(slot, page)| is_stray(slot, page));
-                slots.extend(strays.map(|(slot, _)| slot));
-                looked_at += u64::from(ring.entries());
-            }
-            looked_at
-        })
     }
 }
 

@@ -151,17 +151,11 @@ impl RingView {
     /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
     /// somebody else may have left the indices. Looks at every entry.
     pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
-        let mut named = self.awaiting_reset();
-        named.any(|(named, page)| named == slot && page >= first)
-    }
-
-    /// The payloads of all entries that wait for a reset, wherever somebody else may have left the indices. Looks at
-    /// every entry.
-    pub(crate) fn awaiting_reset(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
         let entries = (0..self.entries()).map(|index| self.memory.at(index));
         // The payload of any other may be the vCPU's to fill just now.
         let waiting = entries.filter(|entry| entry.awaits_reset());
-        waiting.map(Entry::payload)
+        let mut named = waiting.map(Entry::payload);
+        named.any(|(named, page)| named == slot && page >= first)
     }
 
     /// The payload of the last harvested entry, as long as the vCPU has not come round to it: slot and page.

@@ -161,9 +161,8 @@ impl Slot {
 
     /// Puts every page of the slot under suspicion.
     pub(crate) fn suspect_all(&self) {
-        // Release: pairs with the acquire load in `copy_suspects_into`, and that in `take_suspects_into`. A swap, so that
-        // who ends it acquires from all who have set it, and not from the last alone.
-        self.all_suspect.swap(true, Ordering::Release);
+        // Release: pairs with the acquire load in `copy_suspects_into`.
+        self.all_suspect.store(true, Ordering::Release);
     }
 
     /// How many pages are under suspicion.
