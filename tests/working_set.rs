@@ -1,7 +1,7 @@
 //! The writable working set beside everything else that a log does, on the simulated kernel.
 
+#[allow(dead_code, reason = "what other scenarios need, too")]
 #[path = "common/scenario.rs"]
-#[allow(dead_code)]
 mod scenario;
 
 use std::cell::Cell;
@@ -114,22 +114,6 @@ fn how_many_of_the_closed_are_back_is_counted() {
     sync(&mut machine);
     let set = machine.log.stats().working_set;
     assert_eq!((set.members, set.last_closed, set.back), (4, 4, 2));
-}
-
-#[test]
-fn a_failed_refresh_keeps_the_members() {
-    let mut machine = machine(10);
-    machine.write(0..3);
-    sync(&mut machine);
-    let failed = machine.log.refresh(|_| Err(io::ErrorKind::Other.into()));
-    assert!(matches!(failed, Err(SlotError::Protect { slot: RAM, .. })));
-    assert_eq!(machine.log.stats().working_set.members, 3);
-    // The slot need not be logged any more: all of it is dirty, and to be sent in each round.
-    let (members, others) = sync(&mut machine);
-    assert_eq!((members, others.len()), (NONE, 300));
-    refresh(&machine);
-    sync(&mut machine);
-    assert_eq!(sync(&mut machine), (NONE, NONE));
 }
 
 /// A pass that is in flight when a refresh begins lets pages join in the middle of it.
@@ -386,6 +370,29 @@ fn a_kernel_that_ignores_void_entries_switches_it_off() {
     );
 }
 
+/// KVM drops its mappings of all pages when a slot goes, and logs each member once more.
+#[test]
+fn members_that_are_all_logged_once_more_keep_it_on() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    log.add_slot(RAM, 2000).unwrap();
+    vm.create_slot(RAM, 2000);
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    log.set_working_set(Some(WorkingSet::new(2000)));
+    for _ in 0..2 {
+        for page in 0..2000 {
+            vcpu.write(RAM, page).unwrap();
+            if page % 100 == 99 {
+                log.reap().unwrap();
+            }
+        }
+        (0..2000).for_each(|page| vm.protect(RAM, page));
+    }
+    let set = log.stats().working_set;
+    assert_eq!((set.members, set.useless), (2000, false));
+}
+
 #[test]
 fn a_last_sync_resets_nothing_and_takes_nothing() {
     let mut machine = machine(1);
@@ -560,6 +567,24 @@ fn a_sync_on_demand_protects_a_chunk_at_a_time() {
     drop(found);
     log.sync(&mut dirty).unwrap();
     assert_eq!(pages(dirty.part()), [3, 200]);
+
+    // A slot whose log is stopped meanwhile has no bits to be cleared.
+    write(6);
+    let mut found = log.sync_on_demand().unwrap();
+    log.stop_tracking(RAM, || {
+        vm.set_logged(RAM, false);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(pages(found.next_chunk(64).unwrap().unwrap()), [6]);
+    drop(found);
+    log.start_tracking(RAM, || {
+        vm.set_logged(RAM, true);
+        Ok(())
+    })
+    .unwrap();
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(dirty.page_count(), 300);
 
     // A slot that is gone is left out, whatever has its id by then.
     write(5);

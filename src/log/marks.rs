@@ -38,23 +38,14 @@ impl DirtyLog {
         first_page: u64,
         words: &[u64],
     ) -> Result<(), SlotError> {
-        let layout = self.inner().harvester.layout();
-        let tracked = layout.slots.get(slot.raw());
-        let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
         let last = words.iter().rposition(|&word| word != 0);
-        let Some(last) = last else {
-            return Ok(());
-        };
-        let pages = last as u64 * BITS + BITS - u64::from(words[last].leading_zeros());
-        let slot_pages = tracked.pages();
-        if first_page > slot_pages || pages > slot_pages - first_page {
-            return Err(SlotError::OutOfRange {
-                slot,
-                first_page,
-                pages,
-                slot_pages,
-            });
+        let pages = last.map_or(0, |last| {
+            (last as u64 + 1) * BITS - u64::from(words[last].leading_zeros())
+        });
+        if pages == 0 {
+            return self.tracked_with(slot, 0, 0).map(drop);
         }
+        let tracked = self.tracked_with(slot, first_page, pages)?;
         merge(tracked.device(), first_page, words, 0..pages);
         Ok(())
     }
@@ -269,6 +260,8 @@ mod tests {
             );
         }
         log.mark_words(slot, 200, &[0, 0]).unwrap();
+        let refused = log.mark_words(other, 0, &[]);
+        assert!(matches!(refused, Err(SlotError::Unknown { .. })));
         let map = GuestMap::new([GuestRegion {
             slot,
             address: 0,

@@ -35,6 +35,7 @@ use crate::pacing::RingObservation;
 use crate::pacing::alarm::Alarm;
 use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::DirtyPages;
+use crate::slots::table::Slot;
 use crate::sync::{Arc, AtomicBool, Mutex};
 
 /// The dirty log of one virtual machine.
@@ -178,6 +179,18 @@ impl DirtyLog {
     /// # Errors
     /// The slot is not tracked, or the pages are not all inside it; then none is marked.
     pub fn mark_dirty(&self, slot: SlotId, first_page: u64, pages: u64) -> Result<(), SlotError> {
+        let tracked = self.tracked_with(slot, first_page, pages)?;
+        tracked.device().set(first_page, pages);
+        Ok(())
+    }
+
+    /// The slot, which has these pages.
+    fn tracked_with(
+        &self,
+        slot: SlotId,
+        first_page: u64,
+        pages: u64,
+    ) -> Result<Arc<Slot>, SlotError> {
         let layout = self.inner.harvester.layout();
         let tracked = layout.slots.get(slot.raw());
         let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
@@ -190,8 +203,7 @@ impl DirtyLog {
                 slot_pages,
             });
         }
-        tracked.device().set(first_page, pages);
-        Ok(())
+        Ok(Arc::clone(tracked))
     }
 
     /// Empties every ring once, as the reaper does: harvest, reset, publish. Returns how many

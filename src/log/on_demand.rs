@@ -155,7 +155,9 @@ impl OnDemand {
                 return Err(SyncError::NoMemory);
             }
             let retired = layout.slots.is_retired(&slot);
-            if let Some(bits) = self.unprotected.bits_of(&slot) {
+            // One whose log was stopped meanwhile has no bits, and is reported as a whole by each sync.
+            let bits = self.unprotected.bits_of(&slot);
+            if let Some(bits) = bits.filter(|_| slot.is_tracked()) {
                 taking.protect(
                     inner.harvester.kernel(),
                     &slot,

@@ -92,7 +92,7 @@ impl Members {
         });
     }
 
-    /// It has not, or nobody knows: they stay.
+    /// It has failed, or may have: the members stay open.
     pub(crate) fn stay(&self) {
         self.leaving.move_to(&self.now);
     }

@@ -34,7 +34,7 @@ const ON: u64 = 1;
 const OFF: u64 = 2;
 
 /// Passes in a row most of whose entries name members, after which the kernel is taken for one that does not look at
-/// void entries.
+/// void entries, if they name more than twice as many as there are.
 const VAIN_PASSES: u64 = 8;
 
 /// Entries that a pass has at least, to count for that.
@@ -54,6 +54,8 @@ pub(crate) struct Terms {
     /// Whether the kernel ignores void entries.
     useless: Counter,
     vain_passes: Counter,
+    /// Entries of members in these passes.
+    vain_entries: Counter,
     /// Whether members are to be closed though nothing joins any more.
     owed: Counter,
     /// About how many members there are: each sync counts them.
@@ -141,10 +143,14 @@ impl Terms {
         }
         if named * 2 <= entries {
             self.vain_passes.set(0);
+            self.vain_entries.set(0);
             return;
         }
         self.vain_passes.add(1);
-        if self.vain_passes.get() >= VAIN_PASSES {
+        self.vain_entries.add(named);
+        // Where KVM has dropped its mappings, as it does of all slots when one goes, each member is logged once more.
+        let is_again_and_again = self.vain_entries.get() > 2 * self.members.get();
+        if self.vain_passes.get() >= VAIN_PASSES && is_again_and_again {
             self.useless.set(1);
             self.note_owed();
         }
@@ -214,7 +220,7 @@ mod tests {
     fn passes_in_vain_switch_it_off() {
         let terms = Terms::default();
         terms.set(Some(WorkingSet::new(1000)));
-        terms.note_joined(500);
+        terms.note_joined(100);
         for _ in 0..3 {
             for _ in 1..VAIN_PASSES {
                 terms.judge(100, 51);
@@ -229,5 +235,20 @@ mod tests {
         assert!(!terms.may_join() && terms.is_useless() && terms.is_owed());
         terms.set(Some(WorkingSet::new(1000)));
         assert!(!terms.may_join(), "for good");
+
+        let terms = Terms::default();
+        terms.set(Some(WorkingSet::new(1000)));
+        terms.note_joined(500);
+        for _ in 0..10 {
+            terms.judge(100, 100);
+        }
+        assert!(terms.may_join(), "each may have been logged twice");
+        terms.judge(100, 1);
+        for _ in 0..10 {
+            terms.judge(100, 100);
+        }
+        assert!(terms.may_join(), "not in a row");
+        terms.judge(100, 100);
+        assert!(!terms.may_join());
     }
 }

@@ -14,7 +14,7 @@ pub fn run_exactly(machine: &mut Machine, ops: &[Op]) {
         }
         match op {
             Op::Sync | Op::Checkpoint => {
-                // Of what stayed open nobody knows whether it was written.
+                // A page that stayed open may have been written: nothing logs that.
                 let mut expected = machine.open().clone();
                 for (slot, pages) in machine.take_written() {
                     expected.entry(slot).or_default().extend(pages);

@@ -18,8 +18,7 @@ pub(super) struct Steering {
     convergence: Convergence,
     places: Places,
     terms: Terms,
-    /// For how long the last refresh stopped the guest. Before the first, nobody knows: to find out,
-    /// one has to be made.
+    /// For how long the last refresh stopped the guest; zero before the first, which is made to measure it.
     pause: Duration,
 }
 

@@ -1,6 +1,8 @@
 //! Slots that go, and others that come in their place.
 
 use std::slice::from_ref;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use kvm_dirty_ring::Reaper;
@@ -12,6 +14,7 @@ use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
 use super::harness::{Outcome, remark};
+use super::held_call::HeldCalls;
 use super::machine::{
     Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop, wait_paused,
 };
@@ -20,7 +23,8 @@ use super::scale::{patience, scaled};
 tests![
     reused_id_gets_no_stale_entries,
     reuse_beside_a_reaper,
-    changes_of_slots_make_few_resets_doubtful,
+    a_reset_waits_for_changes_of_slots_beforehand,
+    slots_come_and_go_beside_a_reaper,
     reuse_after_a_reset_that_was_refused,
     id_is_taken_until_it_is_finished,
     toggling_the_log_keeps_pending_entries,
@@ -99,9 +103,37 @@ fn reused_id_gets_no_stale_entries() -> Outcome {
     Ok(Completed)
 }
 
-/// Resets wait while KVM changes memslots, and a thread that slept in one can't be told from one that was stopped at its
-/// end: so they wait before.
-fn changes_of_slots_make_few_resets_doubtful() -> Outcome {
+/// A thread that sleeps in a reset can't be told from one that was stopped at its end. So it waits for KVM's lock on memslots
+/// in another call, before the reset.
+fn a_reset_waits_for_changes_of_slots_beforehand() -> Outcome {
+    const GET_DIRTY_LOG: u32 = 0x4010_ae42;
+    let machine = Machine::new(1024, &[128])?;
+    let load = Load::new(Mode::Native, vec![page_of(1, 3)]).pass_exits();
+    let vcpu = [machine.spawn(0, &load)?];
+    wait_paused(&vcpu)?;
+    let (listener, held_calls) = mpsc::channel();
+    thread::scope(|scope| {
+        let reap = scope.spawn(|| {
+            listener.send(HeldCalls::of_this_thread(GET_DIRTY_LOG)?)?;
+            Ok::<_, Failed>(machine.log.reap()?)
+        });
+        let calls = held_calls.recv()?;
+        let waiting = calls.wait()?;
+        assert_eq!(machine.log.stats().entries, 1, "it is harvested");
+        let is_over = reap.is_finished();
+        drop(waiting);
+        // The listener stays until the pass has ended.
+        let reaped = reap.join().expect("no panic")?;
+        assert_eq!((is_over, reaped), (false, 1));
+        drop(calls);
+        Ok::<_, Failed>(())
+    })?;
+    stop(vcpu)?;
+    Ok(Completed)
+}
+
+/// How many resets are doubtful beside that is printed.
+fn slots_come_and_go_beside_a_reaper() -> Outcome {
     let mut machine = Machine::new(1024, &[700])?;
     let pace = Fixed::new(patience(Duration::from_micros(200)));
     let reaper = Reaper::spawn(&machine.log, pace)?;

@@ -64,7 +64,7 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     let log = &machine.log;
     let reaper = Reaper::spawn(log, Adaptive::default())?;
     log.start_tracking(SLOT, || (machine.set_logged)(true))?;
-    // Nobody knows what was written until now: the first round has all memory, and shows how fast the link is.
+    // Any page may have been written until now: the first round sends all memory, and measures the link.
     let (start, mut dirty) = (Instant::now(), DirtyPages::new());
     log.sync(&mut dirty)?;
     let sent = send_pages(&mut socket, &machine, &dirty.part())?;
