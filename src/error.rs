@@ -312,6 +312,12 @@ pub enum GuestMapError {
         /// The slot.
         slot: SlotId,
     },
+    /// Two regions have addresses in common.
+    #[error("slots {} and {} overlap", slots[0], slots[1])]
+    Overlap {
+        /// The two, ascending by address.
+        slots: [SlotId; 2],
+    },
     /// Dirty pages of a slot are in no region: the map is not that of the log.
     #[error(
         "dirty pages of slot {slot} are in no region of the map, which is not that of the log: make it anew"
@@ -323,12 +329,6 @@ pub enum GuestMapError {
     /// Ranges of no pages.
     #[error("ranges of at most 0 pages: 1 or more are allowed")]
     NoPages,
-    /// Two regions have addresses in common.
-    #[error("slots {} and {} overlap", slots[0], slots[1])]
-    Overlap {
-        /// The two, ascending by address.
-        slots: [SlotId; 2],
-    },
 }
 
 /// A reset ioctl failed. The pages of the pass are kept, and the next one that completes a reset
