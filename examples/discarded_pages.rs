@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let found = update(&mut copy, &memory, &log, &mut dirty)?;
     assert!(found == 0 && copy != memory.read(0, PAGES));
-    println!("no sync tells of pages that are discarded: the copy differs");
+    println!("a sync does not report discarded pages: the copy differs");
 
     log.mark_dirty(RAM, 12, 3)?;
     let found = update(&mut copy, &memory, &log, &mut dirty)?;

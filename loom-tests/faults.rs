@@ -34,8 +34,8 @@ fn short_reset_beside_a_guest() {
     });
 }
 
-/// A reset stops after the last entry, before it has protected what that one's batch names, while a guest
-/// writes and a reaper works: no count tells, only that the thread was stopped.
+/// A reset stops after the last entry and before it has protected the pages of that entry's batch, while a guest
+/// writes and a reaper works. The count is whole. Only the stop of the thread shows it.
 #[test]
 fn reset_cut_short_at_its_end_beside_a_guest() {
     model(3, || {

@@ -220,7 +220,7 @@ fn nobody_sleeps_while_kept_awake() {
     ring.on_full().unwrap();
     machine
         .log
-        .enforce_dirty_limits(|_| panic!("a kick for who is not to sleep"));
+        .enforce_dirty_limits(|_| panic!("a vCPU without a debt was kicked"));
     // As for vCPUs that come meanwhile.
     let (late, mut late_ring) = machine.vcpu();
     (500..900).for_each(|page| late.write(RAM, page).unwrap());

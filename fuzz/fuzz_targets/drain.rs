@@ -1,4 +1,4 @@
-//! What a sync hands out, against a set of pages.
+//! Compares what a sync returns with a set of pages.
 #![no_main]
 
 use kvm_dirty_ring_fuzz::drain::{Script, run};

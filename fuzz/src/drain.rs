@@ -1,4 +1,4 @@
-//! What a sync hands out, by every view of it, against a set of pages.
+//! Compares what a sync returns, through each of its views, with a set of pages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -241,7 +241,7 @@ fn paced(script: &Script, policy: impl Pacing + 'static) {
                 assert_eq!(
                     pacer.reap(),
                     vec![true; rings.len()],
-                    "nobody knows how long it was"
+                    "the time that has passed is unknown"
                 );
                 replaced = true;
             }

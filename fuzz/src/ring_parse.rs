@@ -205,7 +205,7 @@ impl Machine {
             world.add(slot, pages, is_late);
         }
         drop(world);
-        // It harvests if there were entries of slots that nobody knows, for these may be of this one.
+        // It harvests if there were entries of unknown slots, for these may be of this one.
         let mut added = false;
         self.harvest(
             |_| expected && is_late,

@@ -120,7 +120,10 @@ impl Listening {
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&Told) -> bool) {
         let start = Instant::now();
         while !lock(&self.ear.told).iter().any(&wanted) {
-            assert!(start.elapsed() < PATIENCE, "nobody tells of {what}");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "no event within the time allowed: {what}"
+            );
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -82,7 +82,7 @@ unpack() {
         cannot_be_had "Debian $release for $architecture: $* can't be fetched"
     local package
     for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder"; done
-    # With the versions, for who wants to know.
+    # A record of the versions.
     ls "$folder/packages" > "$folder/packages.txt"
     rm -r "$folder/packages"
     mv "$folder/packages.txt" "$folder/unpacked"

@@ -27,7 +27,7 @@ pub struct Measured {
     pub entries: u64,
     /// Page stores of the guest, logged or not.
     pub stores: u64,
-    /// CPU time of the vCPUs' threads, in the guest or not; zero if nobody knows.
+    /// CPU time of the vCPUs' threads, in the guest or not; zero if unknown.
     #[serde(rename = "vcpu_cpu_ms", serialize_with = "ms")]
     pub vcpu_cpu: Duration,
     /// CPU time of the reaper's thread.
@@ -151,7 +151,7 @@ impl Measured {
     }
 
     /// Page stores of the guest a second of its vCPUs' CPU time, which others on the machine don't
-    /// take from it; `None` if nobody knows, or no vCPU ran.
+    /// take from it; `None` if that is unknown, or no vCPU ran.
     pub fn stores_per_cpu_second(&self) -> Option<f64> {
         let seconds = self.vcpu_cpu.as_secs_f64();
         (seconds > 1e-3).then(|| self.stores as f64 / seconds)

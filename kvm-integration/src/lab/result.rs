@@ -15,11 +15,11 @@ pub struct CellResult {
     pub ring_entries: u32,
     /// The arms that had their turns, in the order asked for.
     pub arms: Vec<ArmResult>,
-    /// Share of the machine's CPU time that others took meanwhile; `None` if nobody knows, or of a
+    /// Share of the machine's CPU time that others took meanwhile; `None` if unknown, or of a
     /// simulated guest.
     pub others: Option<f64>,
-    /// Time that resets take of every second if no vCPU ever waits for them; `None` if nobody
-    /// knows, as of a real guest.
+    /// Time that resets take of every second if no vCPU ever waits for them; `None` if
+    /// unknown, as of a real guest.
     pub reset_load: Option<f64>,
 }
 

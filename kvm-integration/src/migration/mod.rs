@@ -3,7 +3,7 @@
 //! Round 0 sends all memory; each further round asks the tracker what was written meanwhile and
 //! sends that, while the guest goes on. Pages that it writes all the time may stay open: they are
 //! sent in the last round alone. When what is left fits into the downtime that is
-//! allowed, or enough is enough, the vCPUs stop, one last sync tells the rest, and all of it is
+//! allowed, or enough is enough, the vCPUs stop, one last sync returns the rest, and all of it is
 //! sent. Then both sides must be equal.
 
 mod link;

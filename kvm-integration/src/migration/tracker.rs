@@ -46,7 +46,7 @@ pub trait Tracker {
         true
     }
 
-    /// Closes all that stays open, so that the next sync tells of it. `protect` as for [`rearm`](Self::rearm).
+    /// Closes all open pages, so that the next sync reports them. `protect` as for [`rearm`](Self::rearm).
     fn refresh(&mut self, protect: &mut dyn FnMut(SlotId) -> io::Result<()>) -> Result<()> {
         let _ = protect;
         Ok(())

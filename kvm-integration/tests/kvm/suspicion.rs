@@ -1,5 +1,5 @@
-//! A reset that falls short all the same: which pages it has left unprotected nobody knows, so they
-//! stay suspect until their slot is protected anew.
+//! A reset that falls short all the same. The pages that it left unprotected are unknown, so all pages of its
+//! passes stay suspect until their slot is protected anew.
 
 use std::io;
 use std::time::{Duration, Instant};

@@ -14,7 +14,7 @@ const MOST_FAILURES: u32 = 1000;
 pub enum Kind {
     /// Every page.
     All,
-    /// All but those that stay open: every sync tells of them until they are closed, and they may wait.
+    /// All pages except open ones: every sync reports those until they are closed, so they may wait.
     Others,
 }
 
