@@ -104,6 +104,32 @@ fn pages_of_a_slot_that_is_gone_are_no_other_slots() {
     assert!(next.is_empty());
 }
 
+/// Merged either way round: what is kept from round to round may still name the slot that had the id before.
+#[test]
+fn of_two_slots_with_one_id_the_later_one_keeps_its_pages() {
+    let (vm, log, vcpu, _ring) = with_ram(100);
+    let other = SlotId::new(0, 6);
+    log.add_slot(other, 10).unwrap();
+    log.mark_dirty(other, 3, 1).unwrap();
+    vcpu.write(RAM, 99).unwrap();
+    let (mut before, mut after) = (DirtyPages::new(), DirtyPages::new());
+    log.sync(&mut before).unwrap();
+    let retired = log.retire_slot(RAM).unwrap();
+    vm.delete_slot(RAM);
+    log.finish_slot(&retired).unwrap();
+    log.add_slot(RAM, 10).unwrap();
+    log.mark_dirty(RAM, 7, 1).unwrap();
+    log.sync(&mut after).unwrap();
+
+    let expected = [(RAM, 7), (other, 3)];
+    for [into, from] in [[&before, &after], [&after, &before]] {
+        let mut merged = DirtyPages::new();
+        assert!(merged.merge(into) && merged.merge(from));
+        assert_eq!(merged.pages().collect::<Vec<_>>(), expected);
+        assert_eq!(merged.words(RAM), Some(&[1 << 7][..]), "of 10 pages");
+    }
+}
+
 /// Whoever insists that entries are recycled is disappointed four times: by a reset, and by its repetition.
 fn none_recycled() -> impl Iterator<Item = ResetFault> {
     let stops = ResetFault::Short { after: 0 };

@@ -298,8 +298,9 @@ impl DirtyPages {
     }
 
     /// Adds the pages of `from`, such as were found by an earlier sync and not sent. Members stay members; whatever else is there
-    /// then is another, also what was a member for `from`. Of a slot that is gone, whose id another has here, pages are left
-    /// out. False if there is no memory for it; then nothing is added.
+    /// then is another, also what was a member for `from`. Where the two name different slots by the same id, only the one that
+    /// was added to the log later keeps its pages: the other one is gone. False if there is no memory for it; then nothing is
+    /// added.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -334,7 +335,10 @@ impl DirtyPages {
 
     /// Makes room for the slots of `from`, too. False if there is no memory for it.
     fn merge_slots(&mut self, from: &Self) -> bool {
-        let is_new = |slot: &&SlotPages| self.slot(slot.slot.id()).is_none();
+        let is_new = |slot: &&SlotPages| {
+            let have = self.slot(slot.slot.id());
+            have.is_none_or(|have| slot.slot.is_later_than(&have.slot))
+        };
         let new = from.slots.iter().filter(is_new).map(|slot| {
             let bits = PageBits::new(slot.slot.pages())?;
             Some(SlotPages {
@@ -346,6 +350,9 @@ impl DirtyPages {
         let Some(mut new) = new.collect::<Option<Vec<_>>>() else {
             return false;
         };
+        // These are still sorted.
+        let is_gone = |id: SlotId| new.binary_search_by_key(&id, |new| new.slot.id()).is_ok();
+        self.slots.retain(|have| !is_gone(have.slot.id()));
         self.slots.append(&mut new);
         self.slots.sort_by_key(|slot| slot.slot.id());
         true

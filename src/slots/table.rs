@@ -12,6 +12,8 @@ use crate::sync::{Arc, AtomicBool, Ordering};
 /// One tracked memslot with its bits in every shard.
 pub(crate) struct Slot {
     id: SlotId,
+    /// How many slots were added before it: of two with one id, the greater number is the later slot.
+    number: u64,
     pages: u64,
     shards: Box<[ShardBits]>,
     device: Arc<SharedBits>,
@@ -29,6 +31,7 @@ pub(crate) struct Slot {
 impl Slot {
     fn new(
         id: SlotId,
+        number: u64,
         pages: u64,
         device: Option<Arc<SharedBits>>,
         shards: usize,
@@ -44,6 +47,7 @@ impl Slot {
         let (((shards, device), suspect), members) = bits.ok_or(no_memory)?;
         Ok(Self {
             id,
+            number,
             pages,
             shards,
             device,
@@ -61,6 +65,11 @@ impl Slot {
 
     pub(crate) fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// Whether it was added after `other`: then `other` is gone, if both have the same id.
+    pub(crate) fn is_later_than(&self, other: &Self) -> bool {
+        self.number > other.number
     }
 
     /// The bits of shard `shard`, to be pointed to.
@@ -199,6 +208,8 @@ impl Slot {
 pub(crate) struct Table {
     /// By address space, then by id.
     spaces: Vec<Vec<Option<Tracked>>>,
+    /// Slots that were ever added.
+    added: u64,
     /// Names the next removal.
     removals: u64,
 }
@@ -284,7 +295,8 @@ impl Table {
                 return Err(SlotError::BitmapInUse { slot: id, by });
             }
         }
-        let slot = Arc::new(Slot::new(id, pages, device, shards)?);
+        let slot = Arc::new(Slot::new(id, self.added, pages, device, shards)?);
+        self.added += 1;
         let space = usize::from(id.address_space());
         if self.spaces.len() <= space {
             self.spaces.resize_with(space + 1, Vec::new);
