@@ -1,4 +1,7 @@
-//! What can go wrong, one type for each family of calls.
+//! Errors, one type for each family of calls.
+//!
+//! None of them means a lost page. Each message says what happened, why, and what to do. A call that failed in the kernel
+//! has the kernel's error as its source.
 
 use core::time::Duration;
 use std::io;
@@ -6,24 +9,24 @@ use std::io;
 use crate::slot_id::{ADDRESS_SPACES, MAX_SLOT_PAGES, SlotId};
 use crate::sync::Arc;
 
-/// The bounds of what a pacing policy may ask for, see [`pacing`](crate::pacing).
+/// The bounds of the delays of a pacing policy, see [`pacing`](crate::pacing).
 pub(crate) const SHORTEST_LOOK: Duration = Duration::from_micros(100);
 pub(crate) const LONGEST_LOOK: Duration = Duration::from_secs(10);
 
-/// Why a number of ring entries was refused.
+/// A number of ring entries that was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingSizeError {
     /// Not a power of two.
-    #[error("a dirty ring of {entries} entries: the number must be a power of two")]
+    #[error("a dirty ring of {entries} entries was refused: the number must be a power of two")]
     NotPowerOfTwo {
-        /// What was asked for.
+        /// The requested number.
         entries: u32,
     },
     /// Too small for a page of the host, or for the entries that the kernel keeps in reserve.
-    #[error("a dirty ring of {entries} entries is too small: at least {min} are needed here")]
+    #[error("a dirty ring of {entries} entries is too small: this host needs at least {min}")]
     TooSmall {
-        /// What was asked for.
+        /// The requested number.
         entries: u32,
         /// The smallest ring there is.
         min: u32,
@@ -31,25 +34,27 @@ pub enum RingSizeError {
     /// More than the kernel offers.
     #[error("a dirty ring of {entries} entries is too large: this host allows at most {max}")]
     TooLarge {
-        /// What was asked for.
+        /// The requested number.
         entries: u32,
         /// The largest ring there is.
         max: u32,
     },
 }
 
-/// Why a host cannot offer dirty rings at all.
+/// A host without usable dirty rings.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HostError {
     /// No `/dev/kvm`, or no driver behind it.
     #[error("no KVM on this host: load a kvm module, or enable virtualisation in the firmware")]
     NoKvm(#[source] io::Error),
-    /// `/dev/kvm` may not be opened by this process.
-    #[error("no permission to open /dev/kvm: join its group, or run as a user who may")]
+    /// This process may not open `/dev/kvm`.
+    #[error(
+        "no permission to open /dev/kvm: add the user to its group, or run as a user that has access"
+    )]
     NoPermission(#[source] io::Error),
-    /// An API that is not the stable one.
-    #[error("KVM API version {found} instead of 12, the only stable one")]
+    /// The KVM API is not the stable one.
+    #[error("KVM has API version {found}, and the only stable one is 12: use a kernel with that")]
     ApiVersion {
         /// What `KVM_GET_API_VERSION` returned.
         found: i32,
@@ -59,7 +64,7 @@ pub enum HostError {
         "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.2 on arm64)"
     )]
     NoDirtyRing,
-    /// A call failed for a reason of its own.
+    /// A call failed; the source has the kernel's reason.
     #[error("{call} failed")]
     Kvm {
         /// The ioctl, or other call.
@@ -69,7 +74,7 @@ pub enum HostError {
     },
 }
 
-/// Why the dirty log of a VM could not be enabled. The VM is as it was, but with
+/// A dirty log that could not be enabled. The VM is unchanged, except after
 /// [`SlotExists`](Self::SlotExists).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -77,55 +82,57 @@ pub enum EnableError {
     /// The size is wrong for this host.
     #[error(transparent)]
     RingSize(#[from] RingSizeError),
-    /// The file descriptor is not that of a KVM virtual machine.
-    #[error("the file descriptor is not a KVM virtual machine's")]
+    /// The file descriptor is not a KVM virtual machine's.
+    #[error(
+        "the file descriptor is not a KVM virtual machine's: pass the one that KVM_CREATE_VM returned"
+    )]
     NotAVm,
     /// The kernel has no dirty ring that this architecture may use.
     #[error(
         "this kernel has no dirty rings for this architecture (Linux 5.11 on x86, 6.2 on arm64)"
     )]
     NoDirtyRing,
-    /// The rings of this VM are enabled already; KVM allows that once.
-    #[error("the dirty rings of this VM are enabled already: KVM allows it once in a VM's life")]
-    AlreadyEnabled,
-    /// A vCPU exists already. The rings asked for are the largest that the host has: no size would do.
+    /// The rings of this VM are enabled already. KVM allows that once.
     #[error(
-        "KVM refused the dirty rings, as it does once a vCPU exists: enable them before the first"
+        "the dirty rings of this VM are enabled already, and KVM allows that once in a VM's life: use the first log"
     )]
+    AlreadyEnabled,
+    /// A vCPU exists already. The requested rings are the host's largest, so another size would not help.
+    #[error("KVM refused the dirty rings because a vCPU exists: enable them before the first vCPU")]
     VcpuExists,
-    /// A vCPU exists already, or the kernel keeps more entries in reserve than so small a ring has, as a kernel may
-    /// that is newer than this crate: KVM answers both alike. If there is no vCPU, larger rings will do.
+    /// A vCPU exists already, or the ring is smaller than the kernel's reserve. KVM returns the same error for both. A
+    /// kernel that is newer than this crate may keep a larger reserve. If there is no vCPU, take larger rings.
     #[error(
-        "KVM refused dirty rings of {entries} entries, as it does once a vCPU exists, and where it keeps as many in \
-         reserve: enable them before the first vCPU; if there is none, take larger rings"
+        "KVM refused dirty rings of {entries} entries, because a vCPU exists or because it keeps as many in reserve: \
+         enable them before the first vCPU; if there is none, take larger rings"
     )]
     VcpuOrReserve {
         /// Entries of each ring.
         entries: u32,
     },
-    /// A vCPU exists already, or the rings are enabled already and a memslot exists: on a host whose rings have
-    /// [bitmaps beside them](crate::HostSupport::with_bitmap) KVM answers both alike; and alike where the kernel keeps more
-    /// in reserve than the rings have.
+    /// A vCPU exists already; or the rings are enabled already and a memslot exists; or the ring is smaller than the
+    /// kernel's reserve. KVM returns the same error for all three on a host whose rings have [bitmaps beside
+    /// them](crate::HostSupport::with_bitmap).
     #[error(
-        "KVM refused the dirty rings, as it does once a vCPU exists, for a second time, and where they are smaller than \
-         its reserve: enable them once, before the first vCPU and the first memslot; if that is so, take larger ones"
+        "KVM refused the dirty rings, because a vCPU exists, they are enabled already, or they are smaller than its \
+         reserve: enable them once, before the first vCPU and memslot; if that is so, take larger rings"
     )]
     TooLate,
     /// A memslot exists already, on a host whose rings have [bitmaps beside
-    /// them](crate::HostSupport::with_bitmap). The VM has rings by now, for good, and what the kernel
-    /// writes without a vCPU would be lost: make another VM.
+    /// them](crate::HostSupport::with_bitmap). The VM now has rings for life, and without that bitmap it would lose
+    /// what the kernel writes without a vCPU. Create another VM.
     #[error(
-        "KVM refused the bitmaps beside the dirty rings, as it does once a memslot exists: enable the \
-         log of a new VM before the first"
+        "KVM refused the bitmaps beside the dirty rings because a memslot exists: create a new VM and enable its log \
+         before the first memslot"
     )]
     SlotExists,
-    /// The VMM switched on manual protection with all pages initially set.
+    /// The VMM enabled manual protection with all pages initially set.
     #[error(
         "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is on with INITIALLY_SET, which loses pages beside dirty \
-         rings: don't enable it for this VM"
+         rings: leave it off for this VM"
     )]
     InitiallySet,
-    /// A call failed for a reason of its own.
+    /// A call failed; the source has the kernel's reason.
     #[error("{call} failed")]
     Kvm {
         /// The ioctl, or other call.
@@ -135,27 +142,33 @@ pub enum EnableError {
     },
 }
 
-/// Why a vCPU's ring could not be attached. The log is as it was.
+/// A vCPU's ring that could not be attached. The log is unchanged.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
-    /// The ring could not be mapped: is this the fd of a vCPU of this VM?
-    #[error("mapping the dirty ring failed: is this a vCPU of the VM whose rings were enabled?")]
+    /// The ring could not be mapped. The descriptor may not be that of a vCPU of this VM.
+    #[error(
+        "mapping the dirty ring failed: pass the descriptor of a vCPU of the VM whose rings were enabled"
+    )]
     Map(#[source] io::Error),
-    /// The log does not rest on a VM's file descriptor.
-    #[error("the log has a kernel of its own, not a KVM VM's: attach rings by `attach_ring`")]
+    /// The log was made with a [`Kernel`](crate::Kernel) of the caller's, not with a VM's file descriptor.
+    #[error(
+        "the log was made with a kernel of its own and not with a KVM VM: attach its rings by `attach_ring`"
+    )]
     NotKvm,
-    /// The log reads bitmaps, and the vCPU has a ring: what it writes is in there, and in no bitmap.
+    /// The log reads bitmaps, and the vCPU has a ring. What the vCPU writes is in its ring and in no bitmap.
     #[error(
         "the vCPU has a dirty ring, and the log reads bitmaps, which don't have what it writes: attach it to \
          the log that enabled the rings"
     )]
     HasRing,
-    /// The vCPU's ring is attached already, and its [`VcpuRing`](crate::VcpuRing) still there.
+    /// The vCPU's ring is attached already, and its [`VcpuRing`](crate::VcpuRing) still exists.
     #[error("the vCPU's ring is attached already: drop its VcpuRing before attaching it again")]
     Twice,
-    /// The ring's size is not the one that the log was made for.
-    #[error("a ring of {found} entries, but the VM's have {expected}")]
+    /// The ring's size is not that of the log's other rings.
+    #[error(
+        "the ring has {found} entries, and every ring of this log has {expected}: attach one of that size"
+    )]
     Size {
         /// Entries of the ring.
         found: u32,
@@ -164,14 +177,13 @@ pub enum AttachError {
     },
 }
 
-/// Why a call about a memslot was refused, or did not succeed. Nothing has changed, unless the variant
-/// says otherwise; [`rearm`](crate::DirtyLog::rearm) goes from slot to slot, and those before the one
-/// named are done.
+/// A call about a memslot that was refused, or failed. Nothing has changed, unless the variant states otherwise.
+/// [`rearm`](crate::DirtyLog::rearm) goes from slot to slot; it has completed the slots before the one named.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
     /// The id is in use.
-    #[error("slot {slot} is tracked already")]
+    #[error("slot {slot} is tracked already: remove it first, or use another id")]
     Exists {
         /// The slot.
         slot: SlotId,
@@ -182,7 +194,7 @@ pub enum SlotError {
         /// The slot.
         slot: SlotId,
     },
-    /// No such slot.
+    /// The slot is not tracked.
     #[error("slot {slot} is not tracked: add it before it is created in KVM")]
     Unknown {
         /// The slot.
@@ -190,38 +202,39 @@ pub enum SlotError {
     },
     /// A size that no slot can have.
     #[error(
-        "slot {slot} of {pages} pages: a slot has 1 to {} pages",
+        "slot {slot} of {pages} pages was refused: a slot has 1 to {} pages",
         MAX_SLOT_PAGES
     )]
     Pages {
         /// The slot.
         slot: SlotId,
-        /// What was asked for.
+        /// The requested number.
         pages: u64,
     },
     /// An address space that no VM has.
-    #[error("slot {slot}: a VM has address spaces 0 to {}", ADDRESS_SPACES - 1)]
+    #[error("slot {slot} was refused: a VM has address spaces 0 to {}", ADDRESS_SPACES - 1)]
     AddressSpace {
         /// The slot.
         slot: SlotId,
     },
     /// Pages past the slot's end.
     #[error(
-        "pages {first_page} to {first_page} + {pages} are not in slot {slot}, which has {slot_pages}"
+        "{pages} pages from page {first_page} do not fit into slot {slot}, which has {slot_pages} pages"
     )]
     OutOfRange {
         /// The slot.
         slot: SlotId,
-        /// The first page named.
+        /// The first page of the range.
         first_page: u64,
-        /// How many were named.
+        /// The pages in the range.
         pages: u64,
-        /// How many there are.
+        /// The pages in the slot.
         slot_pages: u64,
     },
-    /// A page size, or the address of such a page, that no log by guest address can have.
+    /// A page size that is no power of two, or an address that is no multiple of it.
     #[error(
-        "pages of {page_bytes} bytes from address {address:#x}: the size is a power of two, and the address a multiple of it"
+        "pages of {page_bytes} bytes from address {address:#x} were refused: the size must be a power of two, and the \
+         address a multiple of it"
     )]
     PageSize {
         /// The address of the first page.
@@ -229,36 +242,43 @@ pub enum SlotError {
         /// The size of a page.
         page_bytes: u64,
     },
-    /// The VMM could not have the slot's pages protected anew: all of them are suspect now, as the slot
-    /// need not be logged any more.
-    #[error("slot {slot} could not be protected anew, all its pages are suspect")]
+    /// The VMM's hook failed to protect the slot's pages anew. All of them are suspect now, because the slot may be
+    /// unlogged.
+    #[error(
+        "the hook failed to protect slot {slot} anew, and all its pages are suspect: correct the cause and call it again"
+    )]
     Protect {
         /// The slot.
         slot: SlotId,
         /// The hook's error.
         source: io::Error,
     },
-    /// The VMM could not switch `KVM_MEM_LOG_DIRTY_PAGES`: the slot is not tracked now, and every sync
-    /// reports all of it.
-    #[error("the dirty log of slot {slot} could not be switched")]
+    /// The VMM's hook failed to switch `KVM_MEM_LOG_DIRTY_PAGES`. The slot is not tracked now, and every sync reports
+    /// all of it.
+    #[error(
+        "the hook failed to switch the dirty log of slot {slot}, and every sync reports all of it: correct the cause and call \
+         it again"
+    )]
     Switch {
         /// The slot.
         slot: SlotId,
         /// The hook's error.
         source: io::Error,
     },
-    /// The ring of a vCPU is [broken](crate::VcpuStats::broken): every sync reports every page, and protecting
-    /// slots anew cannot end that.
+    /// The ring of a vCPU is [broken](crate::VcpuStats::broken). Every sync reports every page, and protecting slots anew
+    /// does not end that.
     #[error(
         "the dirty ring of vCPU {vcpu} is broken: every page stays suspect, as KVM may overrun the ring again; \
          migrate with the guest stopped, or copy all of its memory"
     )]
     BrokenRing {
-        /// The vCPU, by its place in the order in which they were attached.
+        /// The vCPU's number, in the order in which vCPUs were attached.
         vcpu: usize,
     },
-    /// The bitmap is another slot's.
-    #[error("slot {slot}: the bitmap is that of slot {by}, whose removal must be finished first")]
+    /// The bitmap belongs to another slot.
+    #[error(
+        "the bitmap for slot {slot} belongs to slot {by}: finish the removal of that slot first"
+    )]
     BitmapInUse {
         /// The slot to be added.
         slot: SlotId,
@@ -266,123 +286,122 @@ pub enum SlotError {
         by: SlotId,
     },
     /// No memory for the slot's bits.
-    #[error("no memory to track the {pages} pages of slot {slot}")]
+    #[error("no memory to track the {pages} pages of slot {slot}: free some and call it again")]
     NoMemory {
         /// The slot.
         slot: SlotId,
         /// Its pages.
         pages: u64,
     },
-    /// The removal was called off: the slot stays.
-    #[error("the removal of slot {slot} was called off")]
+    /// The removal was cancelled by [`keep_slot`](crate::DirtyLog::keep_slot). The slot stays.
+    #[error("the removal of slot {slot} was cancelled: begin again with `retire_slot`")]
     Kept {
         /// The slot.
         slot: SlotId,
     },
-    /// The pass that a removal needs, or an addition after entries of slots that are not tracked, did not
-    /// complete; try again.
+    /// The pass that a removal needs did not complete, or that an addition needs after entries of unknown slots. Call it
+    /// again.
     #[error(transparent)]
     Reset(#[from] ResetError),
-    /// The kernel's own bits of the slot could not all be taken; try again.
+    /// Reading the kernel's bitmap of the slot failed. Call it again.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
 }
 
-/// Why a map of guest memory was refused.
+/// A map of guest memory, or a use of one, that was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestMapError {
     /// A region that no guest can have.
     #[error(
-        "slot {slot}, {pages} pages at {address:#x}: a region begins at a page's begin, has 1 to {} \
-         pages, and ends before 2^64",
+        "the region of slot {slot} with {pages} pages at {address:#x} was refused: a region starts at a page boundary, has \
+         1 to {} pages, and ends before 2^64",
         MAX_SLOT_PAGES
     )]
     Region {
         /// The slot.
         slot: SlotId,
-        /// Where it was to begin.
+        /// Its guest address.
         address: u64,
-        /// The pages that it was to have.
+        /// Its pages.
         pages: u64,
     },
     /// A slot has two regions.
-    #[error("slot {slot} has two regions")]
+    #[error("slot {slot} has two regions: name each slot once")]
     Twice {
         /// The slot.
         slot: SlotId,
     },
-    /// Two regions have addresses in common.
-    #[error("slots {} and {} overlap", slots[0], slots[1])]
+    /// Two regions overlap.
+    #[error("the regions of slots {} and {} overlap: correct their addresses or sizes", slots[0], slots[1])]
     Overlap {
         /// The two, ascending by address.
         slots: [SlotId; 2],
     },
-    /// Dirty pages of a slot are in no region: the map is not that of the log.
+    /// Dirty pages of a slot are in no region. The map does not match the log.
     #[error(
-        "dirty pages of slot {slot} are in no region of the map, which is not that of the log: make it anew"
+        "dirty pages of slot {slot} are in no region of the map: make the map anew, with every slot of the log"
     )]
     Unmapped {
         /// The slot.
         slot: SlotId,
     },
     /// Ranges of no pages.
-    #[error("ranges of at most 0 pages: 1 or more are allowed")]
+    #[error("ranges of at most 0 pages were requested: allow 1 or more")]
     NoPages,
 }
 
-/// A reset ioctl failed. The pages of the pass are kept, and the next one that completes a reset
-/// publishes them.
+/// A reset ioctl that failed. The pages of the pass are kept; the next pass whose reset completes publishes them.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("KVM_RESET_DIRTY_RINGS failed")]
+#[error("KVM_RESET_DIRTY_RINGS failed, and the pages are kept for the next reset")]
 pub struct ResetError {
-    /// The kernel's error; shared by all passes that the failed ioctl was to serve.
+    /// The kernel's error, shared by all passes that the failed ioctl was to serve.
     #[source]
     pub(crate) source: Arc<io::Error>,
 }
 
 impl ResetError {
-    /// The kernel's error number, where it gave one.
+    /// Returns the kernel's error number, if there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         self.source.raw_os_error()
     }
 }
 
-/// Why a full ring was not given any room. The vCPU would leave the guest at once again.
+/// A full ring that got no room. The vCPU would leave the guest again at once.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum FullError {
-    /// The reset failed. The pages are kept; try again, but not without end.
+    /// The reset failed. The pages are kept. Call it again, a bounded number of times.
     #[error(transparent)]
     Reset(#[from] ResetError),
-    /// The kernel has overrun the ring, see [`VcpuStats::broken`](crate::VcpuStats::broken), and nothing of it was
-    /// recycled since the call before. Where the next call says so again, this vCPU has no way back into the guest:
-    /// stop the guest, or give the VM up.
+    /// The kernel has overrun the ring, see [`VcpuStats::broken`](crate::VcpuStats::broken), and has recycled none of its
+    /// entries since the call before. If the next call returns the same, this vCPU cannot enter the guest any more: stop
+    /// the guest, or give the VM up.
     #[error(
-        "the dirty ring of vCPU {vcpu} is broken, as KVM has overrun it, and can't be emptied any more: the vCPU \
-         can't run on"
+        "KVM has overrun the dirty ring of vCPU {vcpu}, which cannot be emptied any more: stop the guest, as this vCPU \
+         cannot run on"
     )]
     Broken {
-        /// The vCPU, by its place in the order in which they were attached.
+        /// The vCPU's number, in the order in which vCPUs were attached.
         vcpu: usize,
     },
-    /// In several calls in a row nothing of this ring was recycled, by the call or by any other pass since the one
-    /// before, or next to nothing though nobody else had taken any. A ring that stops its vCPU is full: so this is
-    /// another vCPU's ring or another VM's, the vCPU had not stopped for it, or resets recycle nothing.
+    /// Several calls in a row found no full ring. Neither these calls nor any other pass in between recycled entries of
+    /// this ring, or next to none although nobody else had taken any. A ring that stops its vCPU is full. So this ring
+    /// is another vCPU's or another VM's, the vCPU had not stopped for a full ring, or resets recycle nothing.
     #[error(
-        "{calls} full exits of vCPU {vcpu} in a row have found no full ring: is it the ring of another vCPU, or is \
-         the log that of another VM?"
+        "{calls} full exits of vCPU {vcpu} in a row found no full ring: check that its thread uses this vCPU's ring, of \
+         this VM's log"
     )]
     NoRoom {
-        /// The vCPU, by its place in the order in which they were attached.
+        /// The vCPU's number, in the order in which vCPUs were attached.
         vcpu: usize,
-        /// How many calls there were.
+        /// The calls in a row.
         calls: u32,
     },
 }
 
 impl FullError {
-    /// The kernel's error number, where a reset failed with one.
+    /// Returns the kernel's error number, if a reset failed with one.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             Self::Reset(error) => error.raw_os_error(),
@@ -391,10 +410,12 @@ impl FullError {
     }
 }
 
-/// The kernel's own bits of a slot could not all be taken. Those that were are kept, and come with the
-/// next sync that completes.
+/// A kernel bitmap that could not be read in full. The bits that were read are kept and come with the next sync that
+/// completes.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("taking the dirty bitmap of slot {slot} failed")]
+#[error(
+    "reading the dirty bitmap of slot {slot} failed, and what was read is kept for the next sync"
+)]
 pub struct BitmapError {
     pub(crate) slot: SlotId,
     /// The kernel's error.
@@ -403,51 +424,51 @@ pub struct BitmapError {
 }
 
 impl BitmapError {
-    /// The slot.
+    /// Returns the slot whose bitmap could not be read.
     pub fn slot(&self) -> SlotId {
         self.slot
     }
 
-    /// The kernel's error number, where it gave one.
+    /// Returns the kernel's error number, if there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         self.source.raw_os_error()
     }
 }
 
-/// Why a sync did not complete. Nothing is lost: its pages come with the next one that does.
+/// A sync that did not complete. Its pages come with the next one that does.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum SyncError {
     /// A reset failed.
     #[error(transparent)]
     Reset(#[from] ResetError),
-    /// The kernel's own bits of a slot could not all be taken.
+    /// A kernel bitmap could not be read in full.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
     /// No memory for the list of dirty pages.
-    #[error("no memory for the dirty pages")]
+    #[error("no memory for the list of dirty pages: free some and sync again")]
     NoMemory,
 }
 
-/// Why a pacing policy was replaced.
+/// A pacing policy that was replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PolicyError {
     /// It panicked. A program that is built with `panic = "abort"` has ended instead.
-    #[error("the pacing policy panicked")]
+    #[error("the pacing policy panicked, and `Fixed` replaces it: correct the policy")]
     Panicked,
-    /// It asked for times out of bounds, many times in a row.
+    /// It returned delays out of bounds, many times in a row.
     #[error(
-        "the pacing policy keeps asking for looks out of bounds, {asked:?} apart in the end: {SHORTEST_LOOK:?} to {LONGEST_LOOK:?} \
-         are allowed"
+        "the pacing policy keeps returning delays out of bounds, {asked:?} in the end, and `Fixed` replaces it: return \
+         {SHORTEST_LOOK:?} to {LONGEST_LOOK:?}"
     )]
     OutOfBounds {
-        /// What it asked for last.
+        /// The last delay that it returned.
         asked: Duration,
     },
 }
 
-/// What went wrong with a reaper. It goes on wherever it can; the log loses nothing either way.
+/// A failure of a reaper. The reaper continues where it can, and the log loses nothing either way.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReaperError {
@@ -455,17 +476,19 @@ pub enum ReaperError {
     #[error("the log has a reaper already: stop it first")]
     Running,
     /// The thread could not be started.
-    #[error("starting the reaper's thread failed")]
+    #[error("starting the reaper's thread failed: the process may have too many threads")]
     Spawn(#[source] Arc<io::Error>),
-    /// A reset failed. The reaper goes on at its policy's pace; where one after another fails, more and more slowly, down to
-    /// once a second.
+    /// A reset failed. The reaper continues at its policy's pace. While resets keep failing it tries less and less often,
+    /// down to once a second.
     #[error(transparent)]
     Reset(#[from] ResetError),
-    /// The policy failed. The reaper goes on with [`Fixed`](crate::pacing::Fixed), once a second.
+    /// The policy failed. The reaper continues with [`Fixed`](crate::pacing::Fixed), once a second.
     #[error(transparent)]
     Policy(#[from] PolicyError),
-    /// The thread could not be given the place or the priority that were asked for.
-    #[error("{call} failed for the reaper's thread")]
+    /// The thread could not get the requested CPUs or priority.
+    #[error(
+        "{call} failed for the reaper's thread: grant the permission, or spawn it without CPUs or priority"
+    )]
     Scheduling {
         /// The call.
         call: &'static str,
@@ -473,40 +496,42 @@ pub enum ReaperError {
         #[source]
         source: Arc<io::Error>,
     },
-    /// The reaper itself panicked, and has ended. Full exits and syncs still empty the rings.
-    #[error("the reaper panicked")]
+    /// The reaper's thread panicked and has ended. Full exits and syncs still empty the rings.
+    #[error("the reaper panicked and has ended: drop it and spawn another")]
     Panicked,
 }
 
-/// Why a vCPU's dirty limit was refused.
+/// A dirty limit that was refused. No limit has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LimitError {
     /// The kernel logs into bitmaps, which do not record which vCPU wrote.
     #[error(
-        "a dirty limit takes rings, and this log is in bitmap mode: bitmaps do not record which vCPU wrote"
+        "a dirty limit needs rings, and this log is in bitmap mode: bitmaps do not record which vCPU wrote"
     )]
     Bitmap,
     /// There is no such vCPU.
-    #[error("there is no vCPU {vcpu} to limit: {vcpus} are attached, numbered from 0")]
+    #[error("no vCPU {vcpu} is attached: there are {vcpus}, numbered from 0")]
     NoVcpu {
-        /// The vCPU, by its place in the order in which they were attached.
+        /// The vCPU's number, in the order in which vCPUs were attached.
         vcpu: usize,
-        /// How many are attached.
+        /// The number of attached vCPUs.
         vcpus: usize,
     },
 }
 
-/// What went wrong with a [`Limiter`](crate::Limiter). Limits hold all the same wherever vCPUs come
-/// to [`on_full`](crate::VcpuRing::on_full) or [`throttle`](crate::VcpuRing::throttle).
+/// A failure of a [`Limiter`](crate::Limiter). Limits still hold wherever vCPUs call
+/// [`on_full`](crate::VcpuRing::on_full) or [`throttle`](crate::VcpuRing::throttle).
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LimiterError {
     /// The thread could not be started.
-    #[error("starting the limiter's thread failed")]
+    #[error("starting the limiter's thread failed: the process may have too many threads")]
     Spawn(#[source] Arc<io::Error>),
-    /// The thread could not be given the priority that was asked for.
-    #[error("{call} failed for the limiter's thread")]
+    /// The thread could not get the requested priority.
+    #[error(
+        "{call} failed for the limiter's thread: grant the permission, or spawn it without a priority"
+    )]
     Scheduling {
         /// The call.
         call: &'static str,
@@ -515,6 +540,8 @@ pub enum LimiterError {
         source: Arc<io::Error>,
     },
     /// The kick panicked, and the thread has ended.
-    #[error("the kick of a limiter panicked")]
+    #[error(
+        "the kick of a limiter panicked, and its thread has ended: correct the kick and spawn another"
+    )]
     Panicked,
 }

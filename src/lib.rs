@@ -1,18 +1,40 @@
 //! Track the memory that a KVM guest dirties, through its vCPUs' dirty rings, and lose no page.
 //!
-//! A VMM that migrates a running virtual machine, or snapshots it, must know which pages the guest
-//! has written. KVM logs them into one ring a vCPU. Someone has to empty the rings before they are
-//! full, has to have the pages write-protected again before anybody copies them, and must lose
-//! none: one lost page is a corrupted guest. This crate does that.
+//! A VMM that migrates a running virtual machine, or takes snapshots of it, needs the pages that the guest
+//! has written. KVM logs them into one ring per vCPU. This crate empties the rings before they are full, has
+//! their pages write-protected again before the VMM copies them, and returns each page that was written. One
+//! lost page is a corrupted guest.
 //!
 //! ```text
-//!  kernel ring ── RingView ──▶ shard (private bits) ──▶ reset ioctl ──▶ published shard
-//!  (one a vCPU)                held by one pass         re-protects           │ OR
-//!                                                                             ▼
-//!  VMM and device writes ──▶ device bits (shared) ────── swap ──▶ DirtyPages ──▶ runs of pages
+//!  guest vCPU            KVM                       this crate                     VMM
+//!      │ writes a page    │                             │                          │
+//!      ├─────────────────▶│ logs an entry in the ring   │                          │
+//!      │ runs on          ├────────────────────────────▶│ reaper: harvests it      │
+//!      │                  │◀──── resets the entry ──────┤                          │
+//!      │                  │ protects the page again ···▶│ publishes the page       │
+//!      │                  │                             │◀─────────────── sync() ──┤ each round
+//!      │                  │                             ├──── runs of pages ──────▶│ copies, sends
+//!      │ fills its ring ─▶│ stops the vCPU              │                          │
+//!      │                  ├── KVM_EXIT_DIRTY_RING_FULL ─┼─────────────────────────▶│ vCPU's thread
+//!      │                  │◀──── harvest and reset ─────┤◀──────────── on_full() ──┤
+//!      │◀─────────────────┤◀────────────────────────────┼───────────────── KVM_RUN ┤
 //! ```
 //!
-//! # Use
+//! # The protocol
+//!
+//! 1. The VMM enables the rings with [`DirtyLog::enable`] before the first vCPU, and a VM keeps them for life.
+//! 2. It [adds](DirtyLog::add_slot) each memslot to the log before it creates the slot in KVM, and
+//!    [attaches](DirtyLog::attach_vcpu) each vCPU before that runs.
+//! 3. While a slot has `KVM_MEM_LOG_DIRTY_PAGES`, KVM logs the first write to each protected page in the ring of the
+//!    vCPU that wrote.
+//! 4. A [`Reaper`] harvests rings at the pace of its [policy](pacing), before they are full.
+//! 5. KVM stops a vCPU whose ring is full, and [`VcpuRing::on_full`] on its thread makes room.
+//! 6. Each harvest marks its entries and calls the reset ioctl, by which KVM protects the pages again.
+//! 7. Only then are the pages published, so a later write to one of them is logged again.
+//! 8. The VMM [marks](DirtyLog::mark_dirty) what devices and the VMM itself have written.
+//! 9. Each [`DirtyLog::sync`] returns all pages published or marked since the sync before, and the VMM copies them.
+//! 10. Once every vCPU is out of `KVM_RUN` and every device has stopped, one more sync returns the rest, and the
+//!     copy is complete.
 //!
 //! ```no_run
 //! use kvm_dirty_ring::{pacing::Adaptive, DirtyLog, DirtyPages, Reaper, RingEntries, SlotId};
@@ -38,64 +60,75 @@
 //! # }
 //! ```
 //!
+//! # Guide
+//!
+//! The [guide] puts the crate into a VMM, task by task, and begins with a [checklist](guide#checklist).
+//! It covers the size of the rings, [slots and vCPUs that come and go][slots], [threads], [dirty limits][limits],
+//! [what to do when something goes wrong][operations], and [what QEMU and Cloud Hypervisor call it][terms]. The same pages are
+//! in `docs/` of the package. `SECURITY.md` lists every system call for a seccomp filter, and `ARCHITECTURE.md` explains
+//! why the crate is right.
+//!
+//! [slots]: guide::slots
+//! [threads]: guide::threads
+//! [limits]: guide::limits
+//! [operations]: guide::operations
+//! [terms]: guide::terms
+//!
 //! # What it promises
 //!
-//! - **Publish after reset.** A page is reported only once it is write-protected again, so a write
-//!   that a copy may have missed is reported by a later sync.
+//! - **Publish after reset.** A page is returned only after it was write-protected again. A write that the VMM's copy
+//!   may have missed is returned by a later sync.
 //! - **A final sync is complete.** With the vCPUs stopped, one [`DirtyLog::sync`] returns every
 //!   page written since the one before, whatever other passes were under way.
-//! - **Nothing is dropped.** Entries that make no sense, resets that fail or stop half-way, rings
-//!   that the kernel overran: each is counted in [`Stats`], and every page that may be concerned
-//!   is reported, by every sync, until the VMM has [re-armed](DirtyLog::rearm) it.
+//! - **Nothing is dropped.** Entries that make no sense, resets that fail or stop half-way, and rings that the
+//!   kernel overran are counted in [`Stats`]. Every sync returns every page that may be concerned, until the VMM
+//!   has [re-armed](DirtyLog::rearm) it.
 //!
 //! # What the VMM must do
 //!
-//! - Enable the log before the first vCPU, on aarch64 before the first memslot too, and not use
-//!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` beside it.
-//! - Add each logged memslot before it is created; remove it in [two
-//!   steps](DirtyLog::retire_slot).
-//! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, by way of [`DirtyLog::start_tracking`] and
+//! - Enable the log before the first vCPU, on aarch64 before the first memslot, too. Leave
+//!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` off.
+//! - Add each logged memslot before it is created; remove it in [two steps](DirtyLog::retire_slot).
+//! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, inside [`DirtyLog::start_tracking`] and
 //!   [`DirtyLog::stop_tracking`].
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
-//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it; or
-//!   have it marked by guest memory of the crate vm-memory (feature `vm-memory`).
-//! - Before the last sync: have every vCPU thread out of `KVM_RUN`, since processors with
-//!   page-modification logging hold pages back until a vCPU exits.
-//! - Where it sets [dirty limits](DirtyLog::set_dirty_limit): call [`VcpuRing::throttle`] when
-//!   `KVM_RUN` was interrupted, and [keep vCPUs awake](DirtyLog::keep_awake) while it stops them.
-//! - Sync, and run vCPUs, on threads that have no io_uring of their own, but for one with
-//!   `IORING_SETUP_DEFER_TASKRUN`: its work interrupts resets as signals do, and nobody can block it.
-//! - Under seccomp, allow the ioctls `0xAEC7` and `0x4010AE42`, `rt_sigprocmask` and `getrusage` to every thread that syncs or
-//!   runs a vCPU, and to the reaper; to that also `prctl`, without which it wakes up 50 us later. With
-//!   bitmaps, and on aarch64, also the ioctl `0xC018AEC0` to who syncs or removes slots.
-//!   `SECURITY.md` has the whole list, thread by thread.
+//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it. With guest memory
+//!   of the crate vm-memory, the feature `vm-memory` does that.
+//! - Before the last sync, get every vCPU thread out of `KVM_RUN`: processors with page-modification logging hold
+//!   pages back until a vCPU exits.
+//! - With [dirty limits](DirtyLog::set_dirty_limit), call [`VcpuRing::throttle`] when `KVM_RUN` was interrupted, and
+//!   [keep vCPUs awake](DirtyLog::keep_awake) while you stop them.
+//! - Sync, and run vCPUs, on threads that have no io_uring of their own, or one with `IORING_SETUP_DEFER_TASKRUN`.
+//!   The work of any other io_uring interrupts resets as signals do, and cannot be blocked.
+//! - Under seccomp, allow the ioctls `0xAEC7` and `0x4010AE42`, `rt_sigprocmask` and `getrusage` to every thread that
+//!   syncs or runs a vCPU, and to the reaper. Allow `prctl` to the reaper, which otherwise wakes up 50 us later. With
+//!   bitmaps, and on aarch64, allow the ioctl `0xC018AEC0` to every thread that syncs or removes slots.
 //!
 //! # Pages that stay open
 //!
-//! A page that the guest writes all the time need not be protected in each round of a migration: with a [working
-//! set](DirtyLog::set_working_set) it stays open, every sync reports it among the [members](DirtyPages::members), and it
-//! is sent in the last round, which [`DirtyLog::last_sync`] finds without a reset. [`convergence`] decides when to go on,
-//! to [close](DirtyLog::refresh) them, to finish, or to give up. Off unless it is switched on.
+//! A page that the guest writes all the time need not be protected in each round of a migration. With a [working
+//! set](DirtyLog::set_working_set) it stays open, every sync reports it among the [members](DirtyPages::members), and
+//! the VMM sends it in the last round, which [`DirtyLog::last_sync`] finds without a reset. [`convergence`] decides when
+//! to go on, to [close](DirtyLog::refresh) the members, to finish, or to give up. The working set is off by default.
 //!
 //! # Without rings
 //!
 //! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
-//! [`DirtyLog::enable_bitmap`] insists on them, and [`DirtyLog::mode`] returns which it is. All calls are
+//! [`DirtyLog::enable_bitmap`] uses them anywhere, and [`DirtyLog::mode`] returns which a log uses. All calls are
 //! the same, and so are the promises; vCPUs never stop for a full ring, and a reaper finds nothing to do.
-//! A slot must be created in KVM before the first sync after `add_slot`: until then all of it is dirty.
+//! Create a slot in KVM before the first sync after `add_slot`: until then all of it is dirty.
 //!
-//! `docs/guide.md` leads through all of it, from the size of the rings to the final pass.
+//! # Statistics and events
 //!
-//! # Seeing what it does
+//! [`DirtyLog::stats`] returns all counts. With the feature `tracing`, full exits, passes, syncs, the reaper's life and
+//! faults are events of the target `kvm_dirty_ring`, by QEMU's names. They are emitted while no other thread waits for
+//! the one that emits them. With the feature `metrics`, `metrics::publish` passes the counts to a recorder.
 //!
-//! [`DirtyLog::stats`] has all that is counted. With the feature `tracing`, full exits, passes, syncs, the
-//! reaper's life and faults are events of the target `kvm_dirty_ring`, by QEMU's names, emitted when no other thread
-//! waits for the one that emits them; `docs/guide.md` lists them. With the feature `metrics`, `metrics::publish`
-//! hands stats to a recorder.
+//! # Platforms
 //!
-//! 64-bit Linux on x86-64 and aarch64; on riscv64 it compiles, and its unit tests run, but no KVM has run it. It does not
-//! compile for other processors. A page is a page of the host. Test without `/dev/kvm` on the
-//! simulated kernel, `sim` (feature `test-utils`).
+//! 64-bit Linux on x86-64 and aarch64. On riscv64 the crate compiles and its unit tests run, but no KVM has run it. It does
+//! not compile for other processors. A page is a base page of the host. To test without `/dev/kvm`, use the simulated
+//! kernel, `sim` (feature `test-utils`).
 
 #![deny(
     missing_docs,
@@ -107,15 +140,19 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("kvm-dirty-ring is for 64-bit Linux");
 
-// Orderings, page sizes and the mapping of rings are those of processors on which somebody has run this.
+// Memory orderings, page sizes and the mapping of rings were tried on these processors only.
 #[cfg(not(any(
     target_arch = "x86_64",
     target_arch = "aarch64",
     target_arch = "riscv64"
 )))]
 compile_error!(
-    "kvm-dirty-ring is for x86_64, aarch64 and riscv64: on no other processor was it ever run"
+    "kvm-dirty-ring runs on x86_64, aarch64 and riscv64: it was not tried on other processors"
 );
+
+// Documentation only; tests/snippets.rs in kvm-integration compiles what the pages show.
+#[cfg(all(doc, not(doctest)))]
+pub mod guide;
 
 mod bitmap;
 pub mod convergence;

@@ -282,7 +282,7 @@ fn each_is_described_and_in_the_guide() {
         assert_eq!(*unit == Unit::Nanoseconds, is_time, "{name}");
         assert!(help.ends_with('.'), "{name}: {help}");
     }
-    let guide = include_str!("../docs/guide.md");
+    let guide = include_str!("../docs/operations.md");
     let rows = guide
         .lines()
         .filter_map(|line| line.strip_prefix("| `kvm_dirty_ring_"));
@@ -290,6 +290,6 @@ fn each_is_described_and_in_the_guide() {
     let names = rows.map(|row| format!("kvm_dirty_ring_{}", row.split('`').next().unwrap()));
     assert!(
         names.collect::<BTreeSet<_>>().iter().eq(published),
-        "docs/guide.md"
+        "docs/operations.md"
     );
 }

@@ -355,7 +355,7 @@ fn the_life_of_a_reaper_is_told() {
 /// Under its whole name, or in a row of such as begin alike.
 #[test]
 fn each_event_is_in_the_guide() {
-    let guide = include_str!("../docs/guide.md");
+    let guide = include_str!("../docs/operations.md");
     let source = include_str!("../src/observe/trace.rs");
     let names = source.split("\"kvm_dirty_ring_").skip(1);
     let names: Vec<_> = names.map(|rest| rest.split('"').next().unwrap()).collect();

@@ -11,60 +11,61 @@ use crate::kvm::mmap;
 use crate::kvm::vm::Vm;
 
 impl DirtyLog {
-    /// Enables dirty rings of `entries` entries on a KVM virtual machine: before its first vCPU is
-    /// created. The descriptor is duplicated.
+    /// Enables dirty rings of `entries` entries on a KVM virtual machine. Call it before the first vCPU is created. The
+    /// descriptor is duplicated.
     ///
-    /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` is preferred; `KVM_CAP_DIRTY_LOG_RING` is taken on x86,
-    /// whose memory model makes up for it.
+    /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` is preferred. `KVM_CAP_DIRTY_LOG_RING` is used on x86 only, whose memory model makes up
+    /// for the difference.
     ///
-    /// On arm64 KVM writes some of the guest's memory without a vCPU (tables of the interrupt
-    /// controller), which no ring logs. Where `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP` is offered it is
-    /// enabled, too, for which no memslot may exist yet, and these pages come with each sync. That
-    /// costs a sync one ioctl a slot, which copies a bit a page, 32 KiB for 1 GiB, and one more for
-    /// each GiB with such pages.
+    /// On arm64, call it before the first memslot, too. KVM writes some of the guest's memory without a vCPU there (tables of the
+    /// interrupt controller), which no ring logs. Where `KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP` is offered it is enabled as well,
+    /// and these pages come with each sync. That costs a sync one ioctl per slot, which copies one bit per page (32 KiB for 1 GiB),
+    /// and one more ioctl for each GiB with such pages.
     ///
-    /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused. Don't switch that on
-    /// *later*, either: slots that are made or begin to be logged from then on lose their first writes, and nothing
-    /// shows it. KVM does not tell what was enabled, and with rings it has no bitmap by which a slot would, so no later
-    /// call of this crate can notice. A VMM that can't vouch for all of its parts enables the capability once more
-    /// without that flag (`args[0]` 0, or 1) before it makes slots and before it starts tracking.
+    /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused. Do not enable that *later*, either:
+    /// slots that are created or begin to be logged from then on lose their first writes. The crate cannot detect it, as KVM has
+    /// no query for enabled capabilities and, with rings, no bitmap that would show it. If some part of the VMM may enable
+    /// it, enable the capability once more without that flag (`args[0]` 0 or 1) before you create slots and before you start
+    /// tracking.
     ///
     /// # Errors
-    /// Each way in which KVM refuses it is a variant of its own; the VM is as it was, but for
+    /// Each reason for which KVM refuses has a variant of its own. The VM is unchanged, except after
+    /// [`EnableError::SlotExists`].
     /// [`EnableError::SlotExists`].
     pub fn enable(vm_fd: &impl AsRawFd, entries: RingEntries) -> Result<Self, EnableError> {
         let vm = Vm::with_rings(vm_fd, entries)?;
         Ok(Self::over_kvm(Box::new(vm), entries.get()))
     }
 
-    /// A log over the bitmaps that KVM keeps of a virtual machine's slots, for kernels without dirty
-    /// rings: at any time, on arm64 before the first memslot. The descriptor is duplicated. All else
-    /// is as with rings, but that syncs read the bitmap of each slot, that no vCPU ever stops for a
-    /// full ring, and that a reaper finds nothing to do.
+    /// Creates a log over the bitmaps that KVM keeps of a VM's slots, for kernels without dirty rings. Call it at any time; on
+    /// arm64 before the first memslot. The descriptor is duplicated.
     ///
-    /// If the kernel offers `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, it is enabled, so that a sync takes
-    /// KVM's `mmu_lock` for the dirty part of a slot only; without `INITIALLY_SET`, whether or not the
-    /// VMM has set that. With it no harm is done, either: pages of new slots begin as dirty.
+    /// All calls are as with rings. A sync reads the bitmap of each slot, no vCPU ever stops for a full ring, and a reaper finds
+    /// nothing to do.
     ///
-    /// On arm64, a VM whose rings were enabled before its first memslot, by another log, has bitmaps beside them,
-    /// and looks like one without rings: [`attach_vcpu`](Self::attach_vcpu) notices it, so attach each vCPU.
-    /// The syncs of a log without attached vCPUs miss all that vCPUs write there.
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled where the kernel offers it, without `INITIALLY_SET`, whether or not the VMM
+    /// has set that. A sync then takes KVM's `mmu_lock` for the dirty part of a slot only. With `INITIALLY_SET` nothing is
+    /// lost, either: pages of new slots begin as dirty.
     ///
-    /// One log a VM, and no `KVM_GET_DIRTY_LOG` or `KVM_CLEAR_DIRTY_LOG` of the VMM beside it: who takes
-    /// a bitmap takes it from the other, without a trace.
+    /// On arm64, a VM whose rings were enabled before its first memslot, by another log, has bitmaps beside them and looks like
+    /// one without rings. [`attach_vcpu`](Self::attach_vcpu) detects it, so attach each vCPU. The syncs of a log without attached
+    /// vCPUs would miss all that vCPUs write there.
+    ///
+    /// Use one log per VM, and no `KVM_GET_DIRTY_LOG` or `KVM_CLEAR_DIRTY_LOG` beside it: each takes bits that the other then
+    /// misses.
     ///
     /// # Errors
-    /// Not a VM, one whose dirty rings are enabled, or a call failed; the VM is as it was.
+    /// The descriptor is not a VM's, the VM's dirty rings are enabled, or a call failed. The VM is unchanged.
     pub fn enable_bitmap(vm_fd: &impl AsRawFd) -> Result<Self, EnableError> {
         let vm = Vm::with_bitmaps(vm_fd)?;
         Ok(Self::over_kvm(Box::new(vm), mmap::EMPTY_RING_ENTRIES))
     }
 
-    /// [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where the kernel has no
-    /// dirty rings for this architecture. [`mode`](Self::mode) returns which it was.
+    /// Calls [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where the kernel has no dirty rings for this
+    /// architecture. [`mode`](Self::mode) returns which of the two it was.
     ///
     /// # Errors
-    /// Those of the two: rings that are there and refused are no reason for bitmaps.
+    /// Those of the two. If the kernel has rings and refuses them, bitmaps are not tried.
     pub fn enable_auto(vm_fd: &impl AsRawFd, entries: RingEntries) -> Result<Self, EnableError> {
         match Self::enable(vm_fd, entries) {
             Err(EnableError::NoDirtyRing) => Self::enable_bitmap(vm_fd),
@@ -72,18 +73,19 @@ impl DirtyLog {
         }
     }
 
-    /// Maps the ring of a vCPU of this VM and starts to harvest it: for each vCPU, at any time
-    /// before it runs, and again if its [`VcpuRing`] was dropped; the mapping outlives the
-    /// descriptor. In [`Mode::Bitmap`] the vCPU has an empty ring of ours, so that a VMM does the
-    /// same in both modes; and one that has a ring in KVM is noticed.
+    /// Maps the ring of a vCPU of this VM and starts to harvest it. Call it for each vCPU before it runs, and again if its
+    /// [`VcpuRing`] was dropped. The mapping outlives the descriptor.
     ///
-    /// The link of its descriptor in `/proc/self/fd` names the vCPU. In a jail without `/proc` one
-    /// that comes again looks like another, and a second consumer of its ring would lose pages: attach
-    /// each vCPU once there, and keep its `VcpuRing` while it is unplugged.
+    /// In [`Mode::Bitmap`] the vCPU gets an empty ring of the crate's, so a VMM makes the same calls in both modes. A vCPU that has
+    /// a ring in KVM is detected.
+    ///
+    /// The link of its descriptor in `/proc/self/fd` identifies the vCPU. In a jail without `/proc`, attach each vCPU once, and
+    /// keep its `VcpuRing` while the vCPU is unplugged: the crate could not recognise it, and a second consumer of its ring would
+    /// lose pages.
     ///
     /// # Errors
-    /// The ring cannot be mapped; somebody has the vCPU's [`VcpuRing`]; the log reads bitmaps and the vCPU has a
-    /// ring; or the log is not a KVM VM's.
+    /// The ring cannot be mapped; the vCPU's [`VcpuRing`] still exists; the log reads bitmaps and the vCPU has a ring; or the log
+    /// does not belong to a KVM VM.
     pub fn attach_vcpu(&self, vcpu_fd: &impl AsRawFd) -> Result<VcpuRing, AttachError> {
         if !self.is_kvm() {
             return Err(AttachError::NotKvm);

@@ -9,40 +9,40 @@ use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::{DirtyPages, DirtyPart, Run};
 use crate::sync::lock;
 
-/// The pages that a [last sync](DirtyLog::last_sync) found dirty. They are not protected: what is here holds as long as every
-/// vCPU stays stopped and devices are quiet.
+/// The pages that a [last sync](DirtyLog::last_sync) found dirty. They are not protected: the list holds as long as every vCPU
+/// stays stopped and devices are quiet.
 #[derive(Default)]
 pub struct LastPages {
     pages: DirtyPages,
 }
 
 impl LastPages {
-    /// No pages.
+    /// Creates an empty list.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The dirty pages as runs, ascending by slot, then by page, each as long as it can be.
+    /// Returns the dirty pages as runs, ascending by slot, then by page. Each run is as long as possible.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
         self.pages.runs()
     }
 
-    /// How many pages are dirty.
+    /// Returns the number of dirty pages.
     pub fn page_count(&self) -> u64 {
         self.pages.page_count()
     }
 
-    /// Whether no page is dirty.
+    /// Returns whether no page is dirty.
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty()
     }
 
-    /// Whether `page` of `slot` is dirty.
+    /// Returns whether `page` of `slot` is dirty.
     pub fn contains(&self, slot: SlotId, page: u64) -> bool {
         self.pages.contains(slot, page)
     }
 
-    /// All of it as a part, to be [split](DirtyPart::split) among threads.
+    /// Returns all pages as one part, to be [split](DirtyPart::split) among threads.
     pub fn part(&self) -> DirtyPart<'_> {
         self.pages.part()
     }
@@ -57,13 +57,15 @@ impl fmt::Debug for LastPages {
 }
 
 impl DirtyLog {
-    /// Replaces what is in `last` by every page written since the sync before, and every member of the working set, and
-    /// protects none of them: for the last round of a migration, when every vCPU is out of `KVM_RUN` and devices are quiet. It
-    /// saves the resets of what the rings hold, which count for the downtime.
+    /// Replaces the contents of `last` by every page written since the sync before, and every member of the working set, and
+    /// protects none of them.
     ///
-    /// It takes nothing from the log. If the guest is to run again after all, go on as if it had not been made: the next
-    /// [`sync`](Self::sync) reports all of it again, once, and protects it. Where KVM can't read a bitmap without clearing it (no manual
-    /// protection) pages are protected by this, too.
+    /// Call it for the last round of a migration, when every vCPU is out of `KVM_RUN` and devices are quiet. It saves the resets of
+    /// the rings' entries, which would count for the downtime.
+    ///
+    /// It takes nothing from the log. If the guest is to run again, continue as if this call had not been made: the next
+    /// [`sync`](Self::sync) reports all of it again, once, and protects it. Where KVM cannot read a bitmap without clearing it (no
+    /// manual protection), this call protects pages, too.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -88,8 +90,8 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// As [`sync`](Self::sync), but that no reset can fail, as none is made. `last` may hold some of the pages then, and
-    /// must not be used.
+    /// As [`sync`](Self::sync), but no reset can fail, as none is made. `last` may hold some of the pages then, and must not be
+    /// used.
     pub fn last_sync(&self, last: &mut LastPages) -> Result<(), SyncError> {
         let started = trace::flush();
         let synced = self.copy_all(&mut last.pages);
@@ -106,7 +108,7 @@ impl DirtyLog {
             // Waits for the pass that holds the shard, as a sync does.
             let mut pass = harvester.begin_on(harvester.pool.acquire(shard));
             if shard == 0 {
-                // Before any other shard, as in a sync; and nothing is to stay open by this.
+                // Before any other shard, as in a sync. No page may stay open by this.
                 pass.close_all();
                 pass.harvest_all();
             }

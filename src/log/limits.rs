@@ -1,4 +1,4 @@
-//! Dirty limits, as a VMM sets, feels and ends them.
+//! Dirty limits, as a VMM sets, applies and ends them.
 
 use core::fmt;
 use core::num::NonZeroU64;
@@ -11,25 +11,22 @@ use crate::kernel::Mode;
 use crate::limit::account::Standing;
 use crate::sync::lock;
 
-/// How long after a look at limited vCPUs the next one should be, while one of them runs.
+/// How long after a look at limited vCPUs the next look is due, while one of them runs.
 const LOOK: Duration = Duration::from_millis(1);
 
 /// Dirty limits.
 impl DirtyLog {
-    /// Lets one vCPU, by its place in the order in which they were attached, dirty no more than
-    /// `limit` pages a second from now on; `None` lifts the limit, ends the sleep in which the vCPU
-    /// may be for it, and forgives what it owed.
+    /// Limits one vCPU to `limit` dirty pages a second; `vcpu` is its number in the order in which vCPUs were attached. `None`
+    /// lifts the limit, ends the vCPU's sleep, and forgives its debt.
     ///
-    /// A page counts when it is logged: at the first write to it since it was last protected. What
-    /// a vCPU is ahead of its limit, it sleeps off in [`VcpuRing::throttle`] and at the end of
-    /// [`VcpuRing::on_full`], so the mean over some seconds is the limit, whoever empties the ring
-    /// and when. What it has not used stays good for a quarter of a second; a debt of less than 5
-    /// ms is left standing.
+    /// A page counts when it is logged: at the first write to it since it was last protected. A vCPU that is ahead of its limit
+    /// sleeps in [`VcpuRing::throttle`] and at the end of [`VcpuRing::on_full`]. So the mean over some seconds is the limit,
+    /// whichever thread empties the ring, and whenever. Unused budget is good for a quarter of a second; a debt of less than 5 ms
+    /// is left standing.
     ///
-    /// Who brings the vCPU there decides how long its stops are. A [`Limiter`](crate::Limiter)
-    /// kicks it out of the guest about a millisecond after it has got ahead. Without one it stops
-    /// at a full ring, for as long as a whole ring takes under the limit (65,536 entries at 1,000
-    /// pages/s: a minute), and with a reaper that leaves no ring to fill, not at all.
+    /// Run a [`Limiter`](crate::Limiter): it kicks the vCPU out of the guest about a millisecond after it has got ahead. Without
+    /// one, the vCPU stops only at a full ring, for as long as a whole ring takes under the limit (65,536 entries at 1,000 pages/s:
+    /// a minute). With a reaper that leaves no ring to fill, it does not stop at all.
     ///
     /// # Errors
     /// [`LimitError::NoVcpu`]; [`LimitError::Bitmap`] in [`Mode::Bitmap`].
@@ -63,8 +60,8 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// As [`set_dirty_limit`](Self::set_dirty_limit), for every vCPU and those attached later: each
-    /// may dirty `limit` pages a second.
+    /// Limits every vCPU, including those attached later, to `limit` dirty pages a second each. Otherwise as
+    /// [`set_dirty_limit`](Self::set_dirty_limit).
     ///
     /// # Errors
     /// [`LimitError::Bitmap`] in [`Mode::Bitmap`].
@@ -81,20 +78,19 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Looks at the vCPUs that have a limit, and calls `kick` for each that is ahead of it and not
-    /// asleep, by its place in the order in which they were attached: `kick` makes its thread leave
-    /// `KVM_RUN` and call [`VcpuRing::throttle`]. Returns when to look again, `None` if no vCPU that
-    /// has its [`VcpuRing`] has a limit. For a VMM's own event loop; a [`Limiter`](crate::Limiter) is a
-    /// thread that does this.
+    /// Calls `kick` for each limited vCPU that is ahead of its limit and not asleep, with its number in the order in which vCPUs
+    /// were attached. Returns when to look again, or `None` if no vCPU that has its [`VcpuRing`] has a limit.
     ///
-    /// A kick that comes to nothing, since the thread was about to enter the guest, is repeated by
-    /// the next look. `kick` is called with no lock held; the `VcpuRing` may be dropped meanwhile, so
-    /// it must bear a thread that ends.
+    /// `kick` must make the vCPU's thread leave `KVM_RUN` and call [`VcpuRing::throttle`]. Use this in an event loop of the VMM's; a
+    /// [`Limiter`](crate::Limiter) is a thread that does it.
+    ///
+    /// The next look repeats a kick that had no effect because the thread was about to enter the guest. `kick` is called with no
+    /// lock held. The `VcpuRing` may be dropped meanwhile, so `kick` must cope with a thread that has ended.
     pub fn enforce_dirty_limits(&self, mut kick: impl FnMut(usize)) -> Option<Duration> {
         let mut next: Option<Duration> = None;
         for (place, vcpu) in self.inner().harvester.layout().vcpus.iter().enumerate() {
             if !vcpu.is_held() {
-                // Without a `VcpuRing` it has no thread that could be kicked.
+                // Without a `VcpuRing` there is no thread to kick.
                 continue;
             }
             let wait = match vcpu.limit.look(|| vcpu.logged()) {
@@ -111,11 +107,10 @@ impl DirtyLog {
         next
     }
 
-    /// Wakes every vCPU's thread that sleeps for its limit, and lets none fall asleep until what is
-    /// returned is dropped. What they owe remains, and is slept off later.
+    /// Wakes every vCPU thread that sleeps for its limit, and lets none fall asleep until the returned value is dropped. Debts
+    /// remain and are slept off later.
     ///
-    /// A VMM that stops its vCPUs calls this first, and drops it when they are to run again: so no
-    /// stop waits for a sleep, whether the thread is in it or about to be.
+    /// Call it before you stop vCPUs, and drop the result when they are to run again. Then no stop waits for a sleep.
     pub fn keep_awake(&self) -> Awake {
         let inner = self.inner();
         let mut terms = lock(&inner.limits.terms);
@@ -135,7 +130,7 @@ impl DirtyLog {
     }
 }
 
-/// Keeps the threads of all vCPUs from sleeping for their limits, see [`DirtyLog::keep_awake`].
+/// Keeps the threads of all vCPUs from sleeping for their limits; see [`DirtyLog::keep_awake`].
 #[must_use = "threads may sleep again as soon as it is dropped"]
 pub struct Awake {
     log: DirtyLog,
@@ -162,13 +157,11 @@ impl fmt::Debug for Awake {
 }
 
 impl VcpuRing {
-    /// Sleeps off what the vCPU is ahead of its [dirty limit](DirtyLog::set_dirty_limit), and
-    /// returns how long that took: zero, after a lock and a look, where there is nothing to sleep
-    /// for.
+    /// Sleeps for as long as the vCPU is ahead of its [dirty limit](DirtyLog::set_dirty_limit), and returns how long that was: zero,
+    /// after a lock and a look, if it is not ahead.
     ///
-    /// Call it on the vCPU's thread whenever `KVM_RUN` was interrupted (`EINTR`), and, if you like,
-    /// after every other exit. It returns early when the limit is lifted, and at once while
-    /// somebody [keeps the vCPUs awake](DirtyLog::keep_awake).
+    /// Call it on the vCPU's thread whenever `KVM_RUN` was interrupted (`EINTR`). You may also call it after every other exit. It
+    /// returns early when the limit is lifted, and at once while an [`Awake`] exists.
     pub fn throttle(&mut self) -> Duration {
         self.vcpu.pay()
     }

@@ -1,4 +1,4 @@
-//! What others have logged, in bulk: the logs of vhost, VFIO, or a device of the VMM's.
+//! Marks in bulk, from other logs: those of vhost, VFIO, or a device of the VMM.
 
 use core::ops::Range;
 
@@ -13,8 +13,8 @@ use crate::slots::guest_map::GuestMap;
 const BITS: u64 = u64::BITS as u64;
 
 impl DirtyLog {
-    /// Marks each page of `slot` whose bit is set in `words`, as [`mark_dirty`](Self::mark_dirty) does: bit b of word w is page
-    /// `first_page + 64 w + b`. It takes about as long as to read the words.
+    /// Marks each page of `slot` whose bit is set in `words`, as [`mark_dirty`](Self::mark_dirty) does. Bit b of word w is page
+    /// `first_page + 64 w + b`. It takes about as long as reading the words.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -31,7 +31,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not tracked, or a bit is set past its end; then none is marked.
+    /// The slot is not tracked, or a bit is set past its end; then no page is marked.
     pub fn mark_words(
         &self,
         slot: SlotId,
@@ -50,14 +50,14 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// The same of a log that goes by guest address, as those of vhost and VFIO do, maybe in pages of another size: bit b of
-    /// word w is the page of `page_bytes` bytes at `address + (64 w + b) × page_bytes`. Each page of the host's that it touches
-    /// is marked. How many set bits have no memory of `map` behind them: they are passed over.
+    /// Marks pages from a log by guest address, as those of vhost and VFIO are, also in pages of another size. Bit b of word w
+    /// is the page of `page_bytes` bytes at `address + (64 w + b) × page_bytes`. Each base page of the host that it touches is
+    /// marked. Returns the number of set bits that have no memory of `map` behind them; they are ignored.
     ///
     /// # Errors
     /// [`SlotError::PageSize`] if `page_bytes` is no power of two, or `address` no multiple of it;
     /// [`SlotError::Unknown`] for a slot of the map that is not tracked, [`SlotError::OutOfRange`] for one that is
-    /// smaller. Those before it are marked then.
+    /// smaller. Pages of slots before it are marked then.
     pub fn mark_guest_words(
         &self,
         map: &GuestMap,
@@ -127,7 +127,7 @@ fn is_set(words: &[u64], bit: u64) -> bool {
     words[(bit / BITS) as usize] >> (bit % BITS) & 1 == 1
 }
 
-/// What of word `at` lies in `bits`.
+/// Returns the bits of word `at` that lie in `bits`.
 fn masked(words: &[u64], at: u64, bits: &Range<u64>) -> u64 {
     let begin = at * BITS;
     let low = bits.start.saturating_sub(begin).min(BITS);
@@ -146,14 +146,14 @@ fn count(words: &[u64], bits: Range<u64>) -> u64 {
     words_of(&bits).map(ones).sum()
 }
 
-/// Adds those of `bits` that are set in `words` to `to`, the first of them as page `page`: all of them are pages of the slot.
+/// Adds those of `bits` that are set in `words` to `to`, the first as page `page`. All of them are pages of the slot.
 fn merge(to: &SharedBits, page: u64, words: &[u64], bits: Range<u64>) {
     for at in words_of(&bits) {
         let word = masked(words, at, &bits);
         if word == 0 {
             continue;
         }
-        // Where bit 0 of the word goes, or would go.
+        // The place of bit 0 of the word, if it has one.
         let begin = (at * BITS + page).checked_sub(bits.start);
         let Some(begin) = begin else {
             let ahead = bits.start - page - at * BITS;
@@ -186,7 +186,7 @@ mod tests {
     use crate::{DirtyPages, SlotId};
 
     proptest! {
-        /// Against one bit at a time.
+        /// Compared with one bit at a time.
         #[test]
         fn bits_are_moved_as_one_by_one(words in vec(any::<u64>(), 1..5), page in 0u64..200, ends in (0u64..320, 0u64..320)) {
             let most = words.len() as u64 * BITS;
@@ -220,7 +220,7 @@ mod tests {
             }
             let region = |(slot, first, pages)| GuestRegion { slot, address: first * host_page, pages };
             let map = GuestMap::new(regions.map(region)).unwrap();
-            // Half a page of the host's, one, two, four, and eight, one of which reaches into both regions.
+            // Half a base page, one, two, four and eight, one of which reaches into both regions.
             let page_bytes = (host_page / 2) << shift;
             let address = begin * 8 * host_page;
             let holes = log.mark_guest_words(&map, address, page_bytes, &words).unwrap();

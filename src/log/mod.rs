@@ -1,4 +1,4 @@
-//! The front door: one `DirtyLog` a virtual machine, one file a subject.
+//! The front door: one `DirtyLog` per virtual machine, one file per subject.
 //!
 //! May import: ground, bitmap, ring, limit, pacing, slots, harvest, observe, kvm.
 
@@ -40,7 +40,8 @@ use crate::sync::{Arc, AtomicBool, Mutex};
 
 /// The dirty log of one virtual machine.
 ///
-/// It is a handle: clones share the log, and every method may be called from any thread.
+/// It is a handle: clones share the log, and every method may be called from any thread. The VM's descriptor is duplicated,
+/// so the VM lives as long as any handle.
 #[derive(Clone)]
 pub struct DirtyLog {
     inner: Arc<Inner>,
@@ -55,9 +56,9 @@ pub(crate) struct Inner {
     pub(crate) kernel_bits: KernelBits,
     pub(crate) alarm: Alarm,
     pub(crate) ring_entries: u32,
-    /// Whether the log is that of a KVM VM.
+    /// Whether the log belongs to a KVM VM.
     kvm: bool,
-    /// One sync at a time. What an unfinished one had collected waits here for the next.
+    /// One sync at a time. Pages that an unfinished sync has collected wait here for the next one.
     pub(crate) pending: Mutex<DirtyPages>,
     /// Whether a reaper runs: one at a time.
     pub(crate) reaped: AtomicBool,
@@ -69,16 +70,15 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
-    /// Under the lock on the terms of limits: whether a vCPU has to pay for what it writes, in which case all of it is to be
-    /// logged.
+    /// Notes whether a vCPU has a limit. Then all that it writes must be logged. Called under the lock on the terms of limits.
     pub(crate) fn note_limited(&self) {
         let layout = self.harvester.layout();
         let limited = layout.vcpus.iter().any(|vcpu| vcpu.limit.get().is_some());
         self.harvester.working_set.set_limited(limited);
     }
 
-    /// Emits events for the faults since the last such event: at the end of each call that may meet
-    /// one, when it holds nothing any more.
+    /// Emits events for the faults since the last such event. Each call that may meet a fault calls this at its end, when it
+    /// holds no lock any more.
     #[inline]
     pub(crate) fn emit_faults(&self) {
         let faults = || {
@@ -101,8 +101,8 @@ impl Inner {
 }
 
 impl DirtyLog {
-    /// A log over `kernel`, whose rings have `ring_entries` entries each: for a kernel other than
-    /// KVM, such as the simulated one.
+    /// Creates a log over `kernel`, whose rings have `ring_entries` entries each. It is for kernels other than KVM, such as the
+    /// simulated one; for KVM call [`enable`](Self::enable).
     pub fn with_kernel(kernel: Box<dyn Kernel>, ring_entries: u32) -> Self {
         Self::new(kernel, ring_entries, MAX_SHARDS, false)
     }
@@ -131,7 +131,7 @@ impl DirtyLog {
         }
     }
 
-    /// A log over a KVM VM.
+    /// Creates a log over a KVM VM.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn over_kvm(vm: Box<dyn Kernel>, ring_entries: u32) -> Self {
         Self::new(vm, ring_entries, MAX_SHARDS, true)
@@ -141,13 +141,12 @@ impl DirtyLog {
         &self.inner
     }
 
-    /// How the kernel logs what vCPUs write.
+    /// Returns how the kernel logs what vCPUs write: into rings or bitmaps.
     pub fn mode(&self) -> Mode {
         self.inner.harvester.kernel().mode()
     }
 
-    /// Size of each ring, in entries; in [`Mode::Bitmap`] on KVM that of the empty one which each
-    /// vCPU has in its place.
+    /// Returns the size of each ring, in entries. In [`Mode::Bitmap`] on KVM each vCPU has an empty ring of this size.
     pub fn ring_entries(&self) -> u32 {
         self.inner.ring_entries
     }
@@ -157,8 +156,10 @@ impl DirtyLog {
         self.inner.kvm
     }
 
-    /// Marks pages that the VMM or one of its devices *has written*: KVM logs only what vCPUs
-    /// write. Call it after the write; whoever copies the page after the next sync then sees it.
+    /// Marks pages that the VMM or one of its devices *has written*. KVM logs only what vCPUs write.
+    ///
+    /// Call it after the write. The next sync reports the pages, and a copy made after that sync has the new contents.
+    /// `first_page` and `pages` count base pages of the host.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -177,14 +178,14 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not tracked, or the pages are not all inside it; then none is marked.
+    /// The slot is not tracked, or the pages are not all inside it; then no page is marked.
     pub fn mark_dirty(&self, slot: SlotId, first_page: u64, pages: u64) -> Result<(), SlotError> {
         let tracked = self.tracked_with(slot, first_page, pages)?;
         tracked.device().set(first_page, pages);
         Ok(())
     }
 
-    /// The slot, which has these pages.
+    /// Finds the slot, which must have these pages.
     fn tracked_with(
         &self,
         slot: SlotId,
@@ -206,8 +207,7 @@ impl DirtyLog {
         Ok(Arc::clone(tracked))
     }
 
-    /// Empties every ring once, as the reaper does: harvest, reset, publish. Returns how many
-    /// entries there were.
+    /// Empties every ring once, as the reaper does: harvest, reset, publish. Returns the number of entries.
     ///
     /// # Errors
     /// The reset failed. The pages are kept and come with the next reset that succeeds.
@@ -225,8 +225,8 @@ impl DirtyLog {
         taken
     }
 
-    /// As [`reap`](Self::reap), for those rings whose place is true in `rings`, in the order in
-    /// which the vCPUs were attached. Rings beyond its end are left alone.
+    /// Empties the rings whose place in `rings` is true, in the order in which the vCPUs were attached. Rings beyond the end of
+    /// `rings` are left alone. Otherwise as [`reap`](Self::reap).
     ///
     /// # Errors
     /// As [`reap`](Self::reap).
@@ -234,8 +234,8 @@ impl DirtyLog {
         self.reap_those(|place| rings.get(place) == Some(&true))
     }
 
-    /// As [`reap`](Self::reap), on shard `shard` (modulo how many there are), where pages land only
-    /// if several passes are under way at once. For tests (feature `test-utils`).
+    /// As [`reap`](Self::reap), on shard `shard` modulo the number of shards. Pages land there otherwise only if several passes
+    /// are under way at once. For tests (feature `test-utils`).
     ///
     /// # Errors
     /// As [`reap`](Self::reap).
@@ -250,18 +250,18 @@ impl DirtyLog {
         Ok(taken)
     }
 
-    /// Replaces what is in `rings` by what a [pacing](crate::pacing) policy is to be shown of each
-    /// ring, in the order in which the vCPUs were attached. It reads about a dozen flags a ring,
-    /// two if the ring is empty. It waits for no harvest and no reset, and neither waits for it; only
-    /// while slots or vCPUs are added or removed may it wait a moment. By the time it returns, vCPUs
-    /// may have logged more.
+    /// Replaces the contents of `rings` by the state of each ring, for a [pacing](crate::pacing) policy, in the order in which the
+    /// vCPUs were attached.
+    ///
+    /// It reads about a dozen flags per ring, or two if the ring is empty. It waits for no harvest and no reset, and neither
+    /// waits for it; it may wait a moment while slots or vCPUs change. vCPUs may have logged more by the time it returns.
     pub fn observe(&self, rings: &mut Vec<RingObservation>) {
         rings.clear();
         let layout = self.inner.harvester.layout();
         rings.extend(layout.vcpus.iter().map(|vcpu| vcpu.observe()));
     }
 
-    /// What has happened so far.
+    /// Returns a snapshot of everything that is counted.
     pub fn stats(&self) -> Stats {
         let missing = self.inner.kernel_bits.missing.get();
         Stats::read(&self.inner.harvester, missing, &self.inner.reaper_counts)

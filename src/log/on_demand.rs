@@ -10,27 +10,29 @@ use crate::observe::trace;
 use crate::slots::dirty_pages::{DirtyPages, DirtyPart};
 use crate::sync::lock;
 
-/// The pages that a [sync on demand](DirtyLog::sync_on_demand) found dirty, to be read chunk by chunk: a chunk's pages are
-/// protected when it is asked for, and not before.
+/// The pages that a [sync on demand](DirtyLog::sync_on_demand) found dirty, to be read chunk by chunk. A chunk's pages are
+/// protected when the chunk is requested.
 ///
-/// Dropped early, it loses nothing: the kernel still has the bits of what was not read, the log has the rest, and the next
+/// Dropping it early loses nothing: the kernel still has the bits of pages that were not read, the log has the rest, and the
+/// next sync reports both.
 /// sync reports both.
 #[must_use]
 pub struct OnDemand {
     log: DirtyLog,
-    /// What is yet to be handed out, members among it; and the chunk that was last.
+    /// The pages that are still to be returned, members included; and the last chunk.
     found: DirtyPages,
-    /// Those of them that the kernel has yet to protect.
+    /// Those of them that the kernel has still to protect.
     unprotected: DirtyPages,
     chunk: DirtyPages,
 }
 
 impl DirtyLog {
-    /// As [`sync`](Self::sync), but in [`Mode::Bitmap`] protects no page yet: each chunk is protected when
-    /// [`OnDemand::next_chunk`] hands it out. So a page that the guest writes again before its turn comes costs no fault and
-    /// is sent once; and no vCPU has to wait for the clearing of a whole slot.
+    /// Syncs as [`sync`](Self::sync) does, but in [`Mode::Bitmap`] protects no page yet: [`OnDemand::next_chunk`] protects each chunk
+    /// when it returns it.
     ///
-    /// Where the log has rings, or the kernel can't read bits without clearing them, all is protected at once, as by a sync.
+    /// A page that the guest writes again before its turn comes costs no fault and is sent once, and no vCPU has to wait while a
+    /// whole slot is cleared. Where the log has rings, or the kernel cannot read bits without clearing them, all pages are
+    /// protected at once, as by a sync.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -101,7 +103,7 @@ impl DirtyLog {
                 )?;
             }
         }
-        // Nothing fails from here on: what is taken is handed out, or given back.
+        // Nothing fails from here on: pages that were taken are returned, or put back.
         into.found.add(&pending);
         pending.clear();
         for (slot, bits) in into.found.slots_mut() {
@@ -115,23 +117,23 @@ impl DirtyLog {
 }
 
 impl OnDemand {
-    /// How many pages there are yet to be read, without members.
+    /// Returns the number of pages that are still to be read, without members.
     pub fn page_count(&self) -> u64 {
         self.found.others().page_count()
     }
 
-    /// Pages that stay open, see [`DirtyPages::members`]: they are in no chunk. Every sync reports them.
+    /// Returns the pages that stay open; see [`DirtyPages::members`]. They are in no chunk, and every sync reports them.
     pub fn members(&self) -> DirtyPart<'_> {
         self.found.members()
     }
 
-    /// Protects the next pages, and hands them out: dirty ones of one slot, within `span` pages of each other (64 at least),
-    /// ascending by slot, then by page. `None` if there are no more. They may be read from now on.
+    /// Protects the next pages and returns them; they may be read from now on. A chunk has dirty pages of one slot, within `span`
+    /// pages of each other (64 at least). Chunks ascend by slot, then by page. `None` if there are no more.
     ///
-    /// Pages of a slot whose removal has been finished meanwhile are left out.
+    /// Pages of a slot whose removal was finished meanwhile are left out.
     ///
     /// # Errors
-    /// The kernel could not protect all of them. They are not handed out: the next call tries again.
+    /// The kernel could not protect all of them. They are not returned; the next call tries again.
     pub fn next_chunk(&mut self, span: u64) -> Result<Option<DirtyPart<'_>>, SyncError> {
         let span_words = words_for(span.max(1));
         loop {
@@ -144,7 +146,7 @@ impl OnDemand {
             }
             let inner = self.log.inner();
             let mut taking = inner.kernel_bits.lock();
-            // Now, so that `add_slot` waits for us if the id is about to name another slot.
+            // Now, so that `add_slot` waits for this call if the id is about to name another slot.
             let layout = inner.harvester.layout();
             if !layout.slots.holds(&slot) {
                 drop(taking);
@@ -155,7 +157,7 @@ impl OnDemand {
                 return Err(SyncError::NoMemory);
             }
             let retired = layout.slots.is_retired(&slot);
-            // One whose log was stopped meanwhile has no bits, and is reported as a whole by each sync.
+            // A slot whose log was stopped meanwhile has no bits, and each sync reports all of it.
             let bits = self.unprotected.bits_of(&slot);
             if let Some(bits) = bits.filter(|_| slot.is_tracked()) {
                 taking.protect(
@@ -175,7 +177,7 @@ impl OnDemand {
 
 impl Drop for OnDemand {
     fn drop(&mut self) {
-        // What the kernel has yet to protect it still has, and the next sync takes it. The rest goes where there is memory
+        // The kernel still has the bits that it has yet to protect, and the next sync takes them. The rest goes where there is memory
         // for it in any case.
         for (slot, bits) in self.found.slots_mut() {
             bits.for_each(|word, bits| _ = slot.device().merge(word, bits));

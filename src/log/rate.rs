@@ -9,7 +9,7 @@ use crate::pacing::RingObservation;
 use crate::pacing::fading::FadingMean;
 use crate::sync::thread;
 
-/// Seconds after which what a vCPU dirtied has half the weight in [`Rate::mean`].
+/// Seconds after which a sample has half its weight in [`Rate::mean`].
 const HALF_LIFE: f64 = 5.0;
 
 /// A dirty rate, in pages a second.
@@ -18,7 +18,7 @@ const HALF_LIFE: f64 = 5.0;
 pub struct Rate {
     /// Between the last two samples.
     pub last: f64,
-    /// Over all samples so far: a mean in which what is five seconds old has half the weight.
+    /// Over all samples so far: a mean in which a sample that is five seconds old has half the weight.
     pub mean: f64,
 }
 
@@ -32,17 +32,16 @@ pub struct Rates {
     pub vcpus: Vec<Rate>,
 }
 
-/// Works out dirty rates from samples of a log, of vCPU by vCPU and of the VM.
+/// Computes dirty rates from samples of a log: of each vCPU and of the VM.
 ///
-/// What counts are entries that vCPUs have logged, whoever has taken them from the rings, full
-/// exits included, or whether anybody has. An entry is the first write to a page since it was last
-/// protected. So a rate is a lower bound of what the guest writes, and depends on how often rings
-/// are reset: of a page that is written all the time, each reset makes one entry more, while a sync
-/// reports it once. What devices write is not in it.
+/// It counts entries that vCPUs have logged, whether or not any thread has taken them from the rings yet. An entry is the first
+/// write to a page since it was last protected. So a rate is a lower bound of what the guest writes, and depends on how often
+/// rings are reset: a page that is written all the time makes one entry more per reset, while a sync reports it once. Writes
+/// of devices are not included.
 ///
-/// Bitmaps do not record which vCPU wrote: in [`Mode::Bitmap`] there is nothing to sample.
+/// Bitmaps do not record which vCPU wrote, so in [`Mode::Bitmap`] there is nothing to sample.
 ///
-/// It reads no clock: times are since a moment of the caller's choice.
+/// It reads no clock: times count from a moment of the caller's choice.
 ///
 /// ```
 /// # let vm = kvm_dirty_ring::sim::SimVm::new(Default::default());
@@ -72,7 +71,7 @@ pub struct RateMeter {
     rings: Vec<RingObservation>,
 }
 
-/// What is known of a vCPU from the last sample.
+/// What the last sample recorded of a vCPU.
 #[derive(Debug, Clone, Copy, Default)]
 struct Known {
     logged: u64,
@@ -80,12 +79,11 @@ struct Known {
 }
 
 impl RateMeter {
-    /// Takes a sample `now`, and returns the rates; `None` in [`Mode::Bitmap`].
+    /// Takes a sample at time `now`, and returns the rates, in pages a second; `None` in [`Mode::Bitmap`].
     ///
-    /// The first sample has nothing to compare with, nor has that of a vCPU which was attached
-    /// since the one before: their rates are zero. One at the same time as the sample before
-    /// changes nothing; where the clock has gone back, rates stay as they are, and it is from this
-    /// sample that the next one is counted. No rate is ever infinite, or no number.
+    /// The rates are zero at the first sample, and those of a vCPU at the first sample after it was attached. A sample at the same
+    /// time as the one before changes nothing. If the clock has gone back, rates stay, and the next sample counts from this one. No
+    /// rate is ever infinite or not a number.
     pub fn sample(&mut self, log: &DirtyLog, now: Duration) -> Option<&Rates> {
         if log.mode() == Mode::Bitmap {
             return None;
@@ -102,12 +100,12 @@ impl RateMeter {
         Some(&self.rates)
     }
 
-    /// What the last sample has shown.
+    /// Returns the rates of the last sample.
     pub fn rates(&self) -> &Rates {
         &self.rates
     }
 
-    /// Takes in how many pages each vCPU has logged by `now`.
+    /// Adds the numbers of pages that each vCPU has logged by `now`.
     fn take(&mut self, logged: impl Iterator<Item = u64>, now: Duration) {
         let elapsed = self.last.and_then(|last| now.checked_sub(last));
         if elapsed == Some(Duration::ZERO) {
@@ -123,10 +121,10 @@ impl RateMeter {
                 self.rates.vcpus.push(Rate::default());
             }
             let known = &mut self.known[place];
-            // Less than before is seen beside a harvest of a broken ring: not to be counted twice.
+            // A harvest of a broken ring can make the count go back. Do not count those entries twice.
             let logged = logged.max(known.logged);
             let more = (logged - core::mem::replace(&mut known.logged, logged)) as f64;
-            // A vCPU that is seen for the first time has a past that nobody measured.
+            // Entries from before a vCPU's first sample belong to no interval.
             if let Some(seconds) = seconds.filter(|_| place < old) {
                 sum += more;
                 known.mean.add(more, seconds, HALF_LIFE);
@@ -147,11 +145,11 @@ impl RateMeter {
 }
 
 impl Rates {
-    /// Watches the VM for `time`, during which it blocks, and returns how fast it dirtied memory: what
-    /// QEMU calls `calc-dirty-rate`. `None` in [`Mode::Bitmap`].
+    /// Watches the VM for `time`, during which it blocks, and returns how fast it dirtied memory, as QEMU's `calc-dirty-rate` does.
+    /// `None` in [`Mode::Bitmap`].
     ///
-    /// Logging must be on for the slots that count; pages that are not protected when it begins are
-    /// not seen, so sync right before, and copy what that sync reports as that of any other.
+    /// Logging must be on for the slots that count. Sync right before, as pages that are not protected when it begins do not
+    /// count, and copy what that sync reports as that of any other.
     pub fn measure(log: &DirtyLog, time: Duration) -> Option<Self> {
         let mut meter = RateMeter::default();
         let start = Instant::now();
@@ -218,7 +216,7 @@ mod tests {
         take(&mut meter, &[0], 9 * SECOND);
         let rates = take(&mut meter, &[100], 10 * SECOND);
         assert_eq!(take(&mut meter, &[200], 10 * SECOND), rates);
-        // What was logged meanwhile is not forgotten.
+        // Entries that were logged meanwhile are not forgotten.
         assert_eq!(take(&mut meter, &[200], 11 * SECOND).vm.last, 100.0);
         let rates = take(&mut meter, &[300], SECOND);
         assert_eq!(rates.vm.last, 100.0);
@@ -226,7 +224,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever it is given: numbers, not below zero, and the VM's are the sum of its vCPUs'.
+        /// Whatever the input, rates are numbers not below zero, and the VM's is the sum of its vCPUs'.
         #[test]
         fn rates_are_numbers(
             samples in prop::collection::vec(

@@ -1,4 +1,4 @@
-//! Suspicion ends where a slot is protected anew.
+//! The end of suspicion, by protecting a slot anew.
 
 use std::io;
 
@@ -12,20 +12,18 @@ use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
 
 impl DirtyLog {
-    /// Reports that every page of the slot was protected again, as [`rearm`](Self::rearm) does
-    /// for all slots that need it: that, with the vCPUs stopped, the VMM has set the slot's memory
-    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. Pages under suspicion come with the
-    /// next sync once more and are then clean; but where [`rearm`](Self::rearm) would leave them. The vCPUs
-    /// stay stopped until this returns: it would forgive what a reset has done since. Where the kernel [has
-    /// bitmaps](crate::Mode::Bitmap), which it throws away thereby, all pages of the slot come, and no
-    /// sync may be made between the two.
+    /// Ends the suspicion of a slot that the VMM itself has protected: with the vCPUs stopped, it has set the slot's memory region
+    /// without `KVM_MEM_LOG_DIRTY_PAGES` and then with it.
     ///
-    /// For a VMM that protects slots for reasons of its own; others call [`rearm`](Self::rearm). Called
-    /// of a slot that was *not* protected, it loses pages.
+    /// Call it only after that, or pages are lost. Keep the vCPUs stopped until it returns; it would forgive what a reset has
+    /// done since. It is for VMMs that protect slots for reasons of their own; all others call [`rearm`](Self::rearm).
+    ///
+    /// Pages under suspicion come with the next sync once more and are clean then, except where [`rearm`](Self::rearm) would leave
+    /// them suspect. Where the kernel [has bitmaps](crate::Mode::Bitmap), which it drops when the flag is cleared, all pages of the
+    /// slot come; no sync may be made between the two.
     ///
     /// # Errors
-    /// The slot is not tracked, a ring is [broken](SlotError::BrokenRing), or there is no memory; the pages stay
-    /// suspect.
+    /// The slot is not tracked, a ring is [broken](SlotError::BrokenRing), or there is no memory. The pages stay suspect.
     pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {
         self.refuse_if_broken()?;
         let layout = self.inner().harvester.layout();
@@ -33,7 +31,7 @@ impl DirtyLog {
         let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
         let mut pending = lock(&self.inner().pending);
         if self.inner().harvester.kernel().has_bitmap() {
-            // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has thrown its bits away.
+            // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has dropped its bits.
             tracked.device().set(0, tracked.pages());
         }
         self.end_suspicion(tracked, &mut pending, |slot, bits| {
@@ -44,7 +42,7 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// All is dirty for good once a ring is broken, and to stop vCPUs for it is in vain.
+    /// Once a ring is broken all is dirty for good, and stopping vCPUs would gain nothing.
     fn refuse_if_broken(&self) -> Result<(), SlotError> {
         let layout = self.inner().harvester.layout();
         match layout.vcpus.iter().position(|vcpu| vcpu.is_broken()) {
@@ -53,7 +51,7 @@ impl DirtyLog {
         }
     }
 
-    /// Every page of the slot is protected again. `leave` ends the membership of those that stayed open.
+    /// Notes that every page of the slot is protected again. `leave` ends the membership of those that stayed open.
     fn end_suspicion(
         &self,
         tracked: &Slot,
@@ -73,25 +71,23 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Ends every suspicion. `protect` is called with each slot that has pages under it, ascending
-    /// by id, and is to have all pages of the slot protected again: it sets the slot's memory
-    /// region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. No vCPU may be in `KVM_RUN`
-    /// meanwhile: what it wrote in between would not be logged. Where the kernel has bitmaps, nor may any ioctl be made
-    /// by which it writes guest memory (as `KVM_DEV_ARM_ITS_SAVE_TABLES`). The pages come with the next sync
-    /// once more and are then clean. Returns how many slots there were; `protect` is not called for
-    /// those whose [removal](Self::retire_slot) has begun, nor for those that are [not
-    /// tracked](Self::stop_tracking).
+    /// Ends all suspicion. Returns the number of slots that were protected anew.
     ///
-    /// All of a slot stays suspect where an entry that names a page past its end is harvested and not yet
-    /// reset: the kernel will protect none of what it recycles together with that one. Once a sync has
-    /// succeeded, rearm again.
+    /// It calls `protect` with each slot that has suspect pages, ascending by id. `protect` must have all pages of the slot protected
+    /// again: it sets the slot's memory region without `KVM_MEM_LOG_DIRTY_PAGES` and then with it. It is not called for slots whose
+    /// [removal](Self::retire_slot) has begun, nor for those that are [not tracked](Self::stop_tracking). The pages come with the next
+    /// sync once more and are clean then.
     ///
-    /// It waits for other changes of slots; `protect` must not make any in this log, nor wait for a thread
-    /// that does: stop the vCPUs before.
+    /// **Stop the vCPUs before.** No vCPU may be in `KVM_RUN` meanwhile, as what it writes in between is not logged. Where the kernel
+    /// has bitmaps, make no ioctl by which it writes guest memory, either (such as `KVM_DEV_ARM_ITS_SAVE_TABLES`).
     ///
-    /// It pays as soon as a sync has reported suspects (see
-    /// [`Stats::suspect_pages`](crate::Stats::suspect_pages)), since all of them have to be copied each
-    /// time.
+    /// **Call it as soon as a sync has reported suspects** (see [`Stats::suspect_pages`](crate::Stats::suspect_pages)), since all of
+    /// them have to be copied each time.
+    ///
+    /// All of a slot stays suspect while an entry that names a page past its end is harvested and not yet reset: the kernel
+    /// protects none of the pages that it recycles together with that one. Call it again after a sync has succeeded.
+    ///
+    /// It waits for other changes of slots. `protect` must not change slots of this log, nor wait for a thread that does.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -114,9 +110,9 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and nothing ends that.
-    /// [`SlotError::Protect`] with the error of `protect`: every page of that slot is suspect then, as it
-    /// need not be logged any more. Or there is no memory. Slots after it stay as they were.
+    /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and the suspicion stays for good.
+    /// [`SlotError::Protect`] with the error of `protect`: every page of that slot is suspect then, because the slot may be
+    /// unlogged. Or there is no memory. Slots after it are unchanged.
     pub fn rearm(
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,
@@ -124,7 +120,7 @@ impl DirtyLog {
         self.protect_those(|slot| slot.suspects() > 0, &mut protect)
     }
 
-    /// Has the slots protected anew that are `concerned`. How many there were.
+    /// Has the `concerned` slots protected anew. Returns how many there were.
     pub(super) fn protect_those(
         &self,
         concerned: impl Fn(&Slot) -> bool,
@@ -134,7 +130,7 @@ impl DirtyLog {
         let layout = self.inner().harvester.layout();
         let mut rearmed = 0;
         for slot in layout.slots.staying() {
-            // One that is not tracked is not to be logged thereby.
+            // A slot that is not tracked must not become logged by this.
             let concerned = concerned(slot) && slot.is_tracked();
             if concerned && self.protect_anew(slot, protect)? {
                 trace::rearmed(slot.id().raw());
@@ -144,7 +140,7 @@ impl DirtyLog {
         Ok(rearmed)
     }
 
-    /// Has a slot protected, and ends suspicion of it: unless it was removed or stopped meanwhile.
+    /// Has a slot protected and ends its suspicion, unless it was removed or stopped meanwhile.
     fn protect_anew(
         &self,
         slot: &Arc<Slot>,
@@ -158,11 +154,11 @@ impl DirtyLog {
         {
             let _pending = lock(&self.inner().pending);
             if self.inner().harvester.kernel().has_bitmap() {
-                // The kernel is about to throw its bits away, and a sync meanwhile would find no bitmap.
+                // The kernel is about to drop its bits, and a sync meanwhile would find no bitmap.
                 self.take_bits_of(slot)?;
                 slot.untrack();
             }
-            // Members are open until the slot is protected. What joins from here on stays one.
+            // Members are open until the slot is protected. A page that joins from here on stays a member.
             slot.members().begin_leaving();
         }
         let mut unsure = Unsure {
@@ -191,8 +187,8 @@ impl DirtyLog {
     }
 }
 
-/// A slot that the VMM is switching off and on: if that fails or panics, nobody knows whether the kernel
-/// still logs it.
+/// A slot whose log the VMM is switching off and on. If that fails or panics, it is unknown whether the kernel still logs
+/// it.
 struct Unsure<'a> {
     log: &'a DirtyLog,
     slot: &'a Slot,

@@ -1,4 +1,4 @@
-//! The last pages of a slot that goes.
+//! The last pages of a slot that is being removed.
 
 use super::DirtyLog;
 use super::slots::RetiredSlot;
@@ -7,14 +7,14 @@ use crate::slots::dirty_pages::DirtyPages;
 use crate::sync::lock;
 
 impl DirtyLog {
-    /// Replaces what is in `dirty` by the pages of a slot that is [being removed](Self::retire_slot), of those that
-    /// no sync has handed out: before it is deleted in KVM, if its memory is to be copied for a last time.
+    /// Replaces the contents of `dirty` by the pages of a slot that is [being removed](Self::retire_slot) that no sync has returned
+    /// yet. Call it before you delete the slot in KVM, if its memory is to be copied a last time.
     ///
-    /// For whichever thread removes the slot, also beside a migration. Pages of all other slots stay in the log, and
-    /// come with the next [`sync`](Self::sync) of whoever syncs. What a sync has handed out of the slot before, or
-    /// hands out until the removal is finished, is for its caller to copy.
+    /// Any thread may remove a slot, also beside a migration. Pages of all other slots stay in the log and come with the next
+    /// [`sync`](Self::sync). Pages of the slot that a sync has returned before, or returns until the removal is finished, are for
+    /// that sync's caller to copy.
     ///
-    /// `dirty` is best one of its own: it holds that slot alone from then on, and keeps no memory for others.
+    /// Use a `DirtyPages` of its own: it has only that slot from then on, and keeps no memory for others.
     /// [Clear it](DirtyPages::clear) or drop it before the memory of the slot is unmapped.
     ///
     /// ```
@@ -40,9 +40,9 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if the removal is finished, [`SlotError::Kept`] if it was called off; a reset or the
-    /// taking of the kernel's bits failed, or there is no memory. `dirty` is empty then, and the pages come with the next
-    /// call of this, or sync.
+    /// [`SlotError::Unknown`] if the removal is finished, [`SlotError::Kept`] if it was cancelled; a reset or the reading of the
+    /// kernel's bits failed, or there is no memory. `dirty` is empty then, and the pages come with the next call of this, or
+    /// the next sync.
     pub fn sync_retired(
         &self,
         retired: &RetiredSlot,
@@ -56,13 +56,13 @@ impl DirtyLog {
     fn move_retired(&self, retired: &RetiredSlot, dirty: &mut DirtyPages) -> Result<(), SlotError> {
         dirty.clear();
         let slot = &retired.slot;
-        // Held to the end: the slot is still there when its pages are moved.
+        // Held to the end: the slot must still be there when its pages are moved.
         let _one_at_a_time = lock(&self.inner.slot_change);
         let layout = self.inner.harvester.layout();
         layout.slots.check(slot, retired.removal)?;
         let mut pending = lock(&self.inner.pending);
-        // As a sync that does not complete, this leaves what it has collected for the next one. Which pages stay
-        // open, that one decides: none is told here.
+        // Like a sync that does not complete, this leaves the pages that it has collected for the next sync. That one decides
+        // which of them stay open.
         self.collect(&mut pending).map_err(|error| match error {
             SyncError::Reset(error) => SlotError::Reset(error),
             SyncError::Bitmap(error) => SlotError::Bitmap(error),

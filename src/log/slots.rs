@@ -10,28 +10,27 @@ use crate::slots::table::{Removal, Slot};
 use crate::sync::{Arc, MutexGuard, lock};
 
 impl DirtyLog {
-    /// Tracks a memslot of `pages` pages, all clean. Call it *before* the slot is created in KVM
-    /// with `KVM_MEM_LOG_DIRTY_PAGES`: an entry for a slot that is not tracked makes every page of
-    /// every slot suspect, of each that is added later, too. It waits for the passes under way, which do
-    /// not know the slot; if there was such an entry, it also makes passes of its own, and their resets.
+    /// Tracks a memslot of `pages` base pages, all clean. Call it *before* the slot is created in KVM with
+    /// `KVM_MEM_LOG_DIRTY_PAGES`.
     ///
-    /// Clean: if a migration is under way and the other side does not have what the memory holds already,
-    /// [mark](Self::mark_dirty) all of it. A slot that is created without the flag is clean, too, and
-    /// nothing counts what is written before the flag is set, unless it is [stopped](Self::stop_tracking)
-    /// first and [started](Self::start_tracking) then.
+    /// An entry for a slot that is not tracked makes every page of every slot suspect, including those of slots added later. The
+    /// call waits for the passes under way, whose layout lacks the slot. If there was such an entry, it also makes passes and
+    /// resets of its own.
+    ///
+    /// If a migration is under way and the destination lacks the memory's contents, [mark](Self::mark_dirty) the whole slot. If
+    /// you create the slot without the flag, [stop](Self::stop_tracking) it first and [start](Self::start_tracking) it later:
+    /// nothing counts what is written before the flag is set.
     ///
     /// # Errors
-    /// The id is in use or being removed, the size is none that a slot can have, or there is no
-    /// memory; or there were entries of slots that are not tracked, and resets fail or fall short: then
-    /// nothing has changed, and the call can be repeated.
+    /// The id is in use or being removed, no slot can have that size, or there is no memory. Or there were entries of slots that
+    /// are not tracked, and resets fail or fall short. Nothing has changed, and the call can be repeated.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
         let added = self.track(&lock(&self.inner().slot_change), slot, pages, None);
         self.inner().emit_faults();
         added
     }
 
-    /// As [`add_slot`](Self::add_slot), for a slot whose devices mark their writes in `device`, made
-    /// for as many pages.
+    /// As [`add_slot`](Self::add_slot), for a slot whose devices mark their writes in `device`, which has as many pages.
     #[cfg(any(test, feature = "vm-memory"))]
     pub(crate) fn add_slot_on(
         &self,
@@ -40,8 +39,8 @@ impl DirtyLog {
         device: &Arc<SharedBits>,
     ) -> Result<(), SlotError> {
         let one_at_a_time = lock(&self.inner().slot_change);
-        // A sync that knows a slot from which the bits come, and which is finished by now, would
-        // still take them, for that slot: writes from now on are to be reported as the new one's.
+        // A sync may still hold a slot that used these bits and whose removal is finished. It would take them for that slot, but
+        // writes from now on belong to the new one.
         let _no_sync = lock(&self.inner().pending);
         self.track(&one_at_a_time, slot, pages, Some(Arc::clone(device)))
     }
@@ -56,20 +55,19 @@ impl DirtyLog {
         let harvester = &self.inner().harvester;
         let shards = harvester.pool.len();
         harvester.change_layout(|layout| layout.slots.add(slot, pages, device, shards))?;
-        // A pass on an older layout would not know the slot's entries, or would give them to the
-        // slot that had the id before.
+        // A pass on an older layout would lack the slot, or attribute its entries to the slot that had the id before.
         harvester.quiesce();
         if harvester.counts.unknown_slot.get() > 0 {
             self.doubt(slot)?;
         }
-        // Nor may who takes the kernel's bits for that slot, by its id, be given the new one's.
+        // A call that takes the kernel's bits for the old slot, by its id, must not get the new one's.
         drop(self.inner().kernel_bits.lock());
         Ok(())
     }
 
-    /// Some entries that named no slot may have been of this one, if KVM had it, or one of another size,
-    /// before us: nobody knows which of its pages are protected. Those that are left are not to be
-    /// recycled beside the new ones, also after a rearming.
+    /// Some entries that named no slot may have named this one, if KVM had it before the log, or one of another size. So it is
+    /// unknown which of its pages are protected. Entries that are left must not be recycled beside the new ones, even
+    /// after a rearming.
     fn doubt(&self, slot: SlotId) -> Result<(), SlotError> {
         let harvester = &self.inner().harvester;
         let layout = harvester.layout();
@@ -91,19 +89,18 @@ impl DirtyLog {
         })
     }
 
-    /// Begins to remove a memslot: empties the rings, and takes the kernel's own bits of it, so that
-    /// what the guest wrote is known before the slot goes. Then delete the slot in KVM and call
-    /// [`finish_slot`](Self::finish_slot). In between the slot is still tracked, and its id cannot be
-    /// added. Whoever wants its last pages takes them by [`sync_retired`](Self::sync_retired) before it is
-    /// finished; a [`sync`](Self::sync) would take those of all other slots with them.
+    /// Begins to remove a memslot: empties the rings and takes the kernel's own bits of it, so that what the guest wrote is
+    /// collected before the slot goes.
     ///
-    /// Pages that the guest writes after this and before the deletion are not copied by anybody
-    /// any more, nor are those that a running vCPU has written before and its processor's
-    /// page-modification buffer still holds; where the memory lives on elsewhere, stop the vCPUs
-    /// first or treat all of it as dirty.
+    /// Then take its last pages, if you need them, by [`sync_retired`](Self::sync_retired); a [`sync`](Self::sync) would take those of
+    /// all other slots, too. Then delete the slot in KVM, and call [`finish_slot`](Self::finish_slot). In between the slot is
+    /// still tracked, and its id cannot be added.
     ///
-    /// A removal that was begun and not finished, because the deletion failed, say, may be begun again, or
-    /// [called off](Self::keep_slot).
+    /// If the memory lives on elsewhere, stop the vCPUs first, or treat all of it as dirty. No call returns what the guest writes
+    /// between this call and the deletion, nor what a running vCPU's processor still holds in its page-modification buffer.
+    ///
+    /// A removal that was begun and not finished, for example because the deletion failed, may be begun again or
+    /// [cancelled](Self::keep_slot).
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -122,7 +119,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not tracked, or the reset or the taking of its bits failed; then nothing has changed.
+    /// The slot is not tracked, or the reset or the reading of its bits failed. Nothing has changed.
     pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let retired = self.retire(slot);
         self.inner().emit_faults();
@@ -132,13 +129,13 @@ impl DirtyLog {
     fn retire(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let harvester = &self.inner().harvester;
         let _one_at_a_time = lock(&self.inner().slot_change);
-        // The slot must be there before the rings are emptied for it.
+        // The slot must be in the layout before the rings are emptied for it.
         let layout = harvester.layout();
         let tracked = layout.slots.get(slot.raw());
         let tracked = tracked.ok_or(SlotError::Unknown { slot })?;
         harvester.reap()?;
-        // Held until the layout shows that the slot goes: a sync in between would expect bits of a slot
-        // that the VMM has deleted by then.
+        // Held until the layout shows that the slot goes. A sync in between would expect bits of a slot that the VMM may have
+        // deleted by then.
         let mut taking = self.inner().kernel_bits.lock();
         if harvester.kernel().has_bitmap() && tracked.is_tracked() {
             if !taking.fit(tracked.pages()) {
@@ -153,14 +150,15 @@ impl DirtyLog {
         Ok(RetiredSlot { slot, removal })
     }
 
-    /// Ends the removal of a memslot, which by now is deleted in KVM: harvests the entries that
-    /// still name it, and has them recycled, so that none can ever land in a later slot of that id or be
-    /// reset beside its entries. From then on the id may be added again. `DirtyPages` that name the slot still do: [clear
-    /// it](crate::DirtyPages::clear_slot) there before another has the id.
+    /// Ends the removal of a memslot. Call it after the slot was deleted in KVM.
+    ///
+    /// It harvests the entries that still name the slot and has them recycled. So none can land in a later slot of that id, or be
+    /// reset beside its entries. From then on the id may be added again. A `DirtyPages` that names the slot still does: [clear the
+    /// slot](crate::DirtyPages::clear_slot) there before another has the id.
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if it is finished already, [`SlotError::Kept`] if it was called off; a reset
-    /// that failed, or that fell short again and again, after which the slot is as it was and the call can be repeated.
+    /// [`SlotError::Unknown`] if the removal is finished already, [`SlotError::Kept`] if it was cancelled. A reset failed, or fell
+    /// short again and again: the slot is unchanged, and the call can be repeated.
     pub fn finish_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let finished = self.finish(retired);
         self.inner().emit_faults();
@@ -176,12 +174,11 @@ impl DirtyLog {
         self.forget(slot)
     }
 
-    /// Calls a removal off, for the slot was not deleted in KVM: from now on it is tracked as if
-    /// [`retire_slot`](Self::retire_slot) had not been called. Nothing that was written meanwhile is lost.
+    /// Cancels a removal, if the slot was not deleted in KVM. The slot is tracked as if [`retire_slot`](Self::retire_slot) had
+    /// not been called, and nothing that was written meanwhile is lost.
     ///
     /// # Errors
-    /// [`SlotError::Unknown`] if the removal is finished already, [`SlotError::Kept`] if it was called off
-    /// already.
+    /// [`SlotError::Unknown`] if the removal is finished already, [`SlotError::Kept`] if it was cancelled already.
     pub fn keep_slot(&self, retired: &RetiredSlot) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let harvester = &self.inner().harvester;
@@ -197,7 +194,7 @@ pub struct RetiredSlot {
 }
 
 impl RetiredSlot {
-    /// Which slot it is.
+    /// Returns the slot's id.
     pub fn id(&self) -> SlotId {
         self.slot.id()
     }
@@ -215,7 +212,7 @@ mod tests {
     use crate::DirtyPages;
     use crate::sim::{SimConfig, SimVm};
 
-    /// What the log keeps between two syncs does not hold on to the bits of slots that go.
+    /// The list that the log keeps between two syncs does not keep the bits of removed slots alive.
     #[test]
     fn a_slot_that_is_gone_is_kept_by_nobody() {
         let log = SimVm::new(SimConfig::default()).dirty_log();
@@ -228,7 +225,7 @@ mod tests {
         };
         let mut dirty = DirtyPages::new();
         log.sync(&mut dirty).unwrap();
-        // A list of all slots is made for the pages of one, and given in exchange for the caller's.
+        // A list of all slots was made for the pages of one, and was swapped for the caller's.
         log.rearmed(stays).unwrap();
         log.mark_dirty(goes, 3, 1).unwrap();
         log.stop_tracking(stays, || Ok(())).unwrap();

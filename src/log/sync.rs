@@ -1,4 +1,4 @@
-//! A sync: the pages written since the one before.
+//! A sync: the pages written since the sync before.
 
 use super::DirtyLog;
 use crate::bitmap::pages::PageBits;
@@ -10,27 +10,24 @@ use crate::slots::table::Slot;
 use crate::sync::{MutexGuard, lock};
 
 impl DirtyLog {
-    /// Replaces what is in `dirty` by the pages written since the sync before.
+    /// Replaces the contents of `dirty` by the pages written since the sync before.
     ///
-    /// When it returns, each of these pages is protected again: a write that comes later is
-    /// reported by a later sync, so the contents may be read from now on. Pages that the guest
-    /// writes while this runs are reported now or next time. With every vCPU stopped outside of
-    /// `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages
-    /// that were written, whatever other passes were under way.
+    /// **The contents of these pages may be read once it has returned.** Each of them is protected again by then, so a later write is
+    /// reported by a later sync. Pages that the guest writes during the call are reported by this sync or the next. With every
+    /// vCPU out of `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages that were written,
+    /// whatever other passes were under way.
     ///
-    /// Pages under suspicion (see [`Stats::suspect_pages`](crate::Stats::suspect_pages)) are reported each time, and so are all
-    /// pages of a slot that is [not tracked](Self::stop_tracking), and all pages of all slots once a ring is
-    /// [broken](crate::VcpuStats::broken).
+    /// **Some pages are reported by every sync**: those under suspicion (see
+    /// [`Stats::suspect_pages`](crate::Stats::suspect_pages)), all pages of a slot that is [not tracked](Self::stop_tracking), and all
+    /// pages of all slots once a ring is [broken](crate::VcpuStats::broken). With a [working set](Self::set_working_set), also its
+    /// [members](DirtyPages::members), which are not protected.
     ///
-    /// Where a [working set](Self::set_working_set) is on, some of these pages are not protected: those that
-    /// [`DirtyPages::members`] tells from the [others](DirtyPages::others). Each sync reports them.
+    /// **Every other page is returned once**, to the call that comes first. If two parts of a VMM need dirty pages, let one
+    /// sync and share the result. To take the last pages of a slot that you remove, and no others, call
+    /// [`sync_retired`](Self::sync_retired). If sending failed, keep the unsent pages, or [put them back](Self::put_back).
     ///
-    /// Each other page, of whichever slot, is handed out once, to whichever call comes first: where two parts of
-    /// a VMM need dirty pages, let one sync, and keep the result for both. A thread that needs the last pages of a
-    /// slot that it removes takes these alone, by [`sync_retired`](Self::sync_retired). Pages that were not copied,
-    /// because sending them failed, are the caller's: keep them, or [give them back](Self::put_back). While a
-    /// slot is [being removed](Self::retire_slot) its pages are reported still, and `dirty` may name it
-    /// for longer: keep its memory until all of that is copied or cleared.
+    /// Pages of a slot that is [being removed](Self::retire_slot) are still reported, and `dirty` may name it for longer. Keep its
+    /// memory mapped until all of that is copied or cleared.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -53,8 +50,8 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// A reset or the taking of the kernel's bits failed, or there is no memory. `dirty` is empty then,
-    /// and the pages come with the next sync.
+    /// A reset or the reading of the kernel's bitmaps failed, or there is no memory. `dirty` is empty then, and the pages come with
+    /// the next sync.
     pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         let started = trace::flush();
         let synced = self.replace(dirty);
@@ -63,10 +60,10 @@ impl DirtyLog {
         synced
     }
 
-    /// Gives pages back that a sync has handed out: all of `dirty`, or what is left of it when what was sent is taken out. The
-    /// next sync reports them again. Pages of slots that are no longer tracked are left out.
+    /// Puts pages back that a sync has returned: all that is left in `dirty`. The next sync reports them again. Pages of slots that
+    /// are no longer tracked are left out.
     ///
-    /// For a migration that fails and is to be begun again from where it was, or a snapshot that could not be written.
+    /// Use it for a migration that failed and is to continue from where it was, or for a snapshot that could not be written.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -87,7 +84,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// There is no memory for it; then nothing was given back.
+    /// There is no memory; then nothing was put back.
     pub fn put_back(&self, dirty: &DirtyPages) -> Result<(), SyncError> {
         let mut pending = lock(&self.inner.pending);
         if !pending.fit(&self.inner.harvester.layout().slots) {
@@ -113,21 +110,19 @@ impl DirtyLog {
             self.tell_members(collected.dirty, harvester.any_broken())?;
         }
         collected.complete = true;
-        // What was the caller's would keep slots that are gone, for as long as no sync needs it.
+        // The caller's list would keep slots alive that are gone, until some later sync needs it.
         *collected.pending = DirtyPages::new();
         Ok(())
     }
 
-    /// Adds every page written before the call, and those under suspicion, to `dirty`. Under the lock on syncs.
+    /// Adds every page written before the call, and those under suspicion, to `dirty`. The caller holds the lock on syncs.
     pub(super) fn collect(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
         let harvester = &self.inner.harvester;
         for shard in 0..harvester.pool.len() {
-            // Waits for the pass that holds the shard: its pages are harvested, and we are not to
-            // return without them.
+            // Waits for the pass that holds the shard: its pages are harvested, so this sync must not return without them.
             let mut pass = harvester.begin_on(harvester.pool.acquire(shard));
             if shard == 0 {
-                // Before any other shard: a pass that takes one later finds nothing of what we are
-                // bound to report.
+                // Before any other shard: a pass that takes one later finds no entry that this sync has to report.
                 pass.harvest_all();
             }
             if !pass.reset()?.publish_into(dirty) {
@@ -141,7 +136,7 @@ impl DirtyLog {
             return Err(SyncError::NoMemory);
         }
         let all = harvester.any_broken();
-        // After the shards: who has left a page open there did so before, and its write is reported by this alone.
+        // After the shards: a pass left a page open before it gave its shard back, and only the members report that write.
         let has_members = harvester.working_set.was_ever_on();
         for (slot, bits) in dirty.slots_mut() {
             slot.device().take_into(bits);
@@ -156,8 +151,8 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Notes which pages stay open. Where all of a slot is dirty in any case, or it goes and this may be the last chance to
-    /// send them, none counts as such.
+    /// Notes which pages stay open. None counts as open where all of a slot is dirty in any case, or where the slot goes and this
+    /// may be the last chance to send them.
     pub(super) fn tell_members(&self, dirty: &mut DirtyPages, all: bool) -> Result<(), SyncError> {
         let layout = self.inner.harvester.layout();
         let open = |slot: &Slot, members: &mut PageBits| {
@@ -173,11 +168,11 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Moves what the kernel itself has logged to the device bits of each slot.
+    /// Moves the kernel's own bits to the device bits of each slot.
     fn take_kernel_bits(&self) -> Result<(), SyncError> {
         let harvester = &self.inner.harvester;
         let mut taking = self.inner.kernel_bits.lock();
-        // Now, so that `add_slot` waits for us if an id is about to name another slot.
+        // Now, so that `add_slot` waits for this call if an id is about to name another slot.
         let layout = harvester.layout();
         for slot in layout.slots.slots().filter(|slot| slot.is_tracked()) {
             if !taking.fit(slot.pages()) {
@@ -195,8 +190,8 @@ impl DirtyLog {
     }
 }
 
-/// What a sync has collected. If it does not complete, by an error or a panic, its pages wait in the
-/// log for the next one.
+/// The pages that a sync has collected. If it does not complete, by an error or a panic, they wait in the log for the next
+/// one.
 struct Collected<'a> {
     pending: MutexGuard<'a, DirtyPages>,
     dirty: &'a mut DirtyPages,
@@ -206,7 +201,7 @@ struct Collected<'a> {
 impl Drop for Collected<'_> {
     fn drop(&mut self) {
         if !self.complete {
-            // Whether a page stays open is decided by the sync that reports it.
+            // The sync that reports a page decides whether it stays open.
             self.dirty.forget_kinds();
             core::mem::swap(&mut *self.pending, self.dirty);
         }

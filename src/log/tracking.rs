@@ -1,4 +1,4 @@
-//! Tracking that starts and stops while the guest runs: `KVM_MEM_LOG_DIRTY_PAGES` of single slots.
+//! Starting and stopping the tracking of single slots (`KVM_MEM_LOG_DIRTY_PAGES`) while the guest runs.
 
 use std::io;
 
@@ -9,18 +9,17 @@ use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
 
 impl DirtyLog {
-    /// Begins to track a slot, or begins anew: `log_on` sets `KVM_MEM_LOG_DIRTY_PAGES` for it, all
-    /// else of its memory region as it was. vCPUs may run meanwhile.
+    /// Starts to track a slot, or starts anew. `log_on` sets `KVM_MEM_LOG_DIRTY_PAGES` for it and leaves the rest of its memory
+    /// region unchanged. vCPUs may run meanwhile.
     ///
-    /// What was written before nobody knows. So the first sync that follows reports every page of
-    /// the slot: it is the first round of a migration. Where that round is known to be complete
-    /// otherwise, as the vCPUs have not run since, the sync's result may be thrown away.
+    /// The first sync that follows reports every page of the slot, because earlier writes were not logged. It is the first round of
+    /// a migration. If that round is complete by other means, as the vCPUs have not run since, discard the sync's result.
     ///
-    /// A slot is tracked from [`add_slot`](Self::add_slot) on. One that the VMM creates in KVM
-    /// without the flag stops being so by [`stop_tracking`](Self::stop_tracking), which creates it.
+    /// A slot is tracked from [`add_slot`](Self::add_slot) on. If the VMM creates it in KVM without the flag, create it inside
+    /// [`stop_tracking`](Self::stop_tracking).
     ///
-    /// It waits for a sync under way, and for other changes of slots; `log_on` must not make any in
-    /// this log, nor wait for a thread that does.
+    /// It waits for a sync under way, and for other changes of slots. `log_on` must not change slots of this log, nor wait for a
+    /// thread that does.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -47,8 +46,8 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with the error of `log_on`:
-    /// then the slot is not tracked, whether or not KVM logs it.
+    /// The slot is not in the log, or is being removed. [`SlotError::Switch`] with the error of `log_on`: the slot is not tracked
+    /// then, whether or not KVM logs it.
     pub fn start_tracking(
         &self,
         slot: SlotId,
@@ -56,30 +55,29 @@ impl DirtyLog {
     ) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let tracked = self.staying(slot)?;
-        // Should the call fail, or panic, nobody knows whether the kernel logs it.
+        // If the call fails or panics, it is unknown whether the kernel logs the slot.
         self.untrack(&tracked);
         log_on().map_err(|source| SlotError::Switch { slot, source })?;
-        // Only now: a sync that took the pages for dirty before would have them copied while writes
-        // to them are not logged.
+        // Only now: a sync that took the pages for dirty before would have them copied while writes to them are not logged.
         let _no_sync = lock(&self.inner().pending);
         tracked.track();
         Ok(())
     }
 
-    /// Stops to track a slot: `log_off` clears `KVM_MEM_LOG_DIRTY_PAGES` for it, or creates it
-    /// without. vCPUs may run meanwhile, at full speed from then on.
+    /// Stops tracking a slot. `log_off` clears `KVM_MEM_LOG_DIRTY_PAGES` for it, or creates it without the flag. vCPUs may run
+    /// meanwhile, at full speed from then on.
     ///
-    /// Until it is [started](Self::start_tracking) again, every sync reports every page of the
-    /// slot, for each may be written. Entries that are left in the rings, and pages that devices
-    /// mark, are kept; what a kernel's bitmap holds goes with it, and is among these pages. Pages
-    /// under suspicion no longer are: starting protects every page; but for those that a
-    /// [rearming](Self::rearm) would leave under it, too.
+    /// Until it is [started](Self::start_tracking) again, every sync reports every page of the slot, as each may have been
+    /// written. Entries that are left in the rings, and marks of devices, are kept. KVM drops its bitmap of the slot, whose pages
+    /// are among those reported. Pages of the slot are suspect no longer, as starting protects every page; exceptions are those
+    /// that [`rearm`](Self::rearm) would leave suspect.
     ///
-    /// It waits for a sync under way, and for other changes of slots; `log_off` must not make any
-    /// in this log, nor wait for a thread that does.
+    /// It waits for a sync under way, and for other changes of slots. `log_off` must not change slots of this log, nor wait for a
+    /// thread that does.
     ///
     /// # Errors
-    /// The slot is not in the log, or being removed; [`SlotError::Switch`] with the error of `log_off`: then the slot is not tracked, whether or not KVM still logs it.
+    /// The slot is not in the log, or is being removed. [`SlotError::Switch`] with the error of `log_off`: the slot is not tracked
+    /// then, whether or not KVM still logs it.
     pub fn stop_tracking(
         &self,
         slot: SlotId,
@@ -91,8 +89,8 @@ impl DirtyLog {
         self.untrack(&tracked);
         log_off().map_err(|source| SlotError::Switch { slot, source })?;
         let mut pending = lock(&self.inner().pending);
-        // Not before KVM has let go: it protects again only what it did not log. Without memory for
-        // them they stay suspect, which costs time alone.
+        // Not before KVM has switched: it protects again only what it did not log. Without memory for them they stay suspect,
+        // which costs only time.
         if pending.fit(&self.inner().harvester.layout().slots) {
             for (slot, bits) in pending.slots_mut() {
                 if core::ptr::eq(slot, &*tracked) {
@@ -104,13 +102,13 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// From now on every sync reports all of the slot.
+    /// Makes every sync report all of the slot from now on.
     fn untrack(&self, slot: &Slot) {
         let _no_sync = lock(&self.inner().pending);
         slot.untrack();
     }
 
-    /// The slot, unless it is about to go.
+    /// Finds the slot, unless it is being removed.
     fn staying(&self, slot: SlotId) -> Result<Arc<Slot>, SlotError> {
         let layout = self.inner().harvester.layout();
         let tracked = layout.slots.get(slot.raw());

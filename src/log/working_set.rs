@@ -1,4 +1,4 @@
-//! Protecting only what pays: the writable working set, and the refresh that closes it.
+//! The writable working set, and the refresh that closes it.
 
 use std::io;
 use std::time::Instant;
@@ -12,25 +12,23 @@ use crate::slots::working_set::WorkingSet;
 use crate::sync::lock;
 
 impl DirtyLog {
-    /// Leaves pages open that the guest writes again and again, as long as `terms` let it; none: protects every page that it
-    /// reports, as at first. Both can be changed at any time.
+    /// Leaves pages open that the guest writes again and again, within `terms`. `None` protects every page that a sync reports, as
+    /// in a new log. You can change it at any time.
     ///
-    /// To protect a page costs a reset and the guest's next fault on it. For a page that is written again before it is
-    /// sent for good, that is a loss. With a working set, a page that is harvested stays writable while there are free
-    /// places, and after that if it was written before in the same round. It is a *member* then: the kernel does not log
-    /// it any more, and every sync reports it, as one of [`DirtyPages::members`](crate::DirtyPages::members), until
-    /// [`refresh`](Self::refresh) has closed it, or its slot's [tracking has stopped](Self::stop_tracking). Send members in
-    /// the last round.
+    /// Protecting a page costs a reset and the guest's next fault on it. That is wasted on a page that is written again before it is
+    /// sent for good. With a working set, a harvested page stays writable while there are free places, and after that if it was
+    /// written before in the same round. It is then a *member*: the kernel does not log it any more, and every sync reports it among
+    /// [`DirtyPages::members`](crate::DirtyPages::members), until [`refresh`](Self::refresh) has closed it, or its slot's [tracking
+    /// has stopped](Self::stop_tracking). Send members in the last round.
     ///
-    /// In [`Mode::Bitmap`] a page joins that a sync finds set, and the sync before has found set and cleared; without manual
-    /// protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) none does.
+    /// In [`Mode::Bitmap`] a page joins when a sync finds it set, and the sync before has found it set and cleared it. Without
+    /// manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) none joins.
     ///
-    /// Call it when a migration starts, and not before: a log that is always on would fill the places with what is long
-    /// cold. After it, [`Convergence`](crate::convergence::Convergence) says when to refresh.
+    /// Call it when a migration starts, not before: otherwise pages that have long been cold fill the places.
+    /// [`Convergence`](crate::convergence::Convergence) decides when to refresh.
     ///
-    /// While any vCPU has a [dirty limit](Self::set_dirty_limit) nothing joins, as it must pay for what it writes. Members
-    /// stay then, as they do when the set is switched off, and a refresh is
-    /// [owed](crate::WorkingSetStats::refresh_owed).
+    /// While any vCPU has a [dirty limit](Self::set_dirty_limit) no page joins, because the vCPU must pay for what it writes.
+    /// Members stay then, as they do when the set is switched off, and a refresh is [owed](crate::WorkingSetStats::refresh_owed).
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -58,17 +56,17 @@ impl DirtyLog {
     }
 
     /// Closes all members of the working set: has their pages protected again. The next sync reports them once more, as
-    /// [others](crate::DirtyPages::others). How many slots were protected anew.
+    /// [others](crate::DirtyPages::others). Returns the number of slots that were protected anew.
     ///
-    /// With rings, `protect` is called with each slot that has members, or suspects, as in [`rearm`](Self::rearm): no vCPU
-    /// may be in `KVM_RUN` meanwhile. What that costs depends on the kernel and on the *slot's* size, not on how many
-    /// members there are: less than 50 ms a GiB, but seconds for hundreds of GiB of huge pages. Measure it
+    /// With rings, it calls `protect` with each slot that has members or suspects, as [`rearm`](Self::rearm) does: no vCPU may be in
+    /// `KVM_RUN` meanwhile. The cost depends on the kernel and on the *slot's* size, not on the number of members: less than 50 ms
+    /// per GiB, but seconds for hundreds of GiB of huge pages. Measure it
     /// ([`WorkingSetStats::refresh_ns`](crate::WorkingSetStats::refresh_ns)), and refresh only where it fits the downtime.
     ///
-    /// In [`Mode::Bitmap`] the bits are cleared, no vCPU has to stop, and `protect` is not called.
+    /// In [`Mode::Bitmap`] it clears the bits; no vCPU has to stop, and `protect` is not called.
     ///
     /// # Errors
-    /// As [`rearm`](Self::rearm), or the kernel's bits could not be cleared. Members whose slot was not protected stay.
+    /// As [`rearm`](Self::rearm), or the kernel's bits could not be cleared. Members whose slot was not protected stay members.
     pub fn refresh(
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,

@@ -1,7 +1,7 @@
 //! [`Stats`] as metrics, for recorders of the crate metrics 0.24 (feature `metrics`).
 //!
-//! Nothing is published unless the VMM asks for it, on a thread of its own choice: it costs vCPUs and
-//! reaper nothing. Counters are those of [`Stats`], and go up only; gauges are of the moment.
+//! The VMM publishes them when it calls [`publish`], on a thread of its choice. It costs vCPUs and the reaper nothing. Counters are
+//! those of [`Stats`] and only rise; gauges are current values.
 //!
 //! | metric | labels | is |
 //! |---|---|---|
@@ -38,9 +38,9 @@
 //! | `kvm_dirty_ring_reaper_lateness_nanoseconds` | `vm` | [`ReaperStats::lateness_ns`], a gauge |
 //! | `kvm_dirty_ring_reaper_saturated` | `vm` | [`ReaperStats::saturated`], a gauge of 0 or 1 |
 //!
-//! `vcpu` is the vCPU's place in [`Stats::vcpus`]. Times are whole nanoseconds, as counters of that crate
-//! are integers. Entries for each reset: `sum by (vm)` of the rate of `kvm_dirty_ring_entries_total`,
-//! divided by that of `kvm_dirty_ring_resets_total`.
+//! `vcpu` is the vCPU's place in [`Stats::vcpus`]. Times are whole nanoseconds, because counters of that crate are integers. For
+//! the entries per reset, divide `sum by (vm)` of the rate of `kvm_dirty_ring_entries_total` by the rate of
+//! `kvm_dirty_ring_resets_total`.
 //!
 //! ```no_run
 //! # fn example(log: &kvm_dirty_ring::DirtyLog) {
@@ -161,18 +161,17 @@ impl<T> Metric<T> {
     }
 }
 
-/// Tells the recorder what each metric means, and in which unit it is: once, after the recorder was
-/// installed.
+/// Registers the description and the unit of each metric with the recorder. Call it once, after the recorder was installed.
 pub fn describe() {
     VM.iter().for_each(Metric::describe);
     VCPU.iter().for_each(Metric::describe);
     REAPER.iter().for_each(Metric::describe);
 }
 
-/// Hands `stats` to the recorder, with the label `vm`: of a log, call it as often as figures are to
-/// be fresh. Two logs of one process need two labels, also one after the other: counters go up only.
+/// Passes `stats` to the recorder, with the label `vm`. Call it as often as figures should be fresh.
 ///
-/// It allocates; call it on no thread that runs a vCPU.
+/// Two logs of one process need two labels, also one after the other, because counters only rise. It allocates, so do not
+/// call it on a thread that runs a vCPU.
 pub fn publish(stats: &Stats, vm: &str) {
     let vm = SharedString::from_shared(Arc::from(vm));
     let labels = [Label::new("vm", vm.clone())];

@@ -1,4 +1,4 @@
-//! What has happened so far, in numbers.
+//! The counts of a log.
 
 use core::fmt;
 use core::num::NonZeroU64;
@@ -7,9 +7,10 @@ use crate::harvest::pass::Harvester;
 use crate::harvest::vcpu::Vcpu;
 use crate::sync::Counter;
 
-/// Counts since the log was enabled. They go up only, but for `suspect_pages`, soft limits, dirty limits,
-/// and what of the working set and the reaper is of now; and are read one by one: passes under way may show in one and not
-/// yet in another.
+/// Counts since the log was enabled.
+///
+/// They only rise, except `suspect_pages`, soft limits, dirty limits, and the current values of the working set and the reaper.
+/// They are read one by one, so a pass under way may be in one count and not yet in another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -19,65 +20,60 @@ pub struct Stats {
     pub entries: u64,
     /// Reset ioctls issued.
     pub resets: u64,
-    /// Reset ioctls that recycled fewer entries than were marked: a signal was pending that cannot
-    /// be blocked. Not counted once a ring is [broken](VcpuStats::broken). The pages concerned are reported by every sync until
-    /// their slot is re-armed.
+    /// Reset ioctls that recycled fewer entries than were marked: a signal that cannot be blocked was pending. Not counted once a
+    /// ring is [broken](VcpuStats::broken). Every sync reports the pages concerned until their slot is re-armed.
     pub short_resets: u64,
-    /// Reset ioctls that recycled what was marked, and during which the thread may have been stopped,
-    /// by SIGSTOP, a debugger or the freezer: the last pages may be unprotected. Up to 127 pages a
-    /// vCPU are reported by every sync until their slot is re-armed. A thread that had to wait for a
-    /// change of memslots in the kernel counts, too, but for what it waited before the reset, as it does as a rule.
+    /// Reset ioctls that recycled what was marked while the thread may have been stopped, by SIGSTOP, a debugger or the freezer.
+    /// The last pages may be unprotected: every sync reports up to 127 pages per vCPU until their slot is re-armed. A reset whose
+    /// thread waited for a change of memslots in the kernel counts, too, unless it waited before the reset, which it does in
+    /// most cases.
     pub doubtful_resets: u64,
     /// Reset ioctls that failed.
     pub failed_resets: u64,
-    /// Entries that named a slot which is not tracked. Each makes every page suspect, of slots that are
-    /// added later, too.
+    /// Entries that named a slot which is not tracked. Each makes every page suspect, including those of slots added later.
     pub unknown_slot_entries: u64,
     /// Entries that named a page past the end of their slot. Each makes every page suspect.
     pub out_of_range_entries: u64,
-    /// Rings that the kernel has overrun, or so filled before a reset that it may have: they are
-    /// [broken](VcpuStats::broken).
+    /// Rings that the kernel has overrun, or so filled before a reset that it may have. They are [broken](VcpuStats::broken).
     pub overruns: u64,
-    /// Times that a slot's own bitmap could not be had from a kernel that should have it: the slot is
-    /// not in KVM, is not logged there, or is larger than in the log. Each reports all pages of
-    /// the slot, as does the first after it that could be had.
+    /// Times that a kernel that should have a slot's bitmap did not return it: the slot is not in KVM, is not logged there, or is
+    /// larger than in the log. Each time all pages of the slot are reported, and once more when the bitmap is there again.
     pub missing_bitmaps: u64,
-    /// Pages under suspicion now, which every sync reports: after short and doubtful resets, entries that
-    /// make no sense, and a re-arming that failed; until their slots are
-    /// [re-armed](crate::DirtyLog::rearm). All pages there are, for good, once a ring is
-    /// [broken](VcpuStats::broken).
+    /// Suspect pages now. Every sync reports them until their slots are [re-armed](crate::DirtyLog::rearm). Causes are short and
+    /// doubtful resets, entries that make no sense, and a re-arming that failed. Once a ring is [broken](VcpuStats::broken), all pages
+    /// count, for good.
     pub suspect_pages: u64,
     /// The vCPUs, in the order in which they were attached.
     pub vcpus: Vec<VcpuStats>,
     /// The reaper that runs, and those before it.
     pub reaper: ReaperStats,
-    /// What stays open, and what was closed.
+    /// The working set: what stays open, and what was closed.
     pub working_set: WorkingSetStats,
 }
 
-/// The writable working set, see [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
+/// Counts of the writable working set, see [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkingSetStats {
-    /// Members now, in pages: what every sync reports, and nothing logs.
+    /// Members now, in pages. Every sync reports them, and the kernel does not log them.
     pub members: u64,
     /// Times that a page has joined.
     pub joined: u64,
-    /// Refreshes that have closed all there were.
+    /// Refreshes that have closed all members.
     pub refreshes: u64,
     /// Pages that refreshes have closed.
     pub closed: u64,
-    /// How long the last refresh took, in nanoseconds, without the stopping of vCPUs.
+    /// Duration of the last refresh, in nanoseconds, without the time to stop vCPUs.
     pub refresh_ns: u64,
-    /// Of the pages in [`last_closed`](Self::last_closed), how many are members again.
+    /// How many of the pages in [`last_closed`](Self::last_closed) are members again.
     pub back: u64,
     /// Pages that the last refresh closed.
     pub last_closed: u64,
-    /// Whether a [refresh](crate::DirtyLog::refresh) is owed: members are left, and nothing joins any more, as a dirty limit was
+    /// Whether a [refresh](crate::DirtyLog::refresh) is owed: members are left, and no page joins any more, because a dirty limit was
     /// set or the set was switched off.
     pub refresh_owed: bool,
-    /// Whether the set has gone off by itself, for good: most entries of several passes in a row named members, so this kernel
-    /// protects pages that it was asked to leave open. Nothing is lost by that, nor won by the set.
+    /// Whether the set has switched itself off, for good: most entries of several passes in a row named members, so this kernel
+    /// protects pages that should stay open. Nothing is lost by that, and nothing is gained by the set.
     pub useless: bool,
 }
 
@@ -112,11 +108,11 @@ impl WorkingSetStats {
 pub struct VcpuStats {
     /// Entries harvested from its ring.
     pub entries: u64,
-    /// Whether its ring is broken: the kernel has overrun it, or may have. Entries are lost then, and nothing shows
-    /// which. For the rest of the log's life every sync reports every page of every slot, no re-arming ends that,
-    /// and the vCPU stops for good once it can't be given room
-    /// ([`FullError::Broken`](crate::error::FullError::Broken)). No kernel that keeps its reserve of entries
-    /// breaks a ring, as Linux does on hardware; the instruction emulator of kvm_pvm does.
+    /// Whether its ring is broken: the kernel has overrun it, or may have. Unknown entries are lost then.
+    ///
+    /// For the rest of the log's life every sync reports every page of every slot, and re-arming does not end that. The vCPU cannot
+    /// run on once its ring can get no room ([`FullError::Broken`](crate::error::FullError::Broken)). Linux on hardware keeps a
+    /// reserve of entries and never breaks a ring; the instruction emulator of kvm_pvm does.
     pub broken: bool,
     /// Exits for a full ring.
     pub full_exits: u64,
@@ -124,39 +120,37 @@ pub struct VcpuStats {
     pub stall_ns: u64,
     /// Entries at which the kernel stops the vCPU: supposed, until a full exit has shown it.
     pub soft_limit: u64,
-    /// Pages per second that the vCPU may dirty now; none: any number. See
+    /// Pages per second that the vCPU may dirty now; `None` for any number. See
     /// [`DirtyLog::set_dirty_limit`](crate::DirtyLog::set_dirty_limit).
     pub dirty_limit: Option<NonZeroU64>,
-    /// Time that the vCPU slept for the sake of that limit, in nanoseconds, in sleeps that are
-    /// over; none of it is in `stall_ns`.
+    /// Time that the vCPU slept because of that limit, in nanoseconds, in sleeps that have ended. `stall_ns` has none of it.
     pub limited_ns: u64,
 }
 
-/// What the reapers of a log, of which one runs at a time, have done so far; but for the last three,
-/// which are of now.
+/// Counts of the reapers of a log, of which one runs at a time. The last three fields are current values.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReaperStats {
     /// Looks at the rings.
     pub looks: u64,
-    /// Of these, how many a full exit has caused.
+    /// Looks that a full exit has caused.
     pub woken: u64,
     /// Passes made.
     pub passes: u64,
-    /// Entries found by them.
+    /// Entries that these passes found.
     pub entries: u64,
-    /// Time spent on them, in nanoseconds.
+    /// Time spent on these passes, in nanoseconds.
     pub pass_ns: u64,
-    /// Time for which the policy sleeps just now, in nanoseconds; 0 if no reaper runs, or it pauses.
+    /// Current sleep of the policy, in nanoseconds; 0 if no reaper runs, or it pauses.
     pub delay_ns: u64,
     /// Lateness of the last wake-up that no full exit caused, in nanoseconds.
     pub lateness_ns: u64,
-    /// Whether passes take most of the reaper's time: it can't keep up, whatever its policy. Larger
-    /// rings help, or a limit on the guest's dirty rate.
+    /// Whether passes take most of the reaper's time. Then it cannot keep up, whatever its policy: take larger rings, or limit the
+    /// guest's dirty rate.
     pub saturated: bool,
 }
 
-/// Where a reaper counts. The log keeps it, so that counts go on where the reaper before ended.
+/// The reaper's counts. The log keeps them, so that they continue where the reaper before ended.
 #[derive(Default)]
 pub(crate) struct ReaperCounts {
     pub(crate) looks: Counter,
@@ -170,7 +164,7 @@ pub(crate) struct ReaperCounts {
 }
 
 impl Stats {
-    /// Entries harvested for each reset ioctl, on average: the more, the cheaper. 0 before the first.
+    /// Returns the mean number of entries per reset ioctl; 0 before the first. The more, the cheaper.
     pub fn entries_per_reset(&self) -> f64 {
         match self.resets {
             0 => 0.0,
@@ -178,12 +172,12 @@ impl Stats {
         }
     }
 
-    /// Time that all vCPUs together spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds.
+    /// Returns the time that all vCPUs together spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds.
     pub fn stall_ns(&self) -> u64 {
         self.vcpus.iter().map(|vcpu| vcpu.stall_ns).sum()
     }
 
-    /// Exits for a full ring, of all vCPUs.
+    /// Returns the number of exits for a full ring, of all vCPUs.
     pub fn full_exits(&self) -> u64 {
         self.vcpus.iter().map(|vcpu| vcpu.full_exits).sum()
     }
@@ -240,7 +234,7 @@ impl ReaperCounts {
         }
     }
 
-    /// The reaper has ended, or pauses: what was true of it just now no longer is.
+    /// Clears the current values, as the reaper has ended or pauses.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn rest(&self) {
         self.delay_ns.set(0);
@@ -249,8 +243,8 @@ impl ReaperCounts {
     }
 }
 
-/// For people: a line about the VM, one about what went wrong if anything did, one for each vCPU, one
-/// for the reaper if there was one.
+/// Prints a line about the VM, one about faults if there were any, one for each vCPU, and one for the reaper if there was
+/// one.
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -293,7 +287,7 @@ impl fmt::Display for Stats {
     }
 }
 
-/// One line, for people.
+/// Prints one line for operators.
 impl fmt::Display for WorkingSetStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (members, joined, closed) = (self.members, self.joined, self.closed);
@@ -320,7 +314,7 @@ impl fmt::Display for WorkingSetStats {
     }
 }
 
-/// One line, for people.
+/// Prints one line for operators.
 impl fmt::Display for VcpuStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (entries, full_exits, limit) = (self.entries, self.full_exits, self.soft_limit);
@@ -333,7 +327,7 @@ impl fmt::Display for VcpuStats {
     }
 }
 
-/// One line, for people.
+/// Prints one line for operators.
 impl fmt::Display for ReaperStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -355,7 +349,7 @@ impl fmt::Display for ReaperStats {
     }
 }
 
-/// Nanoseconds, shown in milliseconds.
+/// Nanoseconds, printed in milliseconds.
 struct Ms(u64);
 
 impl fmt::Display for Ms {

@@ -1,8 +1,8 @@
-//! Events for subscribers of the crate tracing: feature `tracing`, without which all of this is nothing.
+//! Events for subscribers of the crate tracing: feature `tracing`, without which all of this compiles to nothing.
 //!
-//! Names are QEMU's where QEMU has such an event. A subscriber may take its time, panic, or ask the log
-//! for its stats. So whoever emits an event holds no lock, no shard and no right to mark entries, has
-//! no signals blocked for a reset, and has published its pages.
+//! Names are QEMU's where QEMU has such an event. A subscriber may block, panic, or read the log's stats. So a thread that emits
+//! an event holds no lock, no shard and no right to mark entries, has no signals blocked for a reset, and has published its
+//! pages.
 
 use std::time::Instant;
 
@@ -12,11 +12,11 @@ use crate::sync::{Mutex, lock};
 mod on {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
-    /// Calls a subscriber. One that panics harms nobody else: it has lost an event.
+    /// Calls a subscriber. If it panics, it loses the event and nothing else.
     #[inline]
     pub(super) fn quietly<T: Default>(call: impl FnOnce() -> T) -> T {
         catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
-            // Its payload may panic, too: it is leaked.
+            // Its payload may panic, too, so it is leaked.
             core::mem::forget(panic);
             T::default()
         })
@@ -25,7 +25,7 @@ mod on {
     macro_rules! event {
         ($level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
             $crate::observe::trace::on::quietly(|| {
-                // Values are worked out only if somebody wants the event.
+                // Values are computed only if a subscriber wants the event.
                 tracing::event!(
                     name: $name,
                     target: "kvm_dirty_ring",
@@ -48,7 +48,7 @@ mod on {
     pub(super) use {event, wanted};
 }
 
-/// Nothing: the compiler leaves none of it.
+/// Nothing: the compiler removes all of it.
 #[cfg(not(all(feature = "tracing", not(all(test, feature = "modelled")))))]
 mod on {
     macro_rules! event {
@@ -70,7 +70,7 @@ mod on {
 
 use on::{event, wanted};
 
-/// When something began, if anybody wants to know how long it takes.
+/// The start of something, if a subscriber wants its duration.
 #[derive(Clone, Copy)]
 pub(crate) struct Started(Option<Instant>);
 
@@ -85,11 +85,11 @@ impl Started {
     }
 }
 
-/// What a pass took from each ring, if anybody wants to know: place and entries.
+/// What a pass took from each ring, if a subscriber wants it: place and entries.
 pub(crate) struct PerRing(Vec<(usize, u32)>);
 
 impl PerRing {
-    /// For `rings` rings. A pass is under way when they are noted: there must be room by then.
+    /// For `rings` rings. A pass is under way when they are noted, so room is made now.
     #[inline]
     pub(crate) fn new(rings: impl FnOnce() -> usize) -> Self {
         Self(match wanted!(TRACE) {
@@ -106,7 +106,7 @@ impl PerRing {
     }
 }
 
-/// A full exit is over: `entries` were taken from the vCPU's own ring.
+/// A full exit has ended; `entries` were taken from the vCPU's own ring.
 #[inline]
 pub(crate) fn full(vcpu: usize, entries: u32, ns: u64) {
     event!(
@@ -118,7 +118,7 @@ pub(crate) fn full(vcpu: usize, entries: u32, ns: u64) {
     );
 }
 
-/// A pass over several rings is over.
+/// A pass over several rings has ended.
 #[inline]
 pub(crate) fn reap(started: Started, entries: u64, rings: &PerRing) {
     for &(vcpu, entries) in &rings.0 {
@@ -144,7 +144,7 @@ pub(crate) fn flush() -> Started {
     Started::now()
 }
 
-/// A sync is over, and has found `pages`.
+/// A sync has ended, and has found `pages`.
 #[inline]
 pub(crate) fn flushed(started: Started, pages: impl Fn() -> u64) {
     event!(
@@ -173,15 +173,14 @@ pub(crate) fn refreshed(pages: u64, ns: u64) {
     event!(INFO, "kvm_dirty_ring_refreshed", pages = pages, ns = ns);
 }
 
-/// The reaper begins, ends, pauses or goes on, or has another policy.
+/// The reaper begins, ends, pauses, continues, or has another policy.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
 pub(crate) fn reaper(state: &str) {
     event!(DEBUG, "kvm_dirty_ring_reaper", state = state);
 }
 
-/// The reaper has looked at the rings, because of `kick` or in its own time, had these emptied, and will
-/// sleep.
+/// The reaper has looked at the rings, because of `kick` or in its own time, has had these emptied, and will sleep.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
 pub(crate) fn look(kick: Option<&str>, emptied: &[bool], delay_ns: u64) {
@@ -197,7 +196,7 @@ pub(crate) fn look(kick: Option<&str>, emptied: &[bool], delay_ns: u64) {
     );
 }
 
-/// The reaper can't do as it should.
+/// The reaper has met an error.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
 pub(crate) fn reaper_error(error: &crate::error::ReaperError) {
@@ -208,7 +207,7 @@ pub(crate) fn reaper_error(error: &crate::error::ReaperError) {
     );
 }
 
-/// What has gone wrong so far.
+/// The faults so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Faults {
     pub(crate) short_resets: u64,
@@ -218,19 +217,19 @@ pub(crate) struct Faults {
     pub(crate) out_of_range_entries: u64,
     pub(crate) overruns: u64,
     pub(crate) missing_bitmaps: u64,
-    /// 1 once the working set has gone off by itself.
+    /// 1 once the working set has switched itself off.
     pub(crate) useless_working_sets: u64,
 }
 
-/// The faults for which events were emitted. Faults are found deep in a pass, where a subscriber would hold up
-/// others; so they are counted there, and whichever call ends first emits the events.
+/// The faults for which events were emitted. Faults occur deep in a pass, where a subscriber would delay other threads. So they
+/// are counted there, and the call that ends first emits the events.
 #[derive(Default)]
 pub(crate) struct Emitted {
     last: Mutex<Faults>,
 }
 
 impl Emitted {
-    /// Emits an event for each kind of fault that came since, and one with how many pages are suspect then.
+    /// Emits an event for each kind of fault that came since, and one with the number of pages that are suspect then.
     #[inline]
     pub(crate) fn emit(&self, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
         if !wanted!(WARN) {
@@ -262,7 +261,7 @@ impl Emitted {
 
     fn news(&self, read: impl Fn() -> Faults) -> Faults {
         let mut last = lock(&self.last);
-        // Under the lock, so that what is read later is emitted later.
+        // Under the lock, so that later values are emitted later.
         let now = read();
         let before = core::mem::replace(&mut *last, now);
         Faults {

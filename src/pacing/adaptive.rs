@@ -4,29 +4,29 @@ use core::time::Duration;
 
 use super::{LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
 
-/// Each number that [`Adaptive`] goes by. `docs/pacing.md` shows what other values do.
+/// The numbers of [`Adaptive`]. `docs/pacing.md` shows the effect of other values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Tuning {
-    /// Time in which the highest rate seen loses half its weight: long enough for the next burst to
-    /// come while the last one is remembered. At least 1 ms.
+    /// Time in which the highest rate seen loses half its weight. Take it long enough that the last burst is remembered when the
+    /// next one comes. At least 1 ms.
     pub half_life: Duration,
-    /// How many times the highest rate seen a vCPU may log at by the next look. What is faster is a
-    /// surprise, and may cost a full exit. 1 to 10.
+    /// How many times the highest rate seen a vCPU is allowed for until the next look. A faster vCPU is a surprise, and may cost
+    /// a full exit. 1 to 10.
     pub faster: f64,
-    /// Steps into which the time to fill a ring is divided. Looks are at least one apart; more of
-    /// them mean more looks, and rings that are emptied later. 1 to 1,000.
+    /// Steps into which the time to fill a ring is divided. Looks are at least one step apart. More steps mean more looks, and
+    /// rings that are emptied later. 1 to 1,000.
     pub steps: f64,
-    /// Deviations of the wake-ups' lateness, above its mean, that are reckoned with. 0 to 100.
+    /// Deviations of the wake-ups' lateness, above its mean, that are allowed for. 0 to 100.
     pub deviations: f64,
     /// Share of the soft limit below which a ring is not emptied, however late wake-ups are. 0 to 1.
     pub least: f64,
-    /// A ring grows if its own vCPU would fill it within so many times the time in which the fastest
-    /// fills one; then it is taken along. One that holds a hot set does not. 0 to 1,000.
+    /// A ring is emptied together with a due one if its own vCPU would fill it within so many times the time in which the
+    /// fastest fills one. A ring with a hot set does not grow, and is left. 0 to 1,000.
     pub along: f64,
-    /// The rate, in entries per second, that is reckoned with when nothing is known: after the
-    /// start, a full exit, or a surprise. It is halved from look to look. Faster than any vCPU
-    /// logs, so that the first look finds room left. A thousand to a thousand million.
+    /// The assumed rate, in entries per second, while there is no better estimate: after the start, a full exit, or a surprise.
+    /// It is halved from look to look. Take it faster than any vCPU logs, so that the first look finds room left. A thousand to a
+    /// thousand million.
     pub first_sight: f64,
     /// Shortest time between two looks, not below [`SHORTEST_LOOK`].
     pub shortest: Duration,
@@ -50,7 +50,7 @@ impl Tuning {
 }
 
 impl Tuning {
-    /// Every number within the range that its documentation names.
+    /// Clamps every number to the range that its documentation names.
     fn sane(self) -> Self {
         let within = |value: f64, least: f64, default: f64, most: f64| match value.is_nan() {
             true => default,
@@ -78,33 +78,33 @@ impl Default for Tuning {
     }
 }
 
-/// Empties a ring when it would be full before the next look, and not before: each pass protects
-/// pages anew, and the guest faults on every one of them again.
+/// Empties a ring when it would be full before the next look, and not earlier: each pass protects pages anew, and the guest
+/// faults on every one of them again.
 ///
 /// At each look:
 ///
-/// 1. *Rate.* The highest at which any vCPU logs, now or, with a half-life of seconds, lately. One
-///    rate for all rings, for vCPUs that share a core log in turns.
-/// 2. *Due* is a ring that would be full after one more step (a part of the time in which a ring
-///    fills) at a third more than that rate, the lateness of wake-ups, and what a pass takes.
-/// 3. If a ring is due, it is emptied, and with it those that will soon be.
-/// 4. *Sleep* for as long as the fullest ring has room even at a third more than that rate; not past
-///    a horizon, which doubles from look to look until a full exit or a rate unheard of sets it
-///    back to a fraction of a millisecond.
+/// 1. *Rate.* It takes the highest rate at which any vCPU logs, now or, with a half-life of seconds, lately. All rings share
+///    one rate, because vCPUs that share a core log in turns.
+/// 2. *Due.* A ring is due if it would be full after one more step (a part of the time in which a ring fills) at a third more
+///    than that rate, the lateness of wake-ups, and the time of a pass.
+/// 3. *Pass.* If a ring is due, it is emptied, together with those that will soon be due.
+/// 4. *Sleep.* It sleeps for as long as the fullest ring has room at a third more than that rate, within a horizon. The
+///    horizon doubles from look to look, until a full exit or a new highest rate sets it back to a fraction of a
+///    millisecond.
 #[derive(Debug, Clone)]
 pub struct Adaptive {
     tuning: Tuning,
-    /// Highest rate of any ring, in entries per second, fading.
+    /// The highest rate of any ring, in entries per second, fading.
     peak: f64,
     late: Lateness,
     pass: Cost,
-    /// Seconds after which to look, should the guest do what it never did before.
+    /// Seconds after which to look in case the guest does something new.
     horizon: f64,
     full_exits: u64,
 }
 
 impl Adaptive {
-    /// The policy with numbers of your own; those that make no sense are moved to where they do.
+    /// Creates the policy with other numbers. Those out of range are clamped.
     pub fn new(tuning: Tuning) -> Self {
         Self {
             tuning: tuning.sane(),
@@ -119,14 +119,14 @@ impl Adaptive {
         }
     }
 
-    /// Takes in what was seen of rings of which the smallest has this soft limit.
+    /// Learns from an observation of rings, the smallest of which has this soft limit.
     fn learn(&mut self, seen: &Observation<'_>, soft_limit: f64) {
         let tuning = &self.tuning;
         let elapsed = seen.elapsed.as_secs_f64();
         // The fastest vCPU would fill a ring in this time.
         let at_first = soft_limit / tuning.first_sight;
         let most = seen.rings.iter().map(|ring| ring.logged).max();
-        // What comes in a shorter time is a spurt, and not yet a rate.
+        // Entries within a shorter time are a spurt, and not yet a rate.
         let now = most.unwrap_or(0) as f64 / elapsed.max(at_first);
         let known = self.peak * (-elapsed / tuning.half_life.as_secs_f64()).exp2();
         let full_exits = seen.full_exits();
@@ -162,7 +162,7 @@ impl Pacing for Adaptive {
         let tuning = &self.tuning;
         let (shortest, longest) = (tuning.shortest.as_secs_f64(), tuning.longest.as_secs_f64());
 
-        // All times are in seconds from now on, and reckoned at the peak rate.
+        // All times are in seconds from here on, at the peak rate.
         let elapsed = seen.elapsed.as_secs_f64().max(shortest);
         let fill = smallest / self.peak;
         let step = (fill / tuning.steps).max(shortest).min(longest);
@@ -176,12 +176,12 @@ impl Pacing for Adaptive {
         };
         let is_due = |ring: &RingObservation| {
             let enough = ring.waiting as f64 >= tuning.least * soft_limit(ring);
-            // A hot set that stands still may fill the ring, whatever the lateness.
+            // A hot set that does not grow may fill the ring, whatever the lateness.
             let slack = if grows(ring) { late + pass } else { 0.0 };
             enough && room(ring) <= self.peak * (tuning.faster * step + slack)
         };
         let any_due = seen.rings.iter().any(is_due);
-        // The time that a pass takes is lost to the rings that it leaves alone.
+        // Rings that the pass leaves alone lose the time that it takes.
         let busy = if any_due { pass } else { 0.0 };
         let mut left = fill;
         for (ring, reap) in seen.rings.iter().zip(reap) {
@@ -198,15 +198,15 @@ impl Pacing for Adaptive {
     }
 }
 
-/// Entries per second below which a vCPU's rate is no different from none.
+/// Entries per second below which a vCPU's rate counts as none.
 const SLOWEST: f64 = 1.0;
 
 fn soft_limit(ring: &RingObservation) -> f64 {
     ring.soft_limit.max(1) as f64
 }
 
-/// How late wake-ups are, in seconds: smoothed as TCP smooths its round-trip time (RFC 6298), from the
-/// first sample on, with weights 1/8 for the mean and 1/4 for the deviation.
+/// The lateness of wake-ups, in seconds: smoothed as TCP smooths its round-trip time (RFC 6298), from the first sample on, with
+/// weights 1/8 for the mean and 1/4 for the deviation.
 #[derive(Debug, Clone)]
 struct Lateness {
     mean: f64,
@@ -225,7 +225,7 @@ impl Lateness {
     }
 }
 
-/// What passes cost: sums over the last few, the older ones fading.
+/// The cost of passes: sums over the last few, the older ones fading.
 #[derive(Debug, Clone)]
 struct Cost {
     seconds: f64,
@@ -235,7 +235,7 @@ struct Cost {
 }
 
 impl Cost {
-    /// Until a pass has been seen: 100 ns an entry.
+    /// Until a pass has been seen: 100 ns per entry.
     const SUPPOSED: Self = Self {
         seconds: 1e-4,
         entries: 1e3,
@@ -249,7 +249,7 @@ impl Cost {
         self.seconds = self.seconds * FADING + pass.took.as_secs_f64();
     }
 
-    /// Seconds that the next pass will take, which finds these entries or as many as the last.
+    /// Returns the seconds that the next pass will take, if it finds these entries or as many as the last.
     fn of(&self, waiting: f64) -> f64 {
         self.seconds / self.entries.max(1.0) * waiting.max(self.last)
     }
@@ -292,8 +292,7 @@ mod tests {
         (reap, wait.as_micros())
     }
 
-    /// Knows a guest that logs 40,000 entries a second, so that a ring fills in 100 ms, and trusts
-    /// in what it knows.
+    /// A policy that has seen a guest log 40,000 entries a second, so that a ring fills in 100 ms, with no doubt left.
     fn acquainted() -> Adaptive {
         Adaptive {
             peak: 40_000.0,
@@ -416,7 +415,7 @@ mod tests {
         };
         assert_eq!(look(&mut policy, 500, &[full]).1, 1000);
         assert_eq!(look(&mut policy, 1000, &[full]).1, 2000);
-        // So it is by a rate that it never saw: 100 entries in 2 ms.
+        // So it is by a rate that is new to it: 100 entries in 2 ms.
         assert_eq!(look(&mut policy, 2000, &[ring(100, 100)]).1, 1000);
         assert_eq!(look(&mut policy, 1000, &[ring(150, 50)]).1, 2000);
     }
@@ -454,13 +453,13 @@ mod tests {
         seen.last_pass = None;
         policy.decide(&seen, &mut [false]);
         assert_eq!(late(&policy), (0.007, 0.005));
-        // A full exit has woken it: nothing is learnt of lateness.
+        // A full exit has woken it: nothing is learnt about lateness.
         seen.lateness = None;
         policy.decide(&seen, &mut [false]);
         assert_eq!(late(&policy), (0.007, 0.005));
     }
 
-    /// Whatever its numbers, it empties a full ring and asks for times within bounds.
+    /// Whatever its numbers, it empties a full ring and returns delays within bounds.
     #[test]
     fn numbers_without_sense_do_no_harm() {
         let numbers = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 0.0, 1e300];

@@ -11,19 +11,17 @@ const STEP: Duration = Duration::from_millis(20);
 const RICH: f64 = 0.8;
 const POOR: f64 = 0.2;
 
-/// A rule from the review of [`RunLevels`](super::RunLevels), for comparison: it, too, reaps on a
-/// clock, and does not see full exits.
+/// A rule from the review of [`RunLevels`](super::RunLevels), for comparison. It reaps on a clock, too, and ignores full exits.
 ///
-/// All rings are emptied after a delay of 1 s at first. A pass that found, in all rings together,
-/// more than 0.8 of the size of one halves the delay; one that found at most 0.2 lengthens it by
-/// 20 ms; it stays within 100 ms and 1 s.
+/// It empties all rings after a delay of 1 s at first. It divides what a pass found in all rings by the size of one. More than 0.8
+/// halves the delay; 0.2 or less lengthens it by 20 ms. The delay stays within 100 ms and 1 s.
 #[derive(Debug, Clone)]
 pub struct Aimd {
     clock: Period,
 }
 
 impl Aimd {
-    /// Starts at the longest delay.
+    /// Creates the policy, with the longest delay first.
     pub const fn new() -> Self {
         let clock = Period::new(LONGEST);
         Self { clock }

@@ -1,12 +1,11 @@
-//! How the reaper sleeps, and who wakes it.
+//! How the reaper sleeps, and what wakes it.
 
 #[cfg(not(all(test, feature = "modelled")))]
 use {crate::sync::PoisonError, core::time::Duration, std::time::Instant};
 
 use crate::sync::{Condvar, Mutex, lock};
 
-/// How long the reaper is deaf to full exits after one has woken it: in a storm of them one
-/// look does for many.
+/// How long the reaper ignores full exits after one has woken it. In a storm of them one look serves many.
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) const DEAF: Duration = Duration::from_micros(500);
 
@@ -22,7 +21,7 @@ struct Rung {
     full: bool,
     #[cfg(not(all(test, feature = "modelled")))]
     command: bool,
-    /// Somebody waits whom a full exit may wake: to wake nobody costs a system call, too.
+    /// Whether a thread waits that a full exit may wake. A wake-up that wakes no thread costs a system call, too.
     listening: bool,
 }
 
@@ -34,13 +33,13 @@ pub(crate) enum Heard {
     Command,
     /// A vCPU with a full ring.
     Full,
-    /// Nothing, in the time there was.
+    /// Nothing, until the time was up.
     Nothing,
 }
 
 #[cfg(not(all(test, feature = "modelled")))]
 impl Heard {
-    /// Who has woken the reaper, if anybody did.
+    /// What has woken the reaper, if anything did.
     pub(crate) fn kick(self) -> Option<&'static str> {
         match self {
             Self::Command => Some("order"),
@@ -77,7 +76,7 @@ impl Alarm {
         *rung = Rung::default();
     }
 
-    /// Waits for the alarm until `until`; until `deaf` for a command only.
+    /// Waits for the alarm until `until`; until `deaf` for commands only.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn wait(&self, deaf: Instant, until: Instant) -> Heard {
         let mut rung = lock(&self.rung);
@@ -101,7 +100,7 @@ impl Alarm {
             let woken = self.bell.wait_timeout(rung, next - now);
             rung = woken.unwrap_or_else(PoisonError::into_inner).0;
         };
-        // Whoever looks now sees what all of them have to show.
+        // A look that comes now sees the state of all rings.
         *rung = Rung::default();
         heard
     }
@@ -114,7 +113,7 @@ mod tests {
 
     use super::*;
 
-    /// Never reached where all is well.
+    /// Never reached in a test that passes.
     const LONG: Duration = Duration::from_secs(60);
 
     fn soon() -> Instant {
@@ -162,11 +161,11 @@ mod tests {
         assert_eq!(alarm.wait(deaf, Instant::now() + LONG), Heard::Full);
         assert!(Instant::now() >= deaf, "it was heard");
         alarm.full();
-        // Whoever looks when time is up sees what there was to hear.
+        // An alarm that rang is seen when the time is up.
         let (until, deaf) = (soon(), Instant::now() + LONG);
         assert_eq!(alarm.wait(deaf, until), Heard::Nothing);
         assert_eq!(alarm.wait(Instant::now(), soon()), Heard::Nothing);
-        // An order is heard at any time.
+        // A command is heard at any time.
         alarm.command();
         let later = Instant::now() + LONG;
         assert_eq!(alarm.wait(later, later), Heard::Command);

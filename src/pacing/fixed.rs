@@ -1,17 +1,17 @@
-//! A pass every so often, whatever happens.
+//! A pass at a constant period.
 
 use core::time::Duration;
 
 use super::{LONGEST_LOOK, Observation, Pacing, SHORTEST_LOOK};
 
-/// Empties the rings at a constant period. QEMU does so each second.
+/// Empties all rings at a constant period. QEMU does so each second.
 #[derive(Debug, Clone)]
 pub struct Fixed {
     clock: Period,
 }
 
 impl Fixed {
-    /// A pass each `period`.
+    /// Creates the policy with a pass each `period`.
     pub const fn new(period: Duration) -> Self {
         let clock = Period::new(period);
         Self { clock }
@@ -34,7 +34,7 @@ impl Pacing for Fixed {
     }
 }
 
-/// A delay between passes, from the end of one on, that looks in between do not disturb.
+/// A delay between passes, from the end of each on. Looks in between do not change it.
 #[derive(Debug, Clone)]
 pub(super) struct Period {
     pub(super) length: Duration,
@@ -47,7 +47,7 @@ impl Period {
         Self { length, gone }
     }
 
-    /// Lets the time since the look before pass. Whether the period is over; then another begins.
+    /// Advances by the time since the look before. Returns whether the period is over; then another begins.
     pub(super) fn passes(&mut self, seen: &Observation<'_>) -> bool {
         let pass = seen.last_pass.map_or(Duration::ZERO, |pass| pass.took);
         let elapsed = seen.elapsed.saturating_sub(pass);
@@ -59,7 +59,7 @@ impl Period {
         over
     }
 
-    /// What is left of it, as far as a look may be away.
+    /// Returns the rest of the period, within the longest delay.
     pub(super) fn left(&self) -> Duration {
         let left = self.length.saturating_sub(self.gone);
         left.clamp(SHORTEST_LOOK, LONGEST_LOOK)
@@ -92,7 +92,7 @@ pub(super) mod tests {
             }
         }
 
-        /// The delay in ms after a pass that finds the rings like this.
+        /// Returns the delay in ms after a pass that finds the rings like this.
         pub(in crate::pacing) fn pass(&mut self, found: &[u64], stopped: bool) -> u64 {
             self.full_exits += u64::from(stopped);
             let ring = |&waiting| RingObservation {
@@ -128,7 +128,7 @@ pub(super) mod tests {
         assert_eq!(decide(500), (true, 100));
     }
 
-    /// The delay is what is slept, however long passes take and whoever looks meanwhile.
+    /// The sleep is the whole delay, however long passes take, and whatever looks come meanwhile.
     #[test]
     fn the_period_begins_when_the_pass_is_over() {
         let ms = Duration::from_millis;

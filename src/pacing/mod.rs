@@ -1,8 +1,7 @@
-//! When to empty the rings.
+//! Policies: when to empty the rings.
 //!
-//! A policy is a pure function of what it is shown, with what it remembers: no clock, no thread, no
-//! allocation. A [`Pacer`] holds it to its bounds and is driven by the [`Reaper`](crate::Reaper), by
-//! a VMM's own event loop, or by a simulation.
+//! A policy is a pure function of its observations and its memory: it has no clock and no thread, and allocates nothing. A
+//! [`Pacer`] keeps it within its bounds. The [`Reaper`](crate::Reaper), a VMM's own event loop, or a simulation drives the pacer.
 //!
 //! | policy | rule |
 //! |---|---|
@@ -32,12 +31,12 @@ pub use fixed::Fixed;
 pub use pacer::Pacer;
 pub use run_levels::RunLevels;
 
-/// The shortest time between two looks that a policy may ask for.
+/// The shortest delay that a policy may return.
 pub const SHORTEST_LOOK: Duration = error::SHORTEST_LOOK;
-/// The longest.
+/// The longest delay that a policy may return.
 pub const LONGEST_LOOK: Duration = error::LONGEST_LOOK;
 
-/// Decides when which rings are emptied.
+/// A policy: decides when which rings are emptied.
 ///
 /// ```
 /// use std::time::Duration;
@@ -68,12 +67,11 @@ pub const LONGEST_LOOK: Duration = error::LONGEST_LOOK;
 /// # Ok::<(), kvm_dirty_ring::error::PolicyError>(())
 /// ```
 pub trait Pacing: Send {
-    /// Looks at the rings, chooses which to empty now, and when to look again at the latest.
+    /// Chooses the rings to empty now, and returns the delay until the next look.
     ///
-    /// `reap` has a place for each ring, all false: a policy sets those of the rings that it wants
-    /// emptied. One reset serves all of them. The time returned counts from the end of that, and
-    /// should be within [`SHORTEST_LOOK`] and [`LONGEST_LOOK`]: the [`Pacer`] moves it there. This
-    /// is called again early when a vCPU has stopped on a full ring.
+    /// `reap` has a place for each ring, all false: set those of the rings to empty. One reset serves all of them. The delay counts
+    /// from the end of that pass. Keep it within [`SHORTEST_LOOK`] and [`LONGEST_LOOK`]; the [`Pacer`] clamps it. The policy is called
+    /// early when a vCPU has stopped on a full ring.
     fn decide(&mut self, seen: &Observation<'_>, reap: &mut [bool]) -> Duration;
 }
 
@@ -83,23 +81,22 @@ impl<P: Pacing + ?Sized> Pacing for Box<P> {
     }
 }
 
-/// What a policy is shown.
+/// The input of a policy.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Observation<'a> {
     /// Time since the observation before; zero at a policy's first.
     pub elapsed: Duration,
-    /// How long after the time asked for this one comes: the wake-up's lateness. `None` if it was
-    /// not asked for but is due to a full exit.
+    /// How late the wake-up was: the time after the requested one. `None` if a full exit caused this look.
     pub lateness: Option<Duration>,
-    /// What emptying rings after the observation before was like; `None` if none was emptied.
+    /// The cost of the pass after the observation before; `None` if no ring was emptied.
     pub last_pass: Option<PassCost>,
     /// Every ring, in the order in which the vCPUs were attached.
     pub rings: &'a [RingObservation],
 }
 
 impl<'a> Observation<'a> {
-    /// What is seen `elapsed` after the observation before, in time, with no pass in between.
+    /// Creates an observation that comes in time, `elapsed` after the one before, with no pass in between.
     pub fn new(elapsed: Duration, rings: &'a [RingObservation]) -> Self {
         Self {
             elapsed,
@@ -109,12 +106,12 @@ impl<'a> Observation<'a> {
         }
     }
 
-    /// Entries that wait in all rings together.
+    /// Returns the number of entries that wait in all rings together.
     pub fn waiting(&self) -> u64 {
         self.sum(|ring| ring.waiting)
     }
 
-    /// Exits for a full ring so far, of all vCPUs.
+    /// Returns the number of exits for a full ring so far, of all vCPUs.
     pub fn full_exits(&self) -> u64 {
         self.sum(|ring| ring.full_exits)
     }
@@ -125,16 +122,16 @@ impl<'a> Observation<'a> {
     }
 }
 
-/// What a pass has cost.
+/// The cost of a pass.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PassCost {
-    /// From the look that decided on it to its end: harvest, reset and publication.
+    /// Time from the look that decided on it to its end: harvest, reset and publication.
     pub took: Duration,
     /// Entries that it found.
     pub entries: u64,
 }
 
-/// What a policy is shown of one ring.
+/// The state of one ring, as a policy sees it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[non_exhaustive]
 pub struct RingObservation {
@@ -142,23 +139,23 @@ pub struct RingObservation {
     pub entries: u64,
     /// Entries at which the vCPU stops: supposed, until a full exit has shown it.
     pub soft_limit: u64,
-    /// Entries that wait in the ring to be harvested. The kernel also counts those that are harvested
-    /// and not yet reset, of which there are any for long only after a failed reset.
+    /// Entries that wait in the ring to be harvested. The kernel also counts entries that are harvested and not yet reset; these
+    /// remain for long only after a failed reset.
     pub waiting: u64,
-    /// Entries harvested so far, by whomever.
+    /// Entries harvested so far, by any thread.
     pub taken: u64,
     /// Exits for a full ring so far.
     pub full_exits: u64,
-    /// Entries that the vCPU has logged since the observation before: by how much the sum of
-    /// `taken` and `waiting` has grown. The [`Pacer`] fills it in.
+    /// Entries that the vCPU has logged since the observation before: the growth of the sum of `taken` and `waiting`. The
+    /// [`Pacer`] fills it in.
     pub logged: u64,
-    /// Entries per second that the vCPU has logged lately: a mean in which what is a second old has
-    /// half the weight. The [`Pacer`] fills it in.
+    /// Entries per second that the vCPU has logged lately: a mean in which a sample that is one second old has half the weight. The
+    /// [`Pacer`] fills it in.
     pub rate: f64,
 }
 
-/// Entries that a pass over all rings would find now, as a share of one ring's size: what policies
-/// go by that take a VM for its rings' sum.
+/// The entries that a pass over all rings would find now, as a share of one ring's size. Policies that divide all rings'
+/// entries by one ring's size use it.
 fn found(seen: &Observation<'_>) -> f64 {
     let waiting = seen.waiting();
     let entries = seen.rings.iter().map(|ring| ring.entries).max();

@@ -1,4 +1,4 @@
-//! What stands between a policy and whoever empties the rings.
+//! The link between a policy and the thread that empties the rings.
 
 use core::fmt;
 use core::time::Duration;
@@ -9,13 +9,13 @@ use super::fixed::Fixed;
 use super::{LONGEST_LOOK, Observation, Pacing, PassCost, RingObservation, SHORTEST_LOOK};
 use crate::error::PolicyError;
 
-/// A policy that asks for times out of bounds so many times in a row does not know what it does.
+/// So many delays out of bounds in a row show that a policy is wrong.
 const PATIENCE: u32 = 64;
 
-/// Seconds after which what a vCPU logged has half the weight in its rate.
+/// Seconds after which what a vCPU logged has half its weight in its rate.
 const RATE_HALF_LIFE: f64 = 1.0;
 
-/// What is known of a ring from the last look.
+/// What the last look recorded of a ring.
 #[derive(Debug, Clone, Copy, Default)]
 struct Known {
     /// Entries that its vCPU had logged.
@@ -24,13 +24,12 @@ struct Known {
     rate: FadingMean,
 }
 
-/// Shows a policy what it needs to see, holds it to its bounds, and replaces it if it fails.
+/// Drives a policy: prepares its observations, keeps it within its bounds, and replaces it if it fails.
 ///
-/// It reads no clock: times are durations since a moment of the caller's choice. A turn of the
-/// caller's loop is
+/// It reads no clock: times are durations since a moment of the caller's choice. In each turn of its loop the caller
 ///
-/// 1. [`look`](Self::look) at [`due`](Self::due), or earlier when a vCPU has stopped on a full ring;
-/// 2. empty the rings that [`reap`](Self::reap) names, if there are any, and report it by
+/// 1. calls [`look`](Self::look) at [`due`](Self::due), or earlier when a vCPU has stopped on a full ring;
+/// 2. empties the rings that [`reap`](Self::reap) names, if there are any, and reports it by
 ///    [`passed`](Self::passed).
 ///
 /// ```
@@ -59,7 +58,7 @@ pub struct Pacer {
     policy: Box<dyn Pacing>,
     known: Vec<Known>,
     reap: Vec<bool>,
-    /// When the last look was; none by this policy yet.
+    /// The time of the last look; `None` before the policy's first.
     last_look: Option<Duration>,
     last_pass: Option<PassCost>,
     wait: Duration,
@@ -68,7 +67,7 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// A pacer whose first look is due at once.
+    /// Creates a pacer whose first look is due at once.
     pub fn new(policy: impl Pacing + 'static) -> Self {
         Self {
             policy: Box::new(policy),
@@ -82,7 +81,7 @@ impl Pacer {
         }
     }
 
-    /// Goes on with another policy, which is to look at once.
+    /// Replaces the policy. The new one looks at once.
     pub fn set_policy(&mut self, policy: impl Pacing + 'static) {
         self.replace(Box::new(policy));
         self.restart();
@@ -90,14 +89,14 @@ impl Pacer {
 
     fn replace(&mut self, policy: Box<dyn Pacing>) {
         let old = core::mem::replace(&mut self.policy, policy);
-        // It may panic once more as it goes.
+        // It may panic once more when it is dropped.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(old))) {
-            // So may its payload: it is leaked.
+            // So may its payload, which is leaked.
             core::mem::forget(panic);
         }
     }
 
-    /// Goes on after a pause: what happened meanwhile says nothing about the guest's pace.
+    /// Continues after a pause. What happened meanwhile is no measure of the guest's pace.
     pub fn restart(&mut self) {
         self.last_look = None;
         self.last_pass = None;
@@ -105,13 +104,12 @@ impl Pacer {
         self.due = Duration::ZERO;
     }
 
-    /// Shows the policy the rings as they are at `now`, and takes its decision. `woken`: that
-    /// the look was not due but that a vCPU has stopped on a full ring. What the rings have logged
-    /// since the look before is filled in.
+    /// Passes the state of the rings at `now` to the policy, and takes its decision. It fills in what the rings have logged since
+    /// the look before. `woken` means that the look was not due: a vCPU has stopped on a full ring.
     ///
     /// # Errors
-    /// The policy has panicked, or has asked for times out of bounds too often. It is replaced by
-    /// [`Fixed`] at a pass each second, from this very look on.
+    /// The policy has panicked, or has returned delays out of bounds too often. [`Fixed`] replaces it, with a pass each second,
+    /// from this look on.
     pub fn look(
         &mut self,
         now: Duration,
@@ -133,7 +131,7 @@ impl Pacer {
         let asked = self.ask(&seen);
         if asked.is_err() {
             self.replace(Box::new(Fixed::default()));
-            // Nobody knows how long it has been.
+            // It is unknown how long the policy has been wrong.
             self.reap.fill(true);
         }
         let wait = *asked.as_ref().unwrap_or(&Duration::from_secs(1));
@@ -142,8 +140,7 @@ impl Pacer {
         asked.map(drop)
     }
 
-    /// The rings that are to be emptied now, in the order in which they were shown; empty if none
-    /// is.
+    /// Returns which rings to empty now, in the order of the observation; empty if none.
     pub fn reap(&self) -> &[bool] {
         match self.reap.contains(&true) {
             true => &self.reap,
@@ -158,12 +155,12 @@ impl Pacer {
         self.due = now.saturating_add(self.wait);
     }
 
-    /// When the next look is due.
+    /// Returns when the next look is due.
     pub fn due(&self) -> Duration {
         self.due
     }
 
-    /// Compares the rings with what is known of them, and returns what has changed.
+    /// Compares the rings with the last look, and fills in what has changed.
     fn learn(&mut self, rings: &mut [RingObservation], elapsed: Duration, first: bool) {
         if first {
             self.known.clear();
@@ -172,9 +169,9 @@ impl Pacer {
         // Allocates only where vCPUs were attached.
         self.known.resize(rings.len(), Known::default());
         for (index, (ring, known)) in rings.iter_mut().zip(&mut self.known).enumerate() {
-            // Less than before is seen beside a harvest of a broken ring: not to be counted twice.
+            // A harvest of a broken ring can make the count go back. Do not count those entries twice.
             let logged = ring.taken.saturating_add(ring.waiting).max(known.logged);
-            // A ring seen for the first time has a past that nobody measured.
+            // Entries from before a ring's first look belong to no interval.
             ring.logged = match index < old {
                 true => logged - known.logged,
                 false => 0,
@@ -190,7 +187,7 @@ impl Pacer {
         self.reap.resize(rings.len(), false);
     }
 
-    /// The policy's decision, within bounds or not.
+    /// Returns the policy's decision, within bounds or not.
     fn ask(&mut self, seen: &Observation<'_>) -> Result<Duration, PolicyError> {
         let (policy, reap) = (&mut self.policy, &mut self.reap[..]);
         let decide = AssertUnwindSafe(|| policy.decide(seen, reap));
@@ -227,7 +224,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Notes what it is shown, and follows a script.
+    /// Records its observations, and follows a script.
     struct Spy {
         seen: Arc<Mutex<Vec<Seen>>>,
         wait: Duration,
@@ -279,7 +276,7 @@ mod tests {
     fn a_policy_sees_what_has_changed() {
         let (mut pacer, seen) = spy(10 * MS, &[false, true]);
         assert_eq!(pacer.due(), Duration::ZERO);
-        // Of what was before its time it is shown nothing.
+        // Nothing from before its time is in its observation.
         pacer
             .look(100 * MS, false, &mut [ring(500, 40), ring(0, 7)])
             .unwrap();
@@ -308,7 +305,7 @@ mod tests {
         };
         assert_eq!(seen(), after);
 
-        // A third ring is attached; and nobody has said that the last pass was made.
+        // A third ring is attached, and the caller has not reported the last pass.
         pacer
             .look(118 * MS, true, &mut [ring(540, 6), ring(7, 1), ring(9, 9)])
             .unwrap();
@@ -353,7 +350,7 @@ mod tests {
             rates.lock().unwrap().clone()
         };
         assert_eq!(look(9, &mut [ring(500, 0)]), [0.0]);
-        // At first it is the mean of all that is known.
+        // At first it is the mean of all samples.
         assert_eq!(look(10, &mut [ring(500, 1000)]), [1000.0]);
         // Half of the first second's 1,000, and 4,000; by half a second and one.
         let rate = (500.0 + 4000.0) / 1.5;
@@ -364,7 +361,7 @@ mod tests {
             look(13, &mut [ring(4500, 1000), ring(70, 80)]),
             [rate, 40.0]
         );
-        // What comes in no time is no reason for an endless rate.
+        // Entries that come in no time must not make the rate endless.
         let rates = look(13, &mut [ring(4600, 1000), ring(70, 80), ring(0, 0)]);
         assert!(rates[0].is_finite() && rates[0] > rate, "{rates:?}");
         let rates = look(13, &mut [ring(4600, 1000), ring(70, 80), ring(0, 9)]);

@@ -7,25 +7,24 @@ use super::{Observation, Pacing, found};
 
 /// Delays of the levels, in milliseconds.
 const DELAYS_MS: [u64; 6] = [1000, 500, 250, 125, 100, 80];
-/// A pass that finds less than so much of one ring's size wants level 0, 1, ... 4; any other
-/// wants 5.
+/// A pass that finds less than this share of one ring's size asks for level 0, 1, ... 4; any other asks for 5.
 const BELOW: [f64; 5] = [0.1, 0.2, 0.3, 0.4, 0.5];
-/// Passes that want a lower level before the level falls.
+/// Passes that ask for a lower level before the level falls.
 const PATIENCE: u32 = 5;
 
-/// The run levels that were proposed for QEMU in 2022 ("kvm: Dynamically adjust the rate of dirty
-/// ring reaper thread", v2), for comparison: they reap on a clock, whether there is need or not.
+/// The run levels that were proposed for QEMU in 2022 ("kvm: Dynamically adjust the rate of dirty ring reaper thread", v2), for
+/// comparison. They reap on a clock, whether or not rings are full.
 ///
-/// All rings are emptied each 1000, 500, 250, 125, 100 or 80 ms, as the level is 0 to 5. After a
-/// pass, what it found, of all rings together, is divided by the size of *one* ring: below 0.1,
-/// 0.2, 0.3, 0.4, 0.5, it wants level 0, 1, 2, 3, 4, else 5. If a vCPU has stopped on a full ring
-/// since the pass before, the level rises by one whatever was found. Else it rises by one where a
-/// higher one is wanted; where a lower one is wanted, for more than five passes since it last rose
-/// by such a want, it falls by one.
+/// All rings are emptied each 1000, 500, 250, 125, 100 or 80 ms, for level 0 to 5. After a pass, the entries of all rings together
+/// are divided by the size of *one* ring. A share below 0.1, 0.2, 0.3, 0.4, 0.5 asks for level 0, 1, 2, 3, 4, and any other for
+/// level 5.
+///
+/// The level rises by one if a vCPU has stopped on a full ring since the pass before, or if a higher level is asked for. It falls
+/// by one after more than five passes that asked for a lower level since it last rose because a higher one was asked for.
 #[derive(Debug, Clone)]
 pub struct RunLevels {
     level: usize,
-    /// Passes that wanted a lower level.
+    /// Passes that asked for a lower level.
     down: u32,
     falls: bool,
     full_exits: Option<u64>,
@@ -33,7 +32,7 @@ pub struct RunLevels {
 }
 
 impl RunLevels {
-    /// As they were meant.
+    /// Creates the policy as its author meant it.
     pub const fn as_meant() -> Self {
         Self {
             level: 0,
@@ -44,8 +43,8 @@ impl RunLevels {
         }
     }
 
-    /// As they were posted: by a slip of the pen the passes that want a lower level were never
-    /// counted, so that the level never falls.
+    /// Creates the policy as it was posted. A mistake in it never counts the passes that ask for a lower level, so the level never
+    /// falls.
     pub const fn as_posted() -> Self {
         Self {
             falls: false,
@@ -96,8 +95,8 @@ mod tests {
     use crate::pacing::RingObservation;
     use crate::pacing::fixed::tests::AtEachPass;
 
-    /// The delay after each of a series of passes, which found so many of 1,000 entries, with or
-    /// without a full exit before.
+    /// Returns the delay after each of a series of passes, which found so many of 1,000 entries, with or without a full exit
+    /// before.
     fn delays(policy: RunLevels, passes: &[(u64, bool)]) -> Vec<u64> {
         let mut policy = AtEachPass::new(policy, 1000);
         passes
@@ -182,7 +181,7 @@ mod tests {
         }
     }
 
-    /// What was found is of all rings, what it is divided by one ring's size.
+    /// All rings' entries are divided by one ring's size.
     #[test]
     fn rings_add_up() {
         let mut policy = AtEachPass::new(RunLevels::as_meant(), 1000);
@@ -190,7 +189,7 @@ mod tests {
         assert_eq!(policy.pass(&[50, 50], false), 500);
     }
 
-    /// A full exit wakes the reaper, and this policy goes on sleeping.
+    /// A full exit wakes the reaper, and this policy sleeps on.
     #[test]
     fn a_full_exit_is_heeded_when_the_delay_is_over() {
         let mut policy = RunLevels::as_meant();
@@ -206,7 +205,7 @@ mod tests {
             let wait = policy.decide(&seen, &mut reap);
             (reap[0], wait.as_millis())
         };
-        // Those from before its time are not its business.
+        // It ignores those from before its time.
         assert_eq!(look(0, 7), (false, 1000));
         assert_eq!(look(400, 7), (false, 600));
         assert_eq!(look(500, 8), (false, 100));

@@ -1,4 +1,4 @@
-//! What a sync hands out: the pages to copy.
+//! The result of a sync: the pages to copy.
 
 use core::fmt;
 use core::ops::Range;
@@ -10,8 +10,8 @@ use crate::sync::Arc;
 
 /// The pages that one [`sync`](crate::DirtyLog::sync) found dirty.
 ///
-/// Make one and pass it to every sync: its memory, one bit a page of the logged slots, is taken
-/// from the operating system only where pages are dirty, and is reused from round to round.
+/// Make one and pass it to every sync. Its memory, one bit per page of the logged slots, is taken from the operating system
+/// only where pages are dirty, and is reused from round to round.
 #[derive(Default)]
 pub struct DirtyPages {
     /// In ascending order of slot.
@@ -19,9 +19,9 @@ pub struct DirtyPages {
 }
 
 struct SlotPages {
-    /// Not its id alone: the id may have gone to another slot since the last round.
+    /// Not its id alone: another slot may have got the id since the last round.
     slot: Arc<Slot>,
-    /// All that are dirty.
+    /// All dirty pages.
     bits: PageBits,
     /// Which of them stay open, and which do not; made when some do for the first time.
     kinds: Option<Box<Kinds>>,
@@ -41,7 +41,7 @@ enum Kind {
 }
 
 impl SlotPages {
-    /// The pages of that kind; none if there can be none.
+    /// Returns the pages of that kind; `None` if there can be none.
     fn of(&self, kind: Kind) -> Option<&PageBits> {
         let kinds = self.kinds.as_deref();
         let kinds = kinds.filter(|kinds| kind != Kind::All && !kinds.members.is_empty());
@@ -73,69 +73,70 @@ impl SlotPages {
 
 /// Consecutive dirty pages of one slot.
 ///
-/// Of the slot that had the id when the sync ran. Once its removal is [finished](crate::DirtyLog::finish_slot) the id may be
-/// another slot's, of other memory or another size, and nothing in a run shows it: whoever finishes a removal sees to it that
-/// all runs of the slot are copied by then, or [cleared](DirtyPages::clear_slot) where they are yet to be read.
+/// The slot is the one that had the id when the sync ran. Once its removal is [finished](crate::DirtyLog::finish_slot),
+/// another slot may have the id, with other memory or another size, and nothing in a run shows it. So before you finish a
+/// removal, copy all runs of the slot, or [clear](DirtyPages::clear_slot) them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Run {
     /// The memslot.
     pub slot: SlotId,
-    /// The first page, counted in host pages from the slot's begin.
+    /// The first page, in base pages of the host from the slot's start.
     pub first_page: u64,
-    /// How many pages, at least one.
+    /// The number of pages, at least one.
     pub pages: u64,
 }
 
 impl DirtyPages {
-    /// No pages.
+    /// Creates an empty list.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The dirty pages as runs, ascending by slot, then by page.
+    /// Returns the dirty pages as runs, ascending by slot, then by page.
     ///
-    /// A run is as long as it can be and never crosses a slot.
+    /// A run is as long as possible and never crosses a slot.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
         self.part().runs()
     }
 
-    /// The dirty pages one by one, in the same order.
+    /// Returns the dirty pages one by one, in the same order.
     pub fn pages(&self) -> impl Iterator<Item = (SlotId, u64)> + '_ {
         let pages = |run: Run| run.first_page..run.first_page + run.pages;
         self.runs()
             .flat_map(move |run| pages(run).map(move |page| (run.slot, page)))
     }
 
-    /// How many pages are dirty.
+    /// Returns the number of dirty pages.
     pub fn page_count(&self) -> u64 {
         self.part().page_count()
     }
 
-    /// Those of the dirty pages that stay open: members of the [working set](crate::DirtyLog::set_working_set). The guest may be
-    /// writing to them, and every sync reports them until a [refresh](crate::DirtyLog::refresh): send them in the last round
-    /// alone. Who sends them in each is right, too, and sends more. Without a working set there are none.
+    /// Returns the dirty pages that stay open: members of the [working set](crate::DirtyLog::set_working_set).
+    ///
+    /// Send them in the last round only. The guest may be writing to them, and every sync reports them until a
+    /// [refresh](crate::DirtyLog::refresh). Sending them in each round is correct, too, and sends more. Without a working set
+    /// there are none.
     pub fn members(&self) -> DirtyPart<'_> {
         self.whole(Kind::Members)
     }
 
-    /// Those of the dirty pages that are protected again, whose contents may be sent for good: all but the
-    /// [members](Self::members).
+    /// Returns the dirty pages that are protected again: all but the [members](Self::members). Their contents may be sent now.
     pub fn others(&self) -> DirtyPart<'_> {
         self.whole(Kind::Others)
     }
 
-    /// Whether no page is dirty.
+    /// Returns whether no page is dirty.
     pub fn is_empty(&self) -> bool {
         self.slots.iter().all(|slot| slot.bits.is_empty())
     }
 
-    /// Whether `page` of `slot` is dirty.
+    /// Returns whether `page` of `slot` is dirty.
     pub fn contains(&self, slot: SlotId, page: u64) -> bool {
         self.slot(slot).is_some_and(|slot| slot.bits.contains(page))
     }
 
-    /// The raw bits of `slot`: page p is bit p % 64 of word p / 64. `None` for a slot that was not
-    /// logged when the sync ran.
+    /// Returns the raw bits of `slot`: page p is bit p % 64 of word p / 64. `None` for a slot that was not in the log when the
+    /// sync ran.
     pub fn words(&self, slot: SlotId) -> Option<&[u64]> {
         self.slot(slot).map(|slot| slot.bits.words())
     }
@@ -145,7 +146,7 @@ impl DirtyPages {
         place.ok().map(|place| &self.slots[place])
     }
 
-    /// All of it as a part, to be [split](DirtyPart::split) among threads.
+    /// Returns all pages as one part, to be [split](DirtyPart::split) among threads.
     pub fn part(&self) -> DirtyPart<'_> {
         self.whole(Kind::All)
     }
@@ -158,7 +159,8 @@ impl DirtyPages {
         }
     }
 
-    /// Takes pages `first_page .. first_page + pages` of `slot` out, as far as they are here: they were sent.
+    /// Removes pages `first_page .. first_page + pages` of `slot`, for example because they were sent. Pages that are not dirty
+    /// are ignored.
     pub fn remove(&mut self, slot: SlotId, first_page: u64, pages: u64) {
         let Ok(place) = self.slots.binary_search_by_key(&slot, |s| s.slot.id()) else {
             return;
@@ -173,8 +175,10 @@ impl DirtyPages {
         }
     }
 
-    /// Forgets every page of `slot`, and the slot: before its id names another one, whose pages these would seem to be.
-    /// Where the pages of the one before are to be copied, do that first.
+    /// Forgets the slot and every page of it.
+    ///
+    /// Call it before another slot gets the id, as these pages would pass for pages of that one. Copy them first, if they are
+    /// needed.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -188,7 +192,7 @@ impl DirtyPages {
     /// # log.mark_dirty(dimm, 999, 1)?;
     /// # let mut dirty = DirtyPages::new();
     /// log.sync(&mut dirty)?;
-    /// // Not all of it is sent when the DIMM is unplugged, and another plugged in:
+    /// // Not all of it is sent when the DIMM is unplugged and another one plugged in:
     /// let retired = log.retire_slot(dimm)?;
     /// // ... deleted in KVM
     /// log.finish_slot(&retired)?;
@@ -209,12 +213,12 @@ impl DirtyPages {
         }
     }
 
-    /// Makes all pages of one kind: which stay open is decided by the sync that reports them.
+    /// Makes all pages of one kind. The sync that reports them decides which stay open.
     pub(crate) fn forget_kinds(&mut self) {
         self.slots.iter_mut().for_each(SlotPages::forget_kinds);
     }
 
-    /// Notes which of the dirty pages stay open: those that `open` adds for a slot. False if there is no memory for it.
+    /// Notes which of the dirty pages stay open: those that `open` adds for a slot. Returns false if there is no memory for it.
     pub(crate) fn tell_members(&mut self, open: impl Fn(&Slot, &mut PageBits)) -> bool {
         for slot in &mut self.slots {
             if !slot.slot.members().any() {
@@ -235,7 +239,7 @@ impl DirtyPages {
         true
     }
 
-    /// The first dirty page that is no member is in this slot, and its word the first of these, which are `words` at most.
+    /// Finds the slot with the first dirty page that is no member, and up to `words` words from that page's word.
     pub(crate) fn next_others(&self, words: usize) -> Option<(Arc<Slot>, Range<usize>)> {
         self.slots.iter().find_map(|slot| {
             let first = slot.of(Kind::Others)?.next_word(0)?;
@@ -259,7 +263,7 @@ impl DirtyPages {
         }
     }
 
-    /// Makes room for the slots of `other`, and no others; empty. False if there is no memory for it.
+    /// Makes room for the slots of `other` only, empty. Returns false if there is no memory for it.
     pub(crate) fn fit_as(&mut self, other: &Self) -> bool {
         let mut pairs = self.slots.iter().zip(&other.slots);
         let is_fit = self.slots.len() == other.slots.len()
@@ -275,19 +279,19 @@ impl DirtyPages {
         true
     }
 
-    /// Drops what is here of a slot.
+    /// Drops the pages of a slot.
     pub(crate) fn forget_slot(&mut self, slot: &Arc<Slot>) {
         self.slots.retain(|have| !Arc::ptr_eq(&have.slot, slot));
     }
 
-    /// The pages of a slot.
+    /// Returns the pages of a slot.
     pub(crate) fn bits_of(&self, slot: &Arc<Slot>) -> Option<&PageBits> {
         let have = self.slot(slot.id());
         let have = have.filter(|have| Arc::ptr_eq(&have.slot, slot));
         have.map(|have| &have.bits)
     }
 
-    /// Adds the pages of `from`, of slots that are here, too.
+    /// Adds the pages of `from`, for slots that are in `self`, too.
     pub(crate) fn add(&mut self, from: &Self) {
         for have in &mut self.slots {
             let other = from.slot(have.slot.id());
@@ -297,10 +301,11 @@ impl DirtyPages {
         }
     }
 
-    /// Adds the pages of `from`, such as were found by an earlier sync and not sent. Members stay members; whatever else is there
-    /// then is another, also what was a member for `from`. Where the two name different slots by the same id, only the one that
-    /// was added to the log later keeps its pages: the other one is gone. False if there is no memory for it; then nothing is
-    /// added.
+    /// Adds the pages of `from`, for example those of an earlier sync that were not sent. Returns false if there is no memory for
+    /// it; then nothing is added.
+    ///
+    /// Members of `self` stay members. All other pages count among the [others](Self::others) then, also members of `from`. Where the
+    /// two name different slots by the same id, only the slot that was added to the log later keeps its pages; the other one is gone.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -333,7 +338,7 @@ impl DirtyPages {
         true
     }
 
-    /// Makes room for the slots of `from`, too. False if there is no memory for it.
+    /// Makes room for the slots of `from`, too. Returns false if there is no memory for it.
     fn merge_slots(&mut self, from: &Self) -> bool {
         let is_new = |slot: &&SlotPages| {
             let have = self.slot(slot.slot.id());
@@ -358,8 +363,8 @@ impl DirtyPages {
         true
     }
 
-    /// Makes room for exactly the slots of `table` and keeps the pages of those that stay. False
-    /// if there is no memory for it; then nothing has changed.
+    /// Makes room for exactly the slots of `table` and keeps the pages of those that stay. Returns false if there is no memory
+    /// for it; then nothing has changed.
     pub(crate) fn fit(&mut self, table: &Table) -> bool {
         let fits = self.slots.len() == table.slots().count()
             && self
@@ -391,7 +396,7 @@ impl DirtyPages {
         true
     }
 
-    /// Moves `slot` with its pages into `into`, in place of what is there. Takes no memory.
+    /// Moves `slot` with its pages into `into`, and replaces what is there. It allocates nothing.
     pub(crate) fn move_slot_into(&mut self, slot: &Arc<Slot>, into: &mut Self) {
         into.slots.clear();
         let place = self
@@ -402,7 +407,7 @@ impl DirtyPages {
             .extend(place.map(|place| self.slots.remove(place)));
     }
 
-    /// Each slot with the bits to merge into.
+    /// Returns each slot with its bits.
     pub(crate) fn slots_mut(&mut self) -> impl Iterator<Item = (&Slot, &mut PageBits)> {
         self.slots
             .iter_mut()
@@ -410,7 +415,7 @@ impl DirtyPages {
     }
 }
 
-/// A part of the dirty pages, for a thread of its own.
+/// A part of the dirty pages, for one thread.
 ///
 /// ```
 /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -441,11 +446,11 @@ pub struct DirtyPart<'a> {
 }
 
 impl<'a> DirtyPart<'a> {
-    /// Splits the part in two, which have no page in common and all of its pages together; or
-    /// gives it back whole, if it is small.
+    /// Splits the part into two that have no page in common and together have all of its pages. A small part is returned whole,
+    /// with `None`.
     ///
-    /// Parts are halved by memory, not by what is dirty in it: split further than there are
-    /// threads. The signature is that of rayon's `split`.
+    /// Parts are halved by memory, not by dirty pages, so split into more parts than there are threads. The signature is that of
+    /// rayon's `split`.
     pub fn split(self) -> (Self, Option<Self>) {
         if self.slots.len() > 1 {
             let (left, right) = self.slots.split_at(self.slots.len() / 2);
@@ -470,8 +475,8 @@ impl<'a> DirtyPart<'a> {
         (part(words.start..middle), Some(part(middle..words.end)))
     }
 
-    /// The pages of the part as runs, ascending by slot, then by page. A run ends at the part's
-    /// end even if the next part goes on with it.
+    /// Returns the pages of the part as runs, ascending by slot, then by page. A run ends at the part's end even if the next
+    /// part continues it.
     pub fn runs(&self) -> impl Iterator<Item = Run> + use<'a> {
         let words = self.words.clone();
         let kind = self.kind;
@@ -489,7 +494,7 @@ impl<'a> DirtyPart<'a> {
         })
     }
 
-    /// The runs of one slot, as pages; none if the part has none of it.
+    /// Returns the runs of one slot, as pages.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn runs_of(&self, slot: SlotId) -> impl Iterator<Item = Range<u64>> + use<'a> {
         let place = self.slots.binary_search_by_key(&slot, |s| s.slot.id());
@@ -499,7 +504,7 @@ impl<'a> DirtyPart<'a> {
             .flat_map(move |bits| bits.runs(words.clone()))
     }
 
-    /// The last page of each slot that has any, as a run.
+    /// Returns the last page of each slot that has any, as a run.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn last_runs(&self) -> impl Iterator<Item = Run> + '_ {
         self.slots.iter().filter_map(|slot| {
@@ -512,7 +517,7 @@ impl<'a> DirtyPart<'a> {
         })
     }
 
-    /// How many pages of the part are dirty.
+    /// Returns the number of dirty pages in the part.
     pub fn page_count(&self) -> u64 {
         let bits = self.slots.iter().filter_map(|slot| slot.of(self.kind));
         bits.map(|bits| bits.count(self.words.clone())).sum()

@@ -12,15 +12,15 @@ use crate::slots::dirty_pages::{DirtyPart, Run};
 pub struct GuestRegion {
     /// The slot.
     pub slot: SlotId,
-    /// The guest address at which it begins.
+    /// The guest address at which it starts, in bytes.
     pub address: u64,
-    /// Its pages.
+    /// Its size, in base pages of the host.
     pub pages: u64,
 }
 
-/// Where in guest memory the slots are. The log itself knows slots and pages, and no addresses.
+/// The guest addresses of slots. The log itself has slots and pages only.
 ///
-/// It holds the slots of one address space, and never changes: make a new one when slots change.
+/// A map has the slots of one address space, and never changes. Make a new one when slots change.
 ///
 /// ```
 /// use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -38,7 +38,7 @@ pub struct GuestRegion {
 /// let mut dirty = DirtyPages::new();
 /// log.sync(&mut dirty)?;
 /// for run in dirty.runs() {
-///     let range = map.range(run).ok_or("a slot that the map does not know")?;
+///     let range = map.range(run).ok_or("a slot that is not in the map")?;
 ///     assert_eq!(range.start, 4 << 30);
 /// }
 /// assert_eq!(map.locate((4 << 30) + 5), Some((high, 0)));
@@ -46,14 +46,14 @@ pub struct GuestRegion {
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct GuestMap {
-    /// Ascending; no two have an address in common.
+    /// Ascending by address; no two overlap.
     by_address: Vec<GuestRegion>,
-    /// The same ones, ascending by slot; no two have it in common.
+    /// The same regions, ascending by slot; each slot has one.
     by_slot: Vec<GuestRegion>,
 }
 
 impl GuestRegion {
-    /// Where it ends, if it is one that a guest can have.
+    /// Returns the address of its end, if a guest can have the region.
     fn end(&self) -> Result<u64, GuestMapError> {
         let &Self {
             slot,
@@ -74,10 +74,10 @@ impl GuestRegion {
 }
 
 impl GuestMap {
-    /// A map of these regions, which may come in any order.
+    /// Creates a map of these regions, which may come in any order.
     ///
     /// # Errors
-    /// A region is none that a guest can have, or two have a slot or an address in common.
+    /// No guest can have one of the regions, or two have a slot or an address in common.
     pub fn new(regions: impl IntoIterator<Item = GuestRegion>) -> Result<Self, GuestMapError> {
         let mut by_address: Vec<_> = regions.into_iter().collect();
         by_address.sort_by_key(|region| region.address);
@@ -104,13 +104,12 @@ impl GuestMap {
         })
     }
 
-    /// The regions, ascending by address.
+    /// Returns the regions, ascending by address.
     pub fn regions(&self) -> &[GuestRegion] {
         &self.by_address
     }
 
-    /// The page that has the address: its slot, and which of the slot's pages it is. `None` if the
-    /// address is in no region.
+    /// Finds the page at a guest address: its slot, and the page's number in the slot. `None` if the address is in no region.
     pub fn locate(&self, address: u64) -> Option<(SlotId, u64)> {
         let begun = |region: &GuestRegion| region.address <= address;
         let after = self.by_address.partition_point(begun);
@@ -119,11 +118,11 @@ impl GuestMap {
         (page < region.pages).then_some((region.slot, page))
     }
 
-    /// The guest addresses of dirty pages, in the shape that is sent: ranges ascending by address, each as long as it can be
-    /// but of at most `most` pages, across slots that adjoin in the guest.
+    /// Returns the guest addresses of dirty pages in the form in which they are sent: ranges of bytes, ascending, across slots that
+    /// adjoin in the guest. Each is as long as possible, up to `most` pages.
     ///
-    /// Of all pages: `map.ranges(dirty.part(), most)`; of those that are no members: `dirty.others()`. Several
-    /// threads [split](DirtyPart::split) a part, and each has the ranges of its own.
+    /// For all pages: `map.ranges(dirty.part(), most)`; for those that are no members: `dirty.others()`. To use several threads,
+    /// [split](DirtyPart::split) the part and call this for each piece.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -147,8 +146,8 @@ impl GuestMap {
     /// ```
     ///
     /// # Errors
-    /// [`GuestMapError::Unmapped`] if a page of the part is in no region, as the map is not that of the log: no range would
-    /// name it, and it must not be passed over. Or `most` is 0: [`GuestMapError::NoPages`].
+    /// [`GuestMapError::Unmapped`] if a page of the part is in no region: the map does not match the log, and no range would
+    /// contain the page. [`GuestMapError::NoPages`] if `most` is 0.
     pub fn ranges<'a>(
         &'a self,
         part: DirtyPart<'a>,
@@ -158,7 +157,7 @@ impl GuestMap {
             return Err(GuestMapError::NoPages);
         }
         let most = most.saturating_mul(page_size() as u64);
-        // As many words as there are slots, for each its last run: cheap beside the runs themselves.
+        // It reads one word per slot, for its last run: cheap beside the runs themselves.
         if let Some(run) = part.last_runs().find(|run| self.range(*run).is_none()) {
             return Err(GuestMapError::Unmapped { slot: run.slot });
         }
@@ -174,8 +173,8 @@ impl GuestMap {
         })
     }
 
-    /// The guest addresses of a run of pages. `None` if they are not all in one region: then the map
-    /// is not that of the log, and the run is not to be passed over.
+    /// Returns the guest addresses of a run of pages. `None` if they are not all in one region: then the map does not match the log,
+    /// and the run must not be skipped.
     pub fn range(&self, run: Run) -> Option<Range<u64>> {
         let place = self
             .by_slot

@@ -1,4 +1,4 @@
-//! What becomes of an entry where pages may stay open: see `members`, and `targets` for where none may.
+//! Harvest where pages may stay open: see `members`, and `targets` for the case where none may.
 
 use crate::bitmap::pool::ShardGuard;
 use crate::ring::entry::Entry;
@@ -13,7 +13,7 @@ pub(crate) struct Joiner<'a> {
     shard: &'a ShardGuard<'a>,
     terms: &'a Terms,
     pub(crate) misses: Misses,
-    /// Entries of members: the kernel has logged what it need not have.
+    /// Entries of members, which the kernel need not have logged.
     pub(crate) named: u64,
 }
 
@@ -28,7 +28,7 @@ impl<'a> Joiner<'a> {
         }
     }
 
-    /// Whether the page of the entry is to stay open. If not, its bit is set.
+    /// Returns whether the page of the entry stays open. If not, its bit is set.
     fn stays_open(&mut self, slot: u32, page: u64) -> bool {
         let Some((slot, stays)) = self.table.find(slot) else {
             self.misses.unknown_slot += 1;
@@ -50,7 +50,7 @@ impl<'a> Joiner<'a> {
             return false;
         }
         self.named += u64::from(is_member);
-        // Also of a member: it may have been closed since we looked.
+        // Also for a member: it may have been closed since the look.
         if members.join(page) {
             self.terms.note_joined(1);
         }

@@ -1,14 +1,14 @@
 //! The pages of one slot that stay open: members of the writable working set.
 //!
-//! KVM does not log what is written to an open page, so from its joining on every sync reports it, until it was closed:
+//! KVM does not log writes to an open page. So from its joining on every sync reports the page, until it was closed, that is,
 //! protected by other means than an entry of a ring.
 
 use crate::bitmap::pages::PageBits;
 use crate::bitmap::shared::SharedBits;
 
-/// A bit a page for each thing that is known of it.
+/// One bit per page for each state.
 pub(crate) struct Members {
-    /// Open now. Whoever leaves a page open sets its bit before the kernel learns of it.
+    /// Open now. A pass that leaves a page open sets its bit before the kernel can see the void entry.
     now: SharedBits,
     /// Being closed by a refresh: open until that has succeeded.
     leaving: SharedBits,
@@ -29,28 +29,28 @@ impl Members {
         })
     }
 
-    /// Whether `page`, which is in the slot, stays open as far as anybody knows.
+    /// Returns whether `page`, which is in the slot, is a member at this moment.
     pub(crate) fn has(&self, page: u64) -> bool {
         self.now.contains(page)
     }
 
-    /// Lets `page`, which is in the slot, stay open. Whether it did not. Always called before an entry that is made void is
-    /// marked: a refresh may have ended an older membership since `has`.
+    /// Makes `page`, which is in the slot, a member; returns whether it was none. A pass calls this before it marks any entry that
+    /// it made void: a refresh may have ended an older membership since `has`.
     pub(crate) fn join(&self, page: u64) -> bool {
         self.now.insert(page)
     }
 
-    /// Whether there may be any: of pages that are on their way in and out, some may be missed.
+    /// Returns whether there may be members. It may miss pages that join or leave at this moment.
     pub(crate) fn any(&self) -> bool {
         self.now.any() || self.leaving.any()
     }
 
-    /// How many there are.
+    /// Counts the members.
     pub(crate) fn count(&self) -> u64 {
         self.now.count() + self.leaving.count()
     }
 
-    /// How many pages the last refresh closed, and how many of these are open again.
+    /// Returns how many pages the last refresh closed, and how many of these are open again.
     pub(crate) fn closed_and_back(&self) -> (u64, u64) {
         let (mut closed, mut back) = (0, 0);
         self.closed.for_each(|word, bits| {
@@ -60,13 +60,13 @@ impl Members {
         (closed, back)
     }
 
-    /// Adds all of them to `into`.
+    /// Adds all members to `into`.
     pub(crate) fn copy_into(&self, into: &mut PageBits) {
         self.now.copy_into(into);
         self.leaving.copy_into(into);
     }
 
-    /// Adds those that are not in `except`.
+    /// Adds the members that are not in `except`.
     pub(crate) fn copy_but(&self, except: &SharedBits, into: &mut PageBits) {
         for members in [&self.now, &self.leaving] {
             members.for_each(|word, bits| {
@@ -78,13 +78,13 @@ impl Members {
         }
     }
 
-    /// A refresh begins to close all of them. Under the lock on syncs.
+    /// Begins a refresh, which closes all of them. Under the lock on syncs.
     pub(crate) fn begin_leaving(&self) {
         self.now.move_to(&self.leaving);
         self.forget_closed();
     }
 
-    /// It has closed them: they are protected, and `into` reports them once more. Under the lock on syncs.
+    /// Ends a refresh that has closed them: they are protected, and `into` reports them once more. Under the lock on syncs.
     pub(crate) fn end_leaving(&self, into: &mut PageBits) {
         self.leaving.take(|word, bits| {
             self.closed.merge(word, bits);
@@ -92,32 +92,32 @@ impl Members {
         });
     }
 
-    /// It has failed, or may have: the members stay open.
+    /// Ends a refresh that failed, or may have: the members stay open.
     pub(crate) fn stay(&self) {
         self.leaving.move_to(&self.now);
     }
 
-    /// The slot's pages were all closed, or are not logged any more: `into` reports those that were open.
+    /// Notes that the slot's pages were all closed, or are not logged any more; `into` reports those that were open.
     pub(crate) fn end_into(&self, into: &mut PageBits) {
         self.now.take_into(into);
         self.leaving.take_into(into);
         self.forget();
     }
 
-    /// Another refresh begins.
+    /// Forgets what an earlier refresh closed, as another begins.
     pub(crate) fn forget_closed(&self) {
         self.closed.take(|_, _| ());
     }
 
-    /// What is known beside who is one now goes: the slot's log was switched.
+    /// Forgets all but the members, as the slot's log was switched.
     pub(crate) fn forget(&self) {
         self.forget_closed();
         self.cleared.take(|_, _| ());
     }
 
-    /// Of the bits of a slot's bitmap, in `words`, those of pages that stay open: members, and those that were cleared by the
-    /// last sync and are set again, which join as long as `may_join` lets them. They are taken out of `words`: the others are
-    /// to be cleared, and are remembered.
+    /// Removes pages that stay open from `words`, the bits of a slot's bitmap: members, and pages that were cleared by the last
+    /// sync and are set again, which join while `may_join` allows. The bits that are left are to be cleared, and are
+    /// remembered.
     pub(crate) fn keep(&self, words: &mut [u64], mut may_join: impl FnMut(u64) -> bool) {
         let again = |at: usize, word: u64| word & self.cleared.word(at);
         for (at, word) in words.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
@@ -135,7 +135,7 @@ impl Members {
         }
     }
 
-    /// Adds the bits of all of them to `words`.
+    /// Adds the bits of all members to `words`.
     pub(crate) fn copy_to_words(&self, words: &mut [u64]) {
         for members in [&self.now, &self.leaving] {
             members.for_each(|at, bits| words[at] |= bits);

@@ -1,4 +1,4 @@
-//! The memslots that are tracked: how an entry finds its page's bit (the hot loop's look-up), and what a sync returns.
+//! The tracked memslots: how an entry finds its page's bit (the hot loop's look-up), and what a sync returns.
 //!
 //! May import: ground, bitmap, ring.
 

@@ -22,9 +22,9 @@ pub(crate) struct Slot {
     /// Pages that may be written without being logged, see [`Slot::suspect`].
     suspect: SharedBits,
     all_suspect: AtomicBool,
-    /// Whether the kernel need not log it just now, see [`Slot::untrack`].
+    /// Whether the kernel may not be logging it just now, see [`Slot::untrack`].
     untracked: AtomicBool,
-    /// Whether the kernel's bits of it could not be taken when somebody last tried.
+    /// Whether the last attempt to read its bits from the kernel failed.
     bits_missing: AtomicBool,
 }
 
@@ -67,23 +67,23 @@ impl Slot {
         self.pages
     }
 
-    /// Whether it was added after `other`: then `other` is gone, if both have the same id.
+    /// Returns whether it was added after `other`. If both have the same id, `other` is gone.
     pub(crate) fn is_later_than(&self, other: &Self) -> bool {
         self.number > other.number
     }
 
-    /// The bits of shard `shard`, to be pointed to.
+    /// Returns the bits of shard `shard`, for a pointer to them.
     pub(crate) fn shard_bits(&self, shard: usize) -> &ShardBits {
         &self.shards[shard]
     }
 
-    /// Moves the bits of the shard that `held` gives the right to into `into`.
+    /// Moves the bits of the shard that `held` stands for into `into`.
     pub(crate) fn take_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
         // SAFETY: by the guard the caller holds the shard.
         unsafe { self.shards[held.index()].take_into(into) }
     }
 
-    /// Adds the bits of that shard to `into`, and leaves them.
+    /// Adds the bits of that shard to `into`, and leaves them in the shard.
     pub(crate) fn copy_shard_into(&self, held: &ShardGuard<'_>, into: &mut PageBits) {
         self.for_each_of_shard(held, |word, bits| into.merge(word, bits));
     }
@@ -98,7 +98,7 @@ impl Slot {
         &self.members
     }
 
-    /// Adds the members to `into` that are under no suspicion.
+    /// Adds the members to `into` that are not suspect.
     pub(crate) fn copy_open_into(&self, into: &mut PageBits) {
         // Acquire: pairs with the release store in `suspect_all`.
         if !self.all_suspect.load(Ordering::Acquire) {
@@ -106,60 +106,59 @@ impl Slot {
         }
     }
 
-    /// Whether the kernel logs it, or need not: then nobody knows which of its pages are written.
+    /// Returns whether the kernel logs the slot. If not, any of its pages may be written.
     pub(crate) fn is_tracked(&self) -> bool {
         // Relaxed: it changes only under the lock on syncs; without that it is true of a moment.
         !self.untracked.load(Ordering::Relaxed)
     }
 
-    /// The kernel is about to stop logging it: from now on every page is dirty. Under the lock on
-    /// syncs.
+    /// Notes that the kernel is about to stop logging the slot. From now on every page is dirty. Under the lock on syncs.
     pub(crate) fn untrack(&self) {
         // Relaxed: as in `is_tracked`.
         self.untracked.store(true, Ordering::Relaxed);
         self.members.forget();
     }
 
-    /// The kernel logs it by now. What was written before is unknown: every page is dirty once
-    /// more. Under the lock on syncs.
+    /// Notes that the kernel logs the slot by now. Every page is dirty once more, as earlier writes were not logged. Under the lock
+    /// on syncs.
     pub(crate) fn track(&self) {
         self.device.set(0, self.pages);
         // Relaxed: as in `is_tracked`.
         self.untracked.store(false, Ordering::Relaxed);
     }
 
-    /// The same of a slot of which nothing was written meanwhile.
+    /// The same for a slot of which nothing was written meanwhile.
     pub(crate) fn track_again(&self) {
         // Relaxed: as in `is_tracked`.
         self.untracked.store(false, Ordering::Relaxed);
     }
 
-    /// Notes whether the kernel's bits are missing, and returns whether they were. One at a time, who takes
-    /// them.
+    /// Notes whether the kernel's bits are missing, and returns whether they were before. The caller holds the lock on the
+    /// kernel's bits.
     pub(crate) fn note_missing(&self, missing: bool) -> bool {
         // Relaxed: under the lock on the kernel's bits.
         self.bits_missing.swap(missing, Ordering::Relaxed)
     }
 
-    /// Whether they were.
+    /// Returns whether they were missing.
     pub(crate) fn is_missing(&self) -> bool {
         // Relaxed: as above.
         self.bits_missing.load(Ordering::Relaxed)
     }
 
-    /// The bits that devices and the VMM set.
+    /// Returns the bits that devices and the VMM set.
     pub(crate) fn device(&self) -> &SharedBits {
         &self.device
     }
 
-    /// Puts every page in the shard that `held` gives the right to under suspicion: it may be
-    /// unprotected, its next writes unlogged, so every sync reports it until the slot is re-armed.
+    /// Puts every page in the shard that `held` stands for under suspicion. These pages may be unprotected and their next
+    /// writes unlogged, so every sync reports them until the slot is re-armed.
     pub(crate) fn suspect(&self, held: &ShardGuard<'_>) {
         self.for_each_of_shard(held, |word, bits| _ = self.suspect.merge(word, bits));
     }
 
-    /// Puts the pages under suspicion that may be in one batch of a reset with `page`: KVM protects
-    /// pages that lie within the bits of a word at once (`kvm_dirty_ring_reset`).
+    /// Puts the pages under suspicion that may be in one batch of a reset with `page`. KVM protects pages that lie within the bits
+    /// of a word at once (`kvm_dirty_ring_reset`).
     pub(crate) fn suspect_batch(&self, page: u64) {
         if page < self.pages {
             let first = page.saturating_sub(u64::from(u64::BITS) - 1);
@@ -174,7 +173,7 @@ impl Slot {
         self.all_suspect.store(true, Ordering::Release);
     }
 
-    /// How many pages are under suspicion.
+    /// Returns the number of suspect pages.
     pub(crate) fn suspects(&self) -> u64 {
         // Acquire: pairs with the release store in `suspect_all`.
         match self.all_suspect.load(Ordering::Acquire) {
@@ -183,7 +182,7 @@ impl Slot {
         }
     }
 
-    /// Adds the pages under suspicion to `into`; every page while the slot is not tracked.
+    /// Adds the suspect pages to `into`; every page while the slot is not tracked.
     pub(crate) fn copy_suspects_into(&self, into: &mut PageBits) {
         // Acquire: pairs with the release store in `suspect_all`.
         if self.all_suspect.load(Ordering::Acquire) || !self.is_tracked() {
@@ -192,10 +191,10 @@ impl Slot {
         self.suspect.copy_into(into);
     }
 
-    /// Ends every suspicion, and adds the pages that were under it to `into`.
+    /// Ends all suspicion of the slot, and adds the pages that were suspect to `into`.
     pub(crate) fn take_suspects_into(&self, into: &mut PageBits) {
-        // AcqRel: the acquire pairs with the release store in `suspect_all`; the release with
-        // nothing, it keeps the flag from coming back before it went.
+        // AcqRel: the acquire pairs with the release store in `suspect_all`. The release pairs with
+        // nothing; it keeps the flag from coming back before it went.
         if self.all_suspect.swap(false, Ordering::AcqRel) {
             into.fill();
         }
@@ -203,36 +202,36 @@ impl Slot {
     }
 }
 
-/// All tracked slots at one moment. A pass takes one and works on it to its end.
+/// All tracked slots at one moment. A pass takes one table and uses it to its end.
 #[derive(Clone, Default)]
 pub(crate) struct Table {
     /// By address space, then by id.
     spaces: Vec<Vec<Option<Tracked>>>,
-    /// Slots that were ever added.
+    /// The number of slots that were ever added.
     added: u64,
-    /// Names the next removal.
+    /// The number of the next removal.
     removals: u64,
 }
 
 #[derive(Clone)]
 struct Tracked {
     slot: Arc<Slot>,
-    /// Its removal, if one has begun: it still takes entries, its id is not free yet.
+    /// Its removal, if one has begun: the slot still takes entries, and its id is not free yet.
     removal: Option<Removal>,
 }
 
-/// Tells one removal from the next, of the same slot, too.
+/// Distinguishes one removal from the next, also of the same slot.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Removal(u64);
 
 impl Table {
-    /// The slot that KVM calls `raw`.
+    /// Finds the slot by KVM's number for it.
     pub(crate) fn get(&self, raw: u32) -> Option<&Arc<Slot>> {
         let id = SlotId::from_raw(raw);
         self.tracked(id).map(|tracked| &tracked.slot)
     }
 
-    /// The same, and whether its removal has not begun.
+    /// The same, with whether it stays: its removal has not begun.
     pub(crate) fn find(&self, raw: u32) -> Option<(&Arc<Slot>, bool)> {
         let tracked = self.tracked(SlotId::from_raw(raw))?;
         Some((&tracked.slot, tracked.removal.is_none()))
@@ -243,33 +242,33 @@ impl Table {
         space.get(usize::from(id.id()))?.as_ref()
     }
 
-    /// All slots, ascending by id.
+    /// Returns all slots, ascending by id.
     pub(crate) fn slots(&self) -> impl Iterator<Item = &Arc<Slot>> {
         let tracked = self.spaces.iter().flatten().flatten();
         tracked.map(|tracked| &tracked.slot)
     }
 
-    /// Those whose removal has not begun, ascending by id.
+    /// Returns the slots whose removal has not begun, ascending by id.
     pub(crate) fn staying(&self) -> impl Iterator<Item = &Arc<Slot>> {
         let tracked = self.spaces.iter().flatten().flatten();
         let staying = tracked.filter(|tracked| tracked.removal.is_none());
         staying.map(|tracked| &tracked.slot)
     }
 
-    /// Whether the removal of `slot`, which is tracked, has begun.
+    /// Returns whether the removal of `slot`, which is tracked, has begun.
     pub(crate) fn is_retired(&self, slot: &Slot) -> bool {
         let tracked = self.tracked(slot.id);
         tracked.is_some_and(|tracked| tracked.removal.is_some())
     }
 
-    /// Whether `slot` itself, not only its id, is tracked.
+    /// Returns whether `slot` itself is tracked, not only its id.
     pub(crate) fn holds(&self, slot: &Arc<Slot>) -> bool {
         let now = self.get(slot.id.raw());
         now.is_some_and(|now| Arc::ptr_eq(now, slot))
     }
 
-    /// Adds a slot, whose devices mark their writes in `device`, made for as many pages, or in bits
-    /// of its own. But for what is marked there it is clean.
+    /// Adds a slot. Its devices mark their writes in `device`, which has as many pages, or in bits of the slot's own. Pages that
+    /// are marked there are dirty, all others clean.
     pub(crate) fn add(
         &mut self,
         id: SlotId,
@@ -323,7 +322,7 @@ impl Table {
         Ok((slot, removal))
     }
 
-    /// That the slot goes, by this removal.
+    /// Checks that this removal of the slot is under way.
     pub(crate) fn check(&self, slot: &Arc<Slot>, removal: Removal) -> Result<(), SlotError> {
         let tracked = self.tracked(slot.id);
         let tracked = tracked.filter(|tracked| Arc::ptr_eq(&tracked.slot, slot));
@@ -334,7 +333,7 @@ impl Table {
         }
     }
 
-    /// Calls a removal off: the slot stays.
+    /// Cancels a removal: the slot stays.
     pub(crate) fn keep(&mut self, slot: &Arc<Slot>, removal: Removal) -> Result<(), SlotError> {
         self.check(slot, removal)?;
         if let Some(tracked) = self.tracked_mut(slot.id) {
@@ -343,7 +342,7 @@ impl Table {
         Ok(())
     }
 
-    /// Forgets a retired slot, whose id is then free.
+    /// Forgets a retired slot. Its id is free then.
     pub(crate) fn remove(&mut self, slot: &Arc<Slot>) {
         if self.holds(slot) {
             self.spaces[usize::from(slot.id.address_space())][usize::from(slot.id.id())] = None;

@@ -1,4 +1,4 @@
-//! How a ring entry finds its bit: one table for each shard, made when slots change.
+//! How a ring entry finds its bit: one table per shard, made when slots change.
 
 use core::ptr::NonNull;
 
@@ -10,10 +10,10 @@ use crate::ring::view::{LINE, Take};
 use crate::slots::table::Table;
 use crate::sync::{Plain, PlainU8, PlainU64};
 
-/// Bytes of bits that are likely to be in a cache that is near: for more, words are asked for early.
+/// Bytes of bits that fit into a near cache. For more, words are prefetched.
 const CACHED_BYTES: u64 = 256 << 10;
 
-/// Pages whose bits fill eight cache lines: entries that are farther apart find nothing of each other's.
+/// Pages whose bits fill eight cache lines. Entries that are farther apart share no line that is prefetched.
 const FAR_PAGES: u64 = 8 * 8 * 64;
 
 /// Where one slot's bits of one shard are.
@@ -22,20 +22,20 @@ const FAR_PAGES: u64 = 8 * 8 * 64;
 struct Target {
     words: NonNull<PlainU64>,
     touched: NonNull<PlainU8>,
-    /// Zero where there is no slot, so that the check for the slot's end is the only one.
+    /// Zero where there is no slot, so that one check covers both.
     pages: u64,
 }
 
 /// The targets of one shard.
 pub(crate) struct Targets {
-    /// Address space after address space, in each a power of two of ids; last, one that is none.
+    /// One address space after the other, each with a power of two of ids. The last target is that of no slot.
     targets: Box<[Target]>,
     /// How many bits of an id count, and the bits of a slot's number that no slot here has.
     id_bits: u32,
     foreign_bits: u32,
-    /// Whether all slots are of address space 0.
+    /// Whether all slots are in address space 0.
     has_one_space: bool,
-    /// Whether the bits are more than a cache of their own holds.
+    /// Whether the bits are more than fits into a near cache.
     is_large: bool,
 }
 
@@ -45,7 +45,7 @@ unsafe impl Send for Targets {}
 unsafe impl Sync for Targets {}
 
 impl Targets {
-    /// Those of shard `shard` over the slots of `table`.
+    /// Builds the targets of shard `shard` over the slots of `table`.
     ///
     /// # Safety
     /// `table`, or another that holds the same slots, must outlive the result.
@@ -80,7 +80,7 @@ impl Targets {
         }
     }
 
-    /// Looks entries up, for the holder of the shard.
+    /// Returns the look-up, for the holder of the shard.
     pub(crate) fn lookup<'a>(&'a self, _held: &'a ShardGuard<'_>) -> Lookup<'a> {
         Lookup {
             targets: &self.targets,
@@ -92,7 +92,7 @@ impl Targets {
     }
 }
 
-/// A table of targets in the hands of a pass.
+/// A table of targets, as a pass uses it.
 #[derive(Clone, Copy)]
 pub(crate) struct Lookup<'a> {
     targets: &'a [Target],
@@ -111,8 +111,8 @@ pub(crate) struct Misses {
 
 /// Sets the bits of the entries that a pass takes.
 ///
-/// What counts is few instructions an entry, that nothing waits for memory, and that no branch depends on which slots
-/// come in turn.
+/// It is built for few instructions per entry, for no wait for memory, and for no branch that depends on the order of
+/// slots.
 pub(crate) struct Setter<'a> {
     lookup: Lookup<'a>,
     pub(crate) misses: Misses,
@@ -124,7 +124,7 @@ impl<'a> Setter<'a> {
         Self { lookup, misses }
     }
 
-    /// Sets the bits of `entries`, all of which are of one slot, and marks them for reset.
+    /// Sets the bits of `entries`, all of one slot, and marks them for reset.
     #[inline(always)]
     fn set_in(&mut self, target: &Target, entries: &[Entry]) {
         let target = *target;
@@ -133,7 +133,7 @@ impl<'a> Setter<'a> {
         for line in lines {
             let line: &[Entry; LINE] = line.try_into().expect("a line");
             match one_word(line, target.pages) {
-                // Of neighbours each would wait for the one before to be stored.
+                // One by one, each store would wait for the one before.
                 Some((word, bits)) => {
                     target.merge(word, bits);
                     line.iter().for_each(Entry::mark_reset);
@@ -144,7 +144,7 @@ impl<'a> Setter<'a> {
         self.set(rest, |_| target);
     }
 
-    /// Sets the bits of `entries`, each where `target` says for its slot, and marks them for reset.
+    /// Sets the bits of `entries`, where `target` finds the slot of each, and marks them for reset.
     #[inline(always)]
     fn set(&mut self, entries: &[Entry], target: impl Fn(&Entry) -> Target) {
         for_each(entries, |entry| {
@@ -155,8 +155,8 @@ impl<'a> Setter<'a> {
     }
 }
 
-/// The word that has the bits of all pages of the line, and these bits; if it is one, and none of it is past the end of a
-/// slot of `pages` pages.
+/// Returns the word that has the bits of all pages of the line, and these bits; `None` if there is no such word, or if some
+/// page is past the end of a slot of `pages` pages.
 #[inline(always)]
 fn one_word(line: &[Entry; LINE], pages: u64) -> Option<(u64, u64)> {
     let first = line[0].page();
@@ -169,7 +169,7 @@ fn one_word(line: &[Entry; LINE], pages: u64) -> Option<(u64, u64)> {
     Some((word, bits.fold(0, |all, bit: u64| all | bit)))
 }
 
-/// Shows each entry to `each`, the entries of a line in one step.
+/// Passes each entry to `each`, the entries of a line in one step.
 #[inline(always)]
 fn for_each(entries: &[Entry], mut each: impl FnMut(&Entry)) {
     let lines = entries.chunks_exact(LINE);
@@ -180,7 +180,7 @@ fn for_each(entries: &[Entry], mut each: impl FnMut(&Entry)) {
     rest.iter().for_each(each);
 }
 
-/// The slot of all entries; `None` if they are of several, which the first few show as a rule, or if there are none.
+/// Returns the slot of all entries; `None` if there is none, or if they are of several, which the first few show in most cases.
 #[inline(always)]
 fn slot_of_all(entries: &[Entry]) -> Option<u32> {
     let slot = entries.first()?.slot();
@@ -194,7 +194,7 @@ impl Take for Setter<'_> {
     #[inline(always)]
     fn take(&mut self, entries: &[Entry]) {
         let lookup = self.lookup;
-        // Most blocks are of one slot, which then is looked up once.
+        // Most blocks are of one slot, so it is looked up once.
         if let Some(slot) = slot_of_all(entries) {
             self.set_in(lookup.target(slot), entries);
         } else if lookup.has_one_space {
@@ -210,8 +210,7 @@ impl Take for Setter<'_> {
         if !lookup.is_large || entries.is_empty() {
             return;
         }
-        // Four of them show what the others are like. Where they are in runs, these are most of what there is to ask
-        // for.
+        // Four of them show what the others are like. Where entries come in runs, these are most of the words to prefetch.
         let third = entries.len() / 3;
         let some = [0, third, 2 * third, entries.len() - 1].map(|at| &entries[at]);
         for entry in some {
@@ -235,7 +234,7 @@ impl Take for Setter<'_> {
 }
 
 impl Target {
-    /// Sets the bit of page `page`, if there is one.
+    /// Sets the bit of page `page`, if the slot has that page.
     #[inline(always)]
     fn set(&self, page: u64, misses: &mut Misses) {
         if page >= self.pages {
@@ -262,7 +261,7 @@ impl Target {
         touched.store(1);
     }
 
-    /// Asks for the word of page `page`, wherever that may be.
+    /// Prefetches the word of page `page`; it need not exist.
     #[inline(always)]
     fn ask(&self, page: u64) {
         prefetch::for_write(self.words.as_ptr().wrapping_add((page / 64) as usize));
@@ -281,7 +280,7 @@ impl Misses {
 }
 
 impl<'a> Lookup<'a> {
-    /// The same in fewer steps, where all slots are of address space 0.
+    /// The same in fewer steps, where all slots are in address space 0.
     #[inline(always)]
     fn target_in_one_space(self, slot: u32) -> &'a Target {
         debug_assert!(self.has_one_space);
@@ -292,7 +291,7 @@ impl<'a> Lookup<'a> {
         unsafe { self.targets.get_unchecked(place) }
     }
 
-    /// Where the bits of the slot are that KVM calls `slot`.
+    /// Returns the target of the slot with KVM's number `slot`.
     #[inline(always)]
     fn target(self, slot: u32) -> &'a Target {
         let none = self.targets.len() - 1;
@@ -320,7 +319,7 @@ mod tests {
     use crate::bitmap::pages::PageBits;
     use crate::slot_id::SlotId;
 
-    /// Does `deed` with slots, their only shard, and what looks them up.
+    /// Runs `deed` with slots, their only shard, and the look-up.
     fn with_slots<T>(
         slots: impl Iterator<Item = ((u16, u16), u64)>,
         deed: impl FnOnce(&Table, &ShardGuard<'_>, Lookup<'_>) -> T,
@@ -336,7 +335,7 @@ mod tests {
         deed(&table, &shard, targets.lookup(&shard))
     }
 
-    /// The flat table against the tree that it is made of, for every number a slot can have.
+    /// Compares the flat table with the tree that it is made of, for every number that a slot can have.
     #[test]
     fn every_slot_number_finds_its_own() {
         let sets: [&[(u16, u16)]; 6] = [
@@ -415,7 +414,7 @@ mod tests {
     }
 
     proptest! {
-        /// In blocks, lines and words, against one entry at a time.
+        /// Blocks, lines and words, compared with one entry at a time.
         #[test]
         fn bits_are_set_as_one_by_one(entries in entries(), has_spaces: bool, is_of_one_slot: bool) {
             let sizes: &[((u16, u16), u64)] = match has_spaces {

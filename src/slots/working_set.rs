@@ -1,28 +1,28 @@
-//! How much of what the guest writes may stay open, and what has come of it.
+//! How much of what the guest writes may stay open, and the counts of it.
 
 use crate::sync::Counter;
 
-/// How much of what the guest writes may stay open, see [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
+/// How many of the pages that the guest writes may stay open; see
+/// [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkingSet {
-    /// Free places, in pages: as long as there are fewer members, a page that is harvested stays open. Half of what the
-    /// link takes within the downtime is a good number. Bitmaps have none: there a page costs one fault a round in any
-    /// case.
+    /// Free places, in pages. While there are fewer members, a harvested page stays open. Half of what the link takes within the
+    /// downtime is a good number. Bitmap mode has no places, because a page costs one fault a round there in any case.
     pub places: u64,
-    /// The most members in all, in pages: for a VMM that can have no [refresh](crate::DirtyLog::refresh), and so has to send
-    /// all of them within its downtime.
+    /// The most members in all, in pages. Set it in a VMM that cannot [refresh](crate::DirtyLog::refresh), and so has to send all
+    /// members within its downtime.
     pub most: u64,
 }
 
 impl WorkingSet {
-    /// With so many free places, in pages, and no limit on what comes again.
+    /// Allows `places` free places, in pages, and any number of pages that are written again.
     pub fn new(places: u64) -> Self {
         let most = u64::MAX;
         Self { places, most }
     }
 
-    /// The same with at most so many members in all, in pages; free places are among them.
+    /// Limits the members in all to `most` pages, free places included.
     #[must_use]
     pub fn at_most(self, most: u64) -> Self {
         Self { most, ..self }
@@ -33,32 +33,32 @@ const NEVER: u64 = 0;
 const ON: u64 = 1;
 const OFF: u64 = 2;
 
-/// Passes in a row most of whose entries name members, after which the kernel is taken for one that does not look at
-/// void entries, if they name more than twice as many as there are.
+/// So many passes in a row, most of whose entries name members, and more than twice as many as there are, switch the set off:
+/// the kernel ignores void entries.
 const VAIN_PASSES: u64 = 8;
 
-/// Entries that a pass has at least, to count for that.
+/// The fewest entries of a pass that counts for that.
 const TELLING_ENTRIES: u64 = 64;
 
-/// The terms in force, and the counts. Every page may join or not join at any time: nothing but the guest's speed, and
-/// what is sent at the end, hangs on these numbers.
+/// The terms in force, and the counts. Only the guest's speed and the pages sent at the end depend on these numbers, so
+/// any page may join, or not join, at any time.
 #[derive(Default)]
 pub(crate) struct Terms {
-    /// Never on, on, or off again. A sync that finds it never on comes after no pass that has found it on: the two read one
-    /// counter, and the shard's lock is between them.
+    /// Never on, on, or off again. If a sync finds it never on, no pass before it has found it on: both read one counter, and
+    /// the shard's lock is between them.
     state: Counter,
     places: Counter,
     most: Counter,
-    /// Whether a dirty limit is set: a vCPU must pay for what it writes.
+    /// Whether a dirty limit is set: a vCPU must then pay for what it writes.
     limited: Counter,
     /// Whether the kernel ignores void entries.
     useless: Counter,
     vain_passes: Counter,
     /// Entries of members in these passes.
     vain_entries: Counter,
-    /// Whether members are to be closed though nothing joins any more.
+    /// Whether a refresh is due although no page joins any more.
     owed: Counter,
-    /// About how many members there are: each sync counts them.
+    /// About how many members there are; each sync counts them.
     members: Counter,
     pub(crate) joined: Counter,
     pub(crate) refreshes: Counter,
@@ -67,7 +67,7 @@ pub(crate) struct Terms {
 }
 
 impl Terms {
-    /// Changes the terms; none: nothing joins.
+    /// Changes the terms. With `None` no page joins.
     pub(crate) fn set(&self, terms: Option<WorkingSet>) {
         let WorkingSet { places, most } = terms.unwrap_or(WorkingSet::new(0).at_most(0));
         self.places.set(places);
@@ -80,13 +80,13 @@ impl Terms {
         self.note_owed();
     }
 
-    /// Whether there may be members, or have been.
+    /// Returns whether there may be members, or may have been.
     #[inline]
     pub(crate) fn was_ever_on(&self) -> bool {
         self.state.get() != NEVER
     }
 
-    /// Whether some vCPU has a dirty limit.
+    /// Notes whether some vCPU has a dirty limit.
     pub(crate) fn set_limited(&self, limited: bool) {
         self.limited.set(limited.into());
         self.note_owed();
@@ -98,23 +98,23 @@ impl Terms {
         }
     }
 
-    /// Whether pages may join at all.
+    /// Returns whether pages may join at all.
     #[inline]
     pub(crate) fn may_join(&self) -> bool {
         self.state.get() == ON && self.limited.get() == 0 && self.useless.get() == 0
     }
 
-    /// Whether one more may, that was not written before in this round.
+    /// Returns whether there is a free place, for a page that was not written before in this round.
     pub(crate) fn has_place(&self) -> bool {
         self.members.get() < self.places.get().min(self.most.get())
     }
 
-    /// Whether `pages` more may.
+    /// Returns whether `pages` more may join.
     pub(crate) fn has_room(&self, pages: u64) -> bool {
         self.may_join() && self.members.get().saturating_add(pages) <= self.most.get()
     }
 
-    /// Whether `pages` more join: then they are counted.
+    /// Returns whether `pages` more join, and counts them.
     pub(crate) fn lets_join(&self, pages: u64) -> bool {
         let fits = self.has_room(pages);
         if fits {
@@ -123,20 +123,20 @@ impl Terms {
         fits
     }
 
-    /// So many have joined.
+    /// Counts pages that have joined.
     pub(crate) fn note_joined(&self, pages: u64) {
         self.members.add(pages);
         self.joined.add(pages);
     }
 
-    /// A sync has counted the members.
+    /// Notes how many members a sync has counted.
     pub(crate) fn note_members(&self, members: u64) {
         self.members.set(members);
-        // One may have joined by a pass that was under way when nothing was to join any more.
+        // A pass that was under way when joining ended may have added one.
         self.note_owed();
     }
 
-    /// A pass of `entries` entries is over, of which `named` named members.
+    /// Judges the kernel by a pass of `entries` entries, of which `named` named members.
     pub(crate) fn judge(&self, entries: u64, named: u64) {
         if entries < TELLING_ENTRIES {
             return;
@@ -156,7 +156,7 @@ impl Terms {
         }
     }
 
-    /// A refresh has closed `closed` pages of those that there were, in `ns` nanoseconds; all of them, if it is `whole`.
+    /// Notes a refresh: it took `ns` nanoseconds and closed `closed` pages, all of them if it is `whole`.
     pub(crate) fn note_refresh(&self, closed: u64, ns: u64, whole: bool) {
         self.members.set(self.members.get().saturating_sub(closed));
         self.closed.add(closed);
