@@ -1,8 +1,8 @@
-//! Asking the processor for memory before it is needed.
+//! Prefetching memory.
 
-/// Asks for the cache line at `address`, to be written soon.
+/// Prefetches the cache line at `address`, for a write.
 ///
-/// The address may be anything: a prefetch reads nothing that a program can see and never faults.
+/// The address may be anything: a prefetch reads nothing that a program can see, and never faults.
 #[inline(always)]
 pub(crate) fn for_write<T>(address: *const T) {
     // Not the intrinsic: without further target features it compiles to a prefetch for reading,

@@ -1,9 +1,8 @@
-//! What a memslot is called, and how large it can be.
+//! The name of a memslot, and its largest size.
 
 use core::fmt;
 
-/// Pages in the largest slot KVM takes: `KVM_MEM_MAX_NR_PAGES` in the kernel's
-/// include/linux/kvm_host.h.
+/// Pages in the largest slot that KVM accepts: `KVM_MEM_MAX_NR_PAGES` in the kernel's include/linux/kvm_host.h.
 pub(crate) const MAX_SLOT_PAGES: u64 = (1 << 31) - 1;
 
 /// Address spaces that a VM can have: `KVM_MAX_NR_ADDRESS_SPACES` in the kernel's
@@ -18,28 +17,28 @@ pub struct SlotId {
 }
 
 impl SlotId {
-    /// The slot `id` of `address_space`.
+    /// Names slot `id` of `address_space`.
     pub const fn new(address_space: u16, id: u16) -> Self {
         Self { address_space, id }
     }
 
-    /// The slot that KVM calls `raw`: the address space in the upper 16 bits, as in
-    /// `kvm_userspace_memory_region.slot` and in ring entries.
+    /// Names the slot by KVM's number: the address space in the upper 16 bits, as in `kvm_userspace_memory_region.slot` and in ring
+    /// entries.
     pub const fn from_raw(raw: u32) -> Self {
         Self::new((raw >> 16) as u16, raw as u16)
     }
 
-    /// What KVM calls the slot.
+    /// Returns KVM's number for the slot.
     pub const fn raw(self) -> u32 {
         (self.address_space as u32) << 16 | self.id as u32
     }
 
-    /// The address space.
+    /// Returns the address space.
     pub const fn address_space(self) -> u16 {
         self.address_space
     }
 
-    /// The id inside the address space.
+    /// Returns the id inside the address space.
     pub const fn id(self) -> u16 {
         self.id
     }

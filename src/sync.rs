@@ -1,10 +1,9 @@
-//! The only file that names atomics, locks and threads, but for what is not modelled: the simulated kernel, and the
-//! channels by which the crate's own threads start.
+//! The only file that names atomics, locks and threads, except for parts that are not modelled: the simulated kernel, and the
+//! channels through which the crate's own threads start.
 //!
-//! Built for its own tests with the feature `loom` or `shuttle`, the crate runs on loom's or shuttle's
-//! versions of them, so that the models in `loom-tests/` and `shuttle-tests/` check the code that
-//! ships; with both, on loom's. Everything else, a dependent that turns the features on included,
-//! gets the standard library's.
+//! Built for its own tests with the feature `loom` or `shuttle`, the crate uses loom's or shuttle's versions of them. So the
+//! models in `loom-tests/` and `shuttle-tests/` check the code that ships. With both features it uses loom's. All other builds use
+//! the standard library's, including those of a dependent that enables the features.
 
 pub(crate) use std::sync::{Arc, OnceLock, PoisonError};
 
@@ -16,13 +15,11 @@ mod real {
 
     macro_rules! plain {
         ($name:ident, $atomic:ident, $int:ty) => {
-            /// Memory that the protocol around it never lets two threads access at once, one of
-            /// them writing.
+            /// Memory that the protocol around it never lets two threads access at once while one of them writes.
             ///
-            /// Relaxed atomic accesses compile to plain loads and stores, and keep a mistake (or a
-            /// kernel that breaks the protocol) from being undefined behaviour. Under loom this is
-            /// a cell that reports every access not ordered by happens-before, under shuttle one
-            /// that reports two at once.
+            /// Relaxed atomic accesses compile to plain loads and stores. They keep a mistake, or a kernel that breaks the protocol, from
+            /// being undefined behaviour. Under loom this is a cell that reports every access not ordered by happens-before; under
+            /// shuttle it reports two accesses at once.
             #[repr(transparent)]
             #[derive(Default)]
             pub(crate) struct $name($atomic);
@@ -30,7 +27,7 @@ mod real {
             impl super::Plain for $name {
                 type Int = $int;
 
-                // Relaxed: pairs with nothing. Whoever uses the type orders accesses by other means.
+                // Relaxed: pairs with nothing. The user of the type orders accesses by other means.
                 #[inline(always)]
                 fn load(&self) -> $int {
                     self.0.load(Ordering::Relaxed)
@@ -48,10 +45,10 @@ mod real {
     plain!(PlainU32, AtomicU32, u32);
     plain!(PlainU64, AtomicU64, u64);
 
-    /// Lends `memory` to `borrower` as plain integers, of which compilers can make more.
+    /// Lends `memory` to `borrower` as plain integers, which compilers can optimise better.
     ///
     /// # Safety
-    /// Nobody else may access it before this returns.
+    /// No other thread may access it before this returns.
     #[inline(always)]
     pub(crate) unsafe fn lend<P: super::Plain, T>(
         memory: &[P],
@@ -116,8 +113,7 @@ mod model {
 
     macro_rules! plain {
         ($name:ident, $int:ty) => {
-            /// The race-checked double of the production type: a lock that nobody waits for. Others
-            /// get their turn while it is held.
+            /// The race-checked double of the production type: a lock on which no thread waits. Other threads run while it is held.
             #[derive(Default)]
             pub(crate) struct $name(RwLock<$int>);
 
@@ -165,28 +161,28 @@ pub(crate) use model::*;
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) use real::*;
 
-/// What `PlainU8`, `PlainU32` and `PlainU64` have in common.
+/// The common interface of `PlainU8`, `PlainU32` and `PlainU64`.
 pub(crate) trait Plain {
     type Int: Copy;
     fn load(&self) -> Self::Int;
     fn store(&self, value: Self::Int);
 }
 
-/// Locks, whatever became of the last holder.
+/// Locks, even if the last holder panicked.
 ///
-/// Every critical section of the crate leaves its data whole at each point where it can unwind, so
-/// a poisoned lock is no reason to stop, and giving up on it would lose pages.
+/// Every critical section of the crate leaves its data whole at each point where it can unwind. So a poisoned lock is no reason
+/// to stop, and giving up would lose pages.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits on `condvar`, whatever became of the last holder of its lock.
+/// Waits on `condvar`, even if the last holder of its lock panicked.
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits on `condvar` until `until` at the latest, or for no reason at all. In a model no time goes
-/// by: who waits there is woken, or waits for ever, which the model reports.
+/// Waits on `condvar` until `until` at the latest; it may also wake up for no reason. A model has no time: a thread that waits
+/// there is woken, or waits for ever, which the model reports.
 pub(crate) fn wait_until<'a, T>(
     condvar: &Condvar,
     guard: MutexGuard<'a, T>,
@@ -205,8 +201,8 @@ pub(crate) fn wait_until<'a, T>(
     }
 }
 
-/// A statistic: many may add, anybody may read, and nothing is ever decided by it, so it is a plain
-/// relaxed counter that models need not see.
+/// A statistic. Any thread may add to it and read it, and no decision depends on its order. So it is a relaxed counter that models
+/// need not cover.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(core::sync::atomic::AtomicU64);
 
@@ -248,10 +244,10 @@ macro_rules! zero {
 }
 zero!(u8, u64, AtomicU64, PlainU8, PlainU64);
 
-/// `len` zeroes, or `None` where the allocator refuses.
+/// Returns `len` zeroes, or `None` where the allocator refuses.
 ///
-/// Large blocks come straight from the operating system as zero pages and take memory only where
-/// they are written: an idle guest's bitmaps cost next to nothing.
+/// Large blocks come from the operating system as zero pages and take memory only where they are written, so an idle guest's
+/// bitmaps cost next to nothing.
 #[cfg(not(all(test, feature = "modelled")))]
 pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
     let layout = core::alloc::Layout::array::<T>(len).ok()?;
@@ -269,7 +265,7 @@ pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
     Some(unsafe { Box::from_raw(slice) })
 }
 
-/// `len` zeroes, each known to the model.
+/// Returns `len` zeroes, each registered with the model.
 #[cfg(all(test, feature = "modelled"))]
 pub(crate) fn zeroed<T: Zero>(len: usize) -> Option<Box<[T]>> {
     Some((0..len).map(|_| T::default()).collect())

@@ -1,35 +1,32 @@
-//! Whether a migration gets to its end: what to do after each sync of a pre-copy.
+//! Convergence of a migration: what to do after each sync of a pre-copy.
 //!
-//! Pages that the guest writes all the time can be left open: they are neither protected nor sent
-//! before the last round. These are the *members* of its working set; the *others* are what a sync
-//! reports beside them. To close the members, so that only those come back that are still written, is
-//! a *refresh*. [`Convergence`] is shown what each sync has found, and decides: a pure function of
-//! that and of the syncs before, without a clock, a thread or an allocation. A migration that leaves
-//! no page open has no members, and may use it all the same.
+//! Pages that the guest writes all the time can be left open: they are neither protected nor sent before the last round. These
+//! are the *members* of its working set. The *others* are the rest of what a sync reports. A *refresh* closes the members, so
+//! that only those come back that are still written. [`Convergence`] takes what each sync has found, and decides. It is a
+//! pure function of that and of the syncs before, without a clock, a thread or an allocation. A migration that leaves no page open
+//! has no members, and can use it as well.
 //!
-//! With *left* for others and members together, and *takes* for what the link takes within the
-//! downtime, the first of these that holds is the decision:
+//! *Left* stands for others and members together, *takes* for what the link takes within the downtime. The first condition
+//! that holds is the decision:
 //!
 //! | | if | then |
 //! |---|---|---|
 //! | 1 | left fits into takes | [`Finish`](Decision::Finish) |
 //! | 2 | a refresh can be had, has not just been had, and is owed or would help | [`Refresh`](Decision::Refresh) |
-//! | 3 | more than two thirds of what the last refresh closed are open again, and don't fit | [`Hopeless`](Decision::Hopeless) |
+//! | 3 | more than two thirds of what the last refresh closed are open again, and do not fit | [`Hopeless`](Decision::Hopeless) |
 //! | 4 | left is hardly less than two syncs ago, and no refresh draws near | [`Hopeless`](Decision::Hopeless) |
-//! | 5 | else | [`GoOn`](Decision::GoOn) |
+//! | 5 | otherwise | [`GoOn`](Decision::GoOn) |
 //!
 //! - *Hardly less* is more than 0.95 of it.
-//! - A refresh *would help* where the others fit into takes, and either the members don't, or left is
-//!   hardly less than at the last sync; but not where rule 3 holds, as it would close the same pages again.
-//! - It *can be had* if its pause is no longer than the downtime, there are members to close, and it
-//!   is not in vain: after three at which left was hardly less than at the first of them, the next one
-//!   comes after eight syncs, and each further one after twice as many, unless left is less by then,
-//!   or one is owed and was not at the last.
-//! - It *has just been had* until the first round after it is sent, as that sends what it has closed.
-//!   Rule 4 waits for one round more, to have one to compare with.
-//! - It *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what
-//!   they were two syncs ago. Members leave by a refresh alone: until then they hide from left
-//!   how well the rounds get on.
+//! - A refresh *would help* where the others fit into takes, and either the members do not, or left is hardly less than at the
+//!   last sync. It would not help where rule 3 holds, as it would close the same pages again.
+//! - A refresh *can be had* if its pause is no longer than the downtime, there are members to close, and it is not in vain.
+//!   After three refreshes at which left was hardly less than at the first of them, the next one comes after eight syncs, and each
+//!   further one after twice as many. Exceptions: left is less by then, or a refresh is owed and was not at the last.
+//! - A refresh *has just been had* until the first round after it is sent, as that sends what it has closed. Rule 4 waits for
+//!   one round more, to have one to compare with.
+//! - A refresh *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what they were two syncs
+//!   ago. Only a refresh makes members leave; until then they hide from left the progress of the rounds.
 //!
 //! # A migration
 //!
@@ -95,24 +92,22 @@ use core::time::Duration;
 pub use rules::Convergence;
 pub use terms::{Extent, Terms};
 
-/// What a migration knows after a sync.
+/// What a migration has measured after a sync.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Observation {
-    /// What the last round has to keep to. They may change from sync to sync, as the link's rate is
-    /// known better.
+    /// The terms of the last round. They may change from sync to sync, for example with better estimates of the link's rate.
     pub terms: Terms,
-    /// Dirty pages that are no members of the working set: to be sent in the next round.
+    /// Dirty pages that are no members of the working set, to be sent in the next round.
     pub others: Extent,
-    /// The members, all of them, for all of them count as dirty: to be sent in the last round.
+    /// All members, which count as dirty and are to be sent in the last round.
     pub members: Extent,
     /// The last refresh, and the next.
     pub refresh: Refreshing,
 }
 
 impl Observation {
-    /// What a sync has found, where no refresh is to be had: say so in
-    /// [`refresh`](Self::refresh) if one is.
+    /// Creates the observation of a sync where no refresh can be had. If one can, set [`refresh`](Self::refresh).
     pub fn new(terms: Terms, others: Extent, members: Extent) -> Self {
         Self {
             terms,
@@ -122,20 +117,20 @@ impl Observation {
         }
     }
 
-    /// What the last round would send if the guest stopped now.
+    /// Returns what the last round would send if the guest stopped now.
     pub fn left(&self) -> Extent {
         self.others.and(self.members)
     }
 }
 
-/// What there is to know of refreshes. The default: none can be had, none is owed, none was made.
+/// The state of refreshes. By default none can be had, none is owed, and none was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refreshing {
-    /// For how long a refresh stops the guest, as measured or supposed; `None` if none can be had.
+    /// How long a refresh stops the guest, as measured or supposed; `None` if none can be had.
     pub pause: Option<Duration>,
-    /// Whether members should go, whatever they save: the guest is being throttled, by what it
-    /// writes, or pages are no longer to be left open.
+    /// Whether members should be closed whatever that saves: the guest is throttled by what it writes, or pages must no longer be
+    /// left open.
     pub owed: bool,
     /// Pages that the last refresh closed; 0 if there was none.
     pub closed: u64,
@@ -149,16 +144,16 @@ pub struct Refreshing {
 pub enum Decision {
     /// Send the others while the guest runs, then sync and decide again.
     GoOn,
-    /// Close the members, sync at once, and decide again. Nothing is sent in between: what this sync has
-    /// found is to be sent with what the next one finds, and counts among its others.
+    /// Close the members, sync at once, and decide again. Send nothing in between: the pages of this sync are to be sent with
+    /// those of the next one, and count among its others.
     Refresh,
     /// Stop the guest, sync, and send what is left: it fits into the downtime.
     Finish,
-    /// As it writes now, the guest will not get there. This is advice: a migration that goes on as after
-    /// [`GoOn`](Self::GoOn) is told so anew as long as it is true.
+    /// The guest writes too fast to finish. This is advice: if the migration continues as after [`GoOn`](Self::GoOn), the decision
+    /// is repeated as long as it is true.
     Hopeless {
-        /// Pages a second, of the whole guest, that would do: at that rate it dirties, while a round is
-        /// sent, half as much as that round.
+        /// A dirty rate of the whole guest, in pages a second, at which the migration would converge: while a round is sent, the
+        /// guest then dirties half as much.
         pages_per_second: NonZeroU64,
     },
 }

@@ -4,44 +4,43 @@ use core::num::NonZeroU64;
 
 use super::{Decision, Extent, Observation, Terms};
 
-/// What is more than this share of what was is hardly less.
+/// More than this share of an earlier value is hardly less.
 const HARDLY_LESS: f64 = 0.95;
 
-/// What is at most this share of what was two syncs ago becomes less fast enough to be waited for.
+/// At most this share of the value two syncs ago falls fast enough to wait for.
 const FEWER: f64 = 0.7;
 
-/// Refreshes in a row that may be in vain. A guest whose hot pages move may need more than one; one
-/// that needs more than these writes faster than they help.
+/// Refreshes in a row that may be in vain. A guest whose hot pages move may need more than one. A guest that needs more than
+/// these writes faster than they help.
 const MOST_IN_VAIN: u32 = 3;
 
-/// Syncs to wait for one more. Each further one takes twice as many.
+/// Syncs to wait for one more. Each further one waits for twice as many.
 const FIRST_WAIT: u32 = 8;
 
-/// The share of the link's rate at which the guest may dirty pages: each round is half of the one
-/// before.
+/// The share of the link's rate at which the guest may dirty pages. Each round is then half of the one before.
 const WOULD_DO: f64 = 0.5;
 
-/// Decides after each sync of a migration. The [room](crate::convergence) says by which rules.
+/// Decides after each sync of a migration, by the rules of the [module](crate::convergence).
 ///
-/// One for each migration, shown every sync of it in order, the first, at which all is dirty, and
-/// those at once after a refresh included.
+/// Use one for each migration, and pass it every sync in order: also the first, at which all pages are dirty, and those right
+/// after a refresh.
 #[derive(Debug, Clone, Default)]
 pub struct Convergence {
     /// The last sync and the one before.
     last: Option<Found>,
     before: Option<Found>,
-    /// Syncs since a refresh that was decided on, the one at once after it included.
+    /// Syncs since the last decision to refresh, counting the one right after it.
     since: Option<u32>,
     vain: Vain,
 }
 
 impl Convergence {
-    /// At the begin of a migration.
+    /// Creates it for the start of a migration.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What to do after the sync that has found this.
+    /// Decides what to do after the sync that has found this.
     pub fn decide(&mut self, seen: &Observation) -> Decision {
         let when = When::of(self.since);
         let decision = self.rules(seen, when);
@@ -73,7 +72,7 @@ impl Convergence {
         let most_are_back = closed > 0
             && 3 * back > 2 * closed
             && terms.weight_of_part(seen.refresh.back, seen.members) > takes;
-        // Another refresh would close them again, and no more come of it.
+        // Another refresh would close them again, with no gain.
         let wanted = seen.refresh.owed || self.would_help(seen) && !most_are_back;
         if self.is_to_be_had(seen) && when != When::JustHad && wanted {
             return Decision::Refresh;
@@ -87,7 +86,7 @@ impl Convergence {
         Decision::GoOn
     }
 
-    /// Whether two rounds have brought nothing, neither to the end nor to a refresh.
+    /// Whether two rounds have made no progress, neither towards the end nor towards a refresh.
     fn stands_still(&self, seen: &Observation) -> bool {
         let Some(before) = self.before else {
             return false;
@@ -114,7 +113,7 @@ impl Convergence {
     }
 }
 
-/// What a sync has found.
+/// The result of a sync.
 #[derive(Debug, Clone, Copy)]
 struct Found {
     others: Extent,
@@ -127,14 +126,14 @@ impl Found {
     }
 }
 
-/// When a sync is, seen from the last refresh.
+/// The place of a sync after the last refresh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum When {
-    /// At once after it, or after the first round, which has sent what it had closed.
+    /// Right after it, or after the first round, which has sent what it had closed.
     JustHad,
     /// After the first round that is like any other.
     Second,
-    /// After another one, or where there was no refresh.
+    /// After a later round, or where there was no refresh.
     Later,
 }
 
@@ -148,13 +147,13 @@ impl When {
     }
 }
 
-/// Refreshes that brought nothing: without a limit on these a guest that writes as fast as ever
-/// would be stopped for them again and again. For one that has fallen silent since they become ever
-/// rarer, and don't end. Progress goes by pages alone, whatever the terms, and these can only become
+/// Refreshes without progress. Without a limit on these, a guest that writes as fast as ever would be stopped for them again and
+/// again. For a guest that has fallen silent since, they become rarer and do not end. Only pages count as progress, whatever the
+/// terms, and these can become fewer only so often.
 /// fewer so often.
 #[derive(Debug, Clone, Default)]
 struct Vain {
-    /// Pages left at the last refresh that had something to show, or at the first.
+    /// Pages left at the last refresh with progress, or at the first.
     least: Option<u64>,
     /// Refreshes since, that one included.
     count: u32,
@@ -163,10 +162,10 @@ struct Vain {
 }
 
 impl Vain {
-    /// Whether there may be another one, at this sync after the last.
+    /// Whether there may be another refresh, at this sync after the last.
     fn allows(&self, seen: &Observation, since: Option<u32>) -> bool {
-        // The last says nothing of a guest that has been throttled since. If it was owed itself, that
-        // it is still so is no news.
+        // A guest that was throttled since the last refresh may behave differently. If that one was owed itself, nothing has
+        // changed.
         let is_owed_anew = seen.refresh.owed && !self.owed;
         let Some(more) = self.count.checked_sub(MOST_IN_VAIN) else {
             return true;
@@ -190,8 +189,8 @@ impl Vain {
     }
 }
 
-/// Whether what was has become hardly less; not where there was nothing before. Both are weighed by
-/// the terms of now, or a link that has become slower would look like a guest that has become faster.
+/// Whether `now` is hardly less than `then`; false if there was nothing before. Both are weighed by the terms of now. Otherwise a
+/// link that has become slower would look like a guest that has become faster.
 fn hardly_less(terms: &Terms, now: Extent, then: Option<Extent>) -> bool {
     then.is_some_and(|then| terms.weight(now) > HARDLY_LESS * terms.weight(then))
 }
@@ -242,7 +241,7 @@ mod tests {
         seen
     }
 
-    /// What is decided after the last of these syncs.
+    /// Returns the decision after the last of these syncs.
     fn last(syncs: &[Observation]) -> Decision {
         *all(syncs).last().unwrap()
     }
@@ -395,7 +394,7 @@ mod tests {
             let syncs = [seen(600, 400), seen(0, 10), seen(0, pages)];
             assert_eq!(last(&syncs), if pages == 950 { GoOn } else { HOPELESS });
         }
-        // It is told anew as long as it is true.
+        // The decision is repeated as long as it is true.
         let decisions = [GoOn, GoOn, HOPELESS, HOPELESS, GoOn, HOPELESS];
         let pages = [1000, 1000, 1000, 1000, 900, 1000];
         assert_eq!(all(&pages.map(|pages| seen(pages, 0))), decisions);
@@ -404,7 +403,7 @@ mod tests {
     #[test]
     fn a_round_after_a_refresh_is_no_evidence() {
         let mut syncs = vec![seen(100, 200)];
-        // At once, after the first round, the second, and one that is like any other.
+        // Right after it, after the first round, the second, and one that is like any other.
         syncs.extend([without_refreshes(300, 0); 4]);
         assert_eq!(all(&syncs), [Refresh, GoOn, GoOn, GoOn, HOPELESS]);
     }
@@ -427,7 +426,7 @@ mod tests {
             let syncs = syncs.map(|seen| Observation::new(TERMS, seen.others, seen.members));
             assert_eq!(last(&syncs), HOPELESS);
         }
-        // Those that fit need not become fewer, and it is of no use if they do.
+        // Others that fit need not become fewer, and gain nothing if they do.
         let [near, fit] = [seen(300, 9000), seen(90, 9200)];
         assert_eq!(last(&[near, near, fit]), Refresh);
         let syncs = [seen(100, 50), seen(130, 60), seen(60, 85)];
@@ -445,7 +444,7 @@ mod tests {
         };
         // Three at once; then after 8 syncs in between, after 16, and so on.
         assert_eq!(refreshed(1000, 64), [0, 3, 6, 15, 32]);
-        // One that has something to show makes up for it.
+        // One refresh with progress makes up for it.
         assert!(refreshed(951, 1).is_empty());
         assert_eq!(refreshed(950, 20), [0, 3, 6, 15]);
     }
@@ -456,7 +455,7 @@ mod tests {
         assert_eq!(last(&syncs), HOPELESS);
         syncs.push(owed(50, 950));
         assert_eq!(last(&syncs), Refresh);
-        // As one does that is owed for ever: by now the sixteenth sync is waited for.
+        // As one that is owed for ever: by now the sixteenth sync is waited for.
         syncs.extend([owed(50, 950); 16]);
         assert_eq!(last(&syncs), HOPELESS);
         syncs.push(owed(50, 950));

@@ -1,18 +1,18 @@
-//! What the last round has to keep to, and what fits into it.
+//! The terms of the last round, and what fits into it.
 
 use core::time::Duration;
 
-/// Pages a second that no link sends: what is beyond counts as this, so that all sums are finite.
+/// A rate that no link reaches, in pages a second. Faster links count as this one, so that all sums are finite.
 const FASTEST: f64 = 1e15;
 
 const NANOS_PER_SECOND: f64 = 1e9;
 
-/// So much dirty memory.
+/// An amount of dirty memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Extent {
-    /// Its pages.
+    /// The number of pages.
     pub pages: u64,
-    /// In how many runs they lie, if a run has a cost of its own; else any number.
+    /// The number of runs, if a run has a cost of its own; otherwise any number.
     pub runs: u64,
 }
 
@@ -26,23 +26,23 @@ impl Extent {
     }
 }
 
-/// What the link sends, and how long the guest may be stopped for the last round.
+/// The rate of the link, and the time for which the guest may be stopped for the last round.
 ///
-/// A rate that is no number, or below zero, counts as zero: nothing but an empty round fits.
+/// A rate that is not a number, or below zero, counts as zero. Then only an empty round fits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Terms {
     /// Pages that the link sends in a second.
     pub pages_per_second: f64,
-    /// What a run costs beside its pages; zero unless set.
+    /// The cost of a run beside its pages; zero by default.
     pub run_cost: Duration,
-    /// For how long the guest may be stopped. What its last round costs beside sending (to stop the
-    /// vCPUs, to sync, to send their state) is to be taken off before.
+    /// How long the guest may be stopped. Subtract before what the last round costs beside sending: stopping the vCPUs, the sync,
+    /// and sending their state.
     pub downtime: Duration,
 }
 
 impl Terms {
-    /// Terms under which runs cost nothing.
+    /// Creates terms under which runs cost nothing.
     pub const fn new(pages_per_second: f64, downtime: Duration) -> Self {
         Self {
             pages_per_second,
@@ -51,31 +51,30 @@ impl Terms {
         }
     }
 
-    /// Pages that the link takes within the downtime, their runs left out: the most that may be
-    /// left at the end.
+    /// Returns the pages that the link takes within the downtime, without their runs: the most that may be left at the end.
     pub fn takes(&self) -> u64 {
         self.budget() as u64
     }
 
-    /// How many pages to leave open whatever they are: half of what the link [takes](Self::takes)
-    /// within the downtime. The other half is for those that come again, and for the last round's
-    /// others. Where no refresh is to be had it should also be the most members in all: they would
-    /// never become fewer, and if they took the whole downtime nothing else would fit into it.
+    /// Returns how many pages to leave open whatever they are: half of what the link [takes](Self::takes) within the downtime.
+    ///
+    /// The other half is for pages that are written again, and for the last round's others. If no refresh can be had, use it as the
+    /// most members in all, too: members would never become fewer, and if they took the whole downtime nothing else would fit.
     pub fn places(&self) -> u64 {
         self.takes() / 2
     }
 
-    /// What the link takes within the downtime, in pages, with a part of one.
+    /// What the link takes within the downtime, in pages and parts of a page.
     pub(super) fn budget(&self) -> f64 {
         self.sent_in(self.downtime)
     }
 
-    /// What memory costs to send, in pages that would take as long.
+    /// The cost of sending memory, in pages that would take as long.
     pub(super) fn weight(&self, of: Extent) -> f64 {
         of.pages as f64 + of.runs as f64 * self.sent_in(self.run_cost)
     }
 
-    /// What so many pages of that memory cost, if its runs lie among them evenly.
+    /// The cost of so many pages of that memory, if its runs lie among them evenly.
     pub(super) fn weight_of_part(&self, pages: u64, of: Extent) -> f64 {
         pages as f64 * self.weight(of) / of.pages.max(1) as f64
     }
@@ -96,7 +95,7 @@ impl Terms {
         }
     }
 
-    /// In nanoseconds, which are whole, so that round numbers come out round.
+    /// In whole nanoseconds, so that round numbers stay round.
     fn sent_in(&self, time: Duration) -> f64 {
         self.rate() * time.as_nanos() as f64 / NANOS_PER_SECOND
     }

@@ -12,13 +12,13 @@ use crate::kernel::page_size;
 use crate::slot_id::SlotId;
 use crate::sync::{Mutex, lock};
 
-/// Words of a bitmap that are cleared by one call, which holds KVM's `mmu_lock`, kicks every vCPU
-/// where there is page-modification logging, and flushes TLBs: those of 1 GiB in pages of 4 KiB.
+/// Words of a bitmap that one call clears: those of 1 GiB in pages of 4 KiB. The call holds KVM's `mmu_lock`, kicks every vCPU
+/// where there is page-modification logging, and flushes TLBs.
 const CLEARED_WORDS: usize = 4096;
 
 /// How a VM's bitmaps are read.
 pub(super) struct Bitmaps {
-    /// Whether bits are cleared, and their pages protected, by a call of its own.
+    /// Whether a call of its own clears bits and protects their pages.
     manual: bool,
     buffer: Mutex<Option<Guarded>>,
 }
@@ -31,7 +31,7 @@ impl Bitmaps {
         }
     }
 
-    /// As [`Kernel::take_bitmap`](crate::Kernel::take_bitmap).
+    /// See [`Kernel::take_bitmap`](crate::Kernel::take_bitmap).
     pub(super) fn take(
         &self,
         fd: &impl AsRawFd,
@@ -47,7 +47,7 @@ impl Bitmaps {
         }
     }
 
-    /// As [`Kernel::read_bitmap`](crate::Kernel::read_bitmap).
+    /// See [`Kernel::read_bitmap`](crate::Kernel::read_bitmap).
     pub(super) fn read(
         &self,
         fd: &impl AsRawFd,
@@ -60,7 +60,7 @@ impl Bitmaps {
         }
     }
 
-    /// `KVM_GET_DIRTY_LOG`: clears the bits, unless a call of its own does.
+    /// Calls `KVM_GET_DIRTY_LOG`, which clears the bits, unless a call of its own does.
     fn get(&self, fd: &impl AsRawFd, slot: SlotId, words: &mut [u64]) -> io::Result<()> {
         let mut buffer = lock(&self.buffer);
         let buffer = Guarded::fit(&mut buffer, words.len())?;
@@ -90,7 +90,7 @@ pub(super) fn clear(
             continue;
         };
         let end = chunk.iter().rposition(dirty).map_or(first, |last| last + 1);
-        // KVM wants a first page, and a number of pages, of whole words: but at the slot's end.
+        // KVM takes a first page and a number of pages of whole words, except at the slot's end.
         let first_page = (place * CLEARED_WORDS + first) as u64 * 64;
         let num_pages = ((end - first) as u64 * 64).min(pages.saturating_sub(first_page));
         let mut log = kvm_clear_dirty_log {
@@ -107,8 +107,8 @@ pub(super) fn clear(
     Ok(())
 }
 
-/// Memory for KVM to write to, with a page behind it that nobody may write: a slot that is larger in
-/// KVM than in the log ends there, with EFAULT.
+/// Memory for KVM to write to, with an inaccessible page behind it. If a slot is larger in KVM than in the log, KVM stops there
+/// with EFAULT.
 struct Guarded {
     map: MmapRaw,
     /// Bytes before that page.
@@ -116,7 +116,7 @@ struct Guarded {
 }
 
 impl Guarded {
-    /// The buffer in `place`, or another one if it has no room for `words` words.
+    /// Returns the buffer in `place`, or a new one if that has no room for `words` words.
     fn fit(place: &mut Option<Self>, words: usize) -> io::Result<&mut Self> {
         let fits = |buffer: &Self| buffer.room >= words * size_of::<u64>();
         let buffer = match place.take().filter(fits) {
@@ -138,7 +138,7 @@ impl Guarded {
         }
     }
 
-    /// Where the last `words` words begin, for which there is room.
+    /// Returns the start of the last `words` words, for which there is room.
     fn last(&self, words: usize) -> *mut u64 {
         let start = self.room - words * size_of::<u64>();
         self.map.as_mut_ptr().wrapping_add(start).cast()

@@ -1,4 +1,4 @@
-//! What the host offers, and switching it on.
+//! The host's support for dirty rings, and how they are enabled.
 
 use std::fs;
 use std::io;
@@ -22,25 +22,23 @@ use crate::kernel::page_size;
 /// include/linux/kvm_dirty_ring.h.
 const MAX_ENTRIES: u32 = 65536;
 
-/// Entries of the smallest ring that holds the 576 which page-modification logging makes the kernel keep in
-/// reserve.
+/// Entries of the smallest ring that holds the kernel's reserve of 576 with page-modification logging.
 const MIN_ENTRIES_WITH_PML: u32 = 1024;
 
 /// How many slot ids are tried, from the last one down, to find one that the VMM does not use.
 const IDS_TRIED: usize = 16;
 
-/// The size of a ring: a power of two, from one host page (256 entries of 16 bytes in 4 KiB) to
-/// 65,536 entries.
+/// The size of a ring in entries: a power of two, from one host page (256 entries of 16 bytes in 4 KiB) to 65,536 entries.
 ///
-/// A ring of 4,096 holds 16 MiB of dirtied pages, and costs 64 KiB a vCPU.
+/// A ring of 4,096 entries holds 16 MiB of dirtied pages, and takes 64 KiB per vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RingEntries(u32);
 
 impl RingEntries {
-    /// A ring of `entries` entries. The host at hand may allow less than this type does.
+    /// Creates a size of `entries` entries. The host may allow less.
     ///
     /// # Errors
-    /// Not a power of two, too small, or too large.
+    /// The number is not a power of two, too small, or too large.
     pub fn new(entries: u32) -> Result<Self, RingSizeError> {
         if !entries.is_power_of_two() {
             return Err(RingSizeError::NotPowerOfTwo { entries });
@@ -56,7 +54,7 @@ impl RingEntries {
         Ok(Self(entries))
     }
 
-    /// The number of entries.
+    /// Returns the number of entries.
     pub fn get(self) -> u32 {
         self.0
     }
@@ -66,25 +64,24 @@ impl RingEntries {
     }
 }
 
-/// What the host's KVM offers.
+/// The dirty rings that the host's KVM offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HostSupport {
     /// The largest ring, in entries.
     pub max_entries: u32,
-    /// Whether it is offered as `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`, or only in the older form, which
-    /// serves on x86 alone.
+    /// Whether they are offered as `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`, or only in the older form, which works on x86 only.
     pub acq_rel: bool,
-    /// Whether bitmaps beside the rings hold what is written without a vCPU
-    /// (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`): on arm64, since Linux 6.2.
+    /// Whether bitmaps beside the rings hold what is written without a vCPU (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`): on arm64, since
+    /// Linux 6.2.
     pub with_bitmap: bool,
 }
 
 impl HostSupport {
-    /// Opens `/dev/kvm` and asks.
+    /// Opens `/dev/kvm` and queries its support. No VM is needed.
     ///
     /// # Errors
-    /// Why dirty rings cannot be had here.
+    /// The reason why the host has no usable dirty rings.
     pub fn query() -> Result<Self, HostError> {
         let kvm = fs::OpenOptions::new()
             .read(true)
@@ -111,7 +108,7 @@ impl HostSupport {
             .ok_or(HostError::NoDirtyRing)
     }
 
-    /// What the KVM or VM behind `fd` offers, and as which capability.
+    /// Returns what the KVM or VM behind `fd` offers, and the capability.
     fn of(fd: &impl AsRawFd) -> io::Result<Option<(Self, u32)>> {
         let entries = |cap: u32| {
             let bytes = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into())?;
@@ -132,7 +129,7 @@ impl HostSupport {
         if max > 0 {
             return found(max, true, cap);
         }
-        // Without the orderings being promised: total store order has them anyway.
+        // This form does not promise the orderings; total store order has them anyway.
         if cfg!(target_arch = "x86_64") {
             let cap = KVM_CAP_DIRTY_LOG_RING;
             let max = entries(cap)?;
@@ -144,8 +141,8 @@ impl HostSupport {
     }
 }
 
-/// Enables rings of `entries` on the VM behind `fd`, or returns why not. Returns the bitmaps beside them,
-/// where there are any.
+/// Enables rings of `entries` on the VM behind `fd`, or returns the reason for the refusal. Returns the bitmaps beside them, if
+/// there are any.
 pub(super) fn enable(
     fd: &impl AsRawFd,
     entries: RingEntries,
@@ -169,12 +166,12 @@ pub(super) fn enable(
     bitmaps(fd).map(Some)
 }
 
-/// Why KVM refuses rings of `entries` with EINVAL. `kvm_vm_ioctl_enable_dirty_log_ring` does for a second time and once a
-/// vCPU exists; and where the ring does not hold its reserve, of which it tells nobody the size: those that are known
-/// are ruled out by now, but the next kernel may keep more.
+/// The reason why KVM refuses rings of `entries` with EINVAL. `kvm_vm_ioctl_enable_dirty_log_ring` does so for a second time, once
+/// a vCPU exists, and where the ring is smaller than the reserve. KVM does not report the size of the reserve: rings smaller
+/// than the known ones are refused earlier, but a later kernel may keep more.
 fn refusal(entries: u32, support: &HostSupport) -> EnableError {
     if support.with_bitmap {
-        // Of rings that are there beside bitmaps `is_enabled` hears nothing once there is a memslot.
+        // Where rings have bitmaps beside them, `is_enabled` cannot detect them once there is a memslot.
         return EnableError::TooLate;
     }
     match entries < support.max_entries {
@@ -183,7 +180,7 @@ fn refusal(entries: u32, support: &HostSupport) -> EnableError {
     }
 }
 
-/// The bitmaps of the VM behind `fd`, if it has no rings.
+/// Returns the bitmaps of the VM behind `fd`, if it has no rings.
 pub(super) fn enable_bitmap(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
     let with_bitmap = of_vm(fd)?.is_some_and(|(support, _)| support.with_bitmap);
     if is_enabled(fd, with_bitmap)? {
@@ -192,7 +189,7 @@ pub(super) fn enable_bitmap(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
     bitmaps(fd)
 }
 
-/// What the VM behind `fd` offers, if it is one.
+/// Returns what the VM behind `fd` offers, if it is a VM.
 fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
     let found = HostSupport::of(fd).map_err(|error| match error.raw_os_error() {
         // A vCPU returns EINVAL.
@@ -206,9 +203,8 @@ fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
     }
 }
 
-/// Has bits cleared by a call of its own, where KVM can. It forgets thereby if the VMM had set
-/// `INITIALLY_SET`, with which new slots begin as dirty and unprotected. Slots that have begun so
-/// have the bits of these, so nothing is lost to it.
+/// Enables clearing by a call of its own, where KVM can. KVM thereby forgets the VMM's `INITIALLY_SET`, with which new slots begin
+/// dirty and unprotected. Slots that have begun so have all bits set, so nothing is lost.
 fn bitmaps(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
     let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
@@ -247,7 +243,7 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> EnableError {
     move |source| EnableError::Kvm { call, source }
 }
 
-/// Whether the host at hand takes rings of that size.
+/// Checks that the host takes rings of that size.
 fn fits(entries: u32, max: u32) -> Result<(), RingSizeError> {
     if entries > max {
         return Err(RingSizeError::TooLarge { entries, max });
@@ -259,13 +255,12 @@ fn fits(entries: u32, max: u32) -> Result<(), RingSizeError> {
     Ok(())
 }
 
-/// Whether KVM logs through a page-modification buffer of the processor's: Intel's, or AMD's, which has as many
-/// entries.
+/// Returns whether KVM logs through a page-modification buffer of the processor: Intel's, or AMD's, which has as many entries.
 pub(super) fn has_pml() -> bool {
     is_on_in(Path::new("/sys/module"))
 }
 
-/// By the parameter `pml` of KVM's module for this processor, below `modules`.
+/// Reads the parameter `pml` of KVM's module for this processor, below `modules`.
 fn is_on_in(modules: &Path) -> bool {
     ["kvm_intel", "kvm_amd"].iter().any(|module| {
         let parameter = fs::read_to_string(modules.join(module).join("parameters/pml"));
@@ -273,13 +268,12 @@ fn is_on_in(modules: &Path) -> bool {
     })
 }
 
-/// Whether the VM behind `fd` has its rings already: then it has no bitmap to ask for, and
-/// `kvm_get_dirty_log` returns that before it looks at which slot is meant. Not by a reset, which would
-/// take entries from whoever has the rings.
+/// Returns whether the VM behind `fd` has its rings already. If so, it has no bitmaps, and `kvm_get_dirty_log` returns that before
+/// it looks for the slot. A reset would show it, too, but take entries from the rings' user.
 ///
-/// Where a VM can have both, KVM takes the bitmaps beside rings only, once more without harm, and as
-/// long as there is no memslot. From then on a VM with both looks like one with bitmaps alone: what shows
-/// its rings is a vCPU, when it is attached.
+/// Where a VM can have both, KVM accepts the capability for bitmaps beside rings only, repeatedly without harm, and only while
+/// there is no memslot. After that a VM with both looks like one with bitmaps only, until a vCPU is attached, which shows
+/// its ring.
 fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError> {
     if with_bitmap {
         let cap = KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP;
@@ -310,11 +304,11 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
     }
 }
 
-/// Whether new slots of the VM behind `fd` begin with every page dirty in their bitmap: then KVM
-/// skips write-protecting them, and the rings never hear of the first write to a page.
+/// Returns whether new slots of the VM behind `fd` begin with every page dirty in their bitmap. KVM then skips write-protecting
+/// them, and the first write to a page reaches no ring.
 ///
-/// KVM has no query for what was enabled, but a slot shows it: one is made, its bitmap read, and it is
-/// deleted again (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
+/// KVM has no query for enabled capabilities, but a slot shows it: this creates one, reads its bitmap, and deletes it again
+/// (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
 fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     let offered = ioctl::value(
         fd,
@@ -340,9 +334,8 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
         unsafe { ioctl::pointer(fd, ioctl::SET_USER_MEMORY_REGION, region) }
     };
     let call = "KVM_SET_USER_MEMORY_REGION";
-    // Which ids are free is not known, and where guest memory ends neither: the last id, and the
-    // page below the last power of two, that KVM takes. It takes no id that is in use: its slot
-    // would have to move to other memory of ours (EINVAL).
+    // Free ids and the end of guest memory are unknown. So this takes the last id, and the page below the last power of two, that
+    // KVM accepts. KVM accepts no id that is in use: that slot would have to move to other memory of ours (EINVAL).
     let mut refused = Err(io::Error::from_raw_os_error(libc::EINVAL));
     'found: for slot in (0..slots).rev().take(IDS_TRIED) {
         for bits in (20..=45).rev() {
@@ -374,7 +367,7 @@ fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
 mod tests {
     use super::*;
 
-    /// KVM has one answer for a vCPU that exists and for a ring that does not hold its reserve.
+    /// KVM returns the same error for an existing vCPU and for a ring that does not hold its reserve.
     #[test]
     fn a_reserve_that_nobody_knows_is_among_the_reasons() {
         let support = |with_bitmap| HostSupport {
@@ -389,7 +382,7 @@ mod tests {
         ));
         let told = refused.to_string();
         assert!(told.contains("vCPU") && told.contains("reserve") && told.contains("larger"));
-        // No kernel has its largest ring in reserve.
+        // No kernel keeps its largest ring in reserve.
         let refused = refusal(65_536, &support(false));
         assert!(matches!(refused, EnableError::VcpuExists));
         let refused = refusal(1024, &support(true));

@@ -1,4 +1,4 @@
-//! KVM's ioctls: their numbers, from the kernel's include/uapi/linux/kvm.h, and how they are issued.
+//! KVM's ioctls: their numbers, from the kernel's include/uapi/linux/kvm.h, and the calls.
 
 use std::io;
 use std::os::fd::AsRawFd;

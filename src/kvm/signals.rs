@@ -1,21 +1,21 @@
-//! Keeping signals away from a call that they would make lose pages.
+//! Blocking signals during a call that would lose pages if it were interrupted.
 
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use std::io;
 
-/// While it lives, every signal that can be blocked is, on the thread that made it.
+/// Blocks every signal that can be blocked, on the thread that made it, while it lives.
 ///
-/// Not by `pthread_sigmask`: C libraries keep the signals they use themselves out of it, and a
-/// `setuid` on some other thread would interrupt ours.
+/// It does not use `pthread_sigmask`, because C libraries exclude the signals that they use themselves, and a `setuid` on another
+/// thread would interrupt ours.
 pub(crate) struct SignalsBlocked {
     before: u64,
-    /// A thread's mask is its own: the guard must be dropped where it was made.
+    /// A mask belongs to a thread, so the guard must be dropped where it was made.
     _not_send: PhantomData<*const ()>,
 }
 
 impl SignalsBlocked {
-    /// Blocks them. For a short time only, as the C library has to wait.
+    /// Blocks them. Keep the guard for a short time only, as the C library has to wait.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             before: set_mask(u64::MAX)?,
@@ -46,7 +46,7 @@ pub(crate) fn block_for_good() -> io::Result<()> {
     }
 }
 
-/// Sets the calling thread's mask, a bit a signal, and returns the one before.
+/// Sets the calling thread's mask, one bit per signal, and returns the one before.
 fn set_mask(mask: u64) -> io::Result<u64> {
     let mut before = 0u64;
     // SAFETY: the call reads one mask and writes the other, both of the size that is passed, which
@@ -70,7 +70,7 @@ fn set_mask(mask: u64) -> io::Result<u64> {
 mod tests {
     use super::*;
 
-    /// The calling thread's mask; SIGKILL and SIGSTOP never are in it.
+    /// Returns the calling thread's mask. SIGKILL and SIGSTOP are never in it.
     fn mask() -> u64 {
         let mask = set_mask(0).unwrap();
         set_mask(mask).unwrap();

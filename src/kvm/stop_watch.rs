@@ -1,12 +1,11 @@
-//! Finding out whether a thread was stopped during a call.
+//! Detecting whether a thread was stopped during a call.
 
 use core::mem::MaybeUninit;
 
-/// Notices that the thread which made it has been stopped since: by SIGSTOP, a debugger, the freezer.
+/// Detects whether the thread that made it has been stopped since: by SIGSTOP, a debugger, or the freezer.
 ///
-/// Whoever is stopped gives its CPU away of its own accord, in the kernel, on its way back from the
-/// system call. So do others that wait there, for a lock: a thread that has not slept was not stopped,
-/// but one that has need not have been.
+/// A stopped thread gives its CPU away by itself, in the kernel, on its way back from the system call. So does a thread that waits
+/// for a lock there. A thread that has not slept was not stopped; one that has slept may have been.
 pub(crate) struct StopWatch {
     sleeps: Option<libc::c_long>,
 }
@@ -16,13 +15,13 @@ impl StopWatch {
         Self { sleeps: sleeps() }
     }
 
-    /// Whether it may have been stopped: also where that cannot be known.
+    /// Returns whether the thread may have been stopped; true if that is unknown.
     pub(crate) fn may_have_stopped(&self) -> bool {
         self.sleeps.is_none() || self.sleeps != sleeps()
     }
 }
 
-/// How often the calling thread has slept so far; none if a seccomp filter keeps that to itself.
+/// Returns how often the calling thread has slept so far; `None` if a seccomp filter forbids the call.
 fn sleeps() -> Option<libc::c_long> {
     let mut usage = MaybeUninit::<libc::rusage>::uninit();
     // SAFETY: the call writes one `rusage` to where the pointer says, all of it if it succeeds.

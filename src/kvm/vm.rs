@@ -22,7 +22,7 @@ const RESERVED_WITH_PML: u32 = 64 + 512;
 pub(crate) struct Vm {
     fd: OwnedFd,
     mode: Mode,
-    /// All there is in bitmap mode; beside rings, where there are both.
+    /// In bitmap mode the only log; beside rings, where there are both.
     bitmaps: Option<Bitmaps>,
 }
 
@@ -31,8 +31,8 @@ impl Kernel for Vm {
         if self.mode == Mode::Bitmap {
             return Ok(Recycled::default());
         }
-        // With a signal pending, `kvm_dirty_ring_reset` stops half-way, and pages that it has
-        // recycled but not protected are never logged again.
+        // With a signal pending, `kvm_dirty_ring_reset` stops half-way, and pages that it has recycled but not protected are never
+        // logged again.
         let _blocked = SignalsBlocked::new()?;
         self.wait_for_slots_lock();
         let watch = StopWatch::start();
@@ -79,8 +79,8 @@ impl Kernel for Vm {
 }
 
 impl Vm {
-    /// Waits until nobody changes the VM's memslots, which the reset would have to do: and a thread that sleeps in a reset can't be
-    /// told from one that was stopped at its end. Somebody may begin anew before the reset does; that is rare.
+    /// Waits until no thread changes the VM's memslots. The reset would have to wait otherwise, and a thread that slept in a reset looks
+    /// like one that was stopped at its end. Another change may begin before the reset does; that is rare.
     fn wait_for_slots_lock(&self) {
         let mut none = kvm_dirty_log {
             slot: u32::MAX,
@@ -92,7 +92,7 @@ impl Vm {
         debug_assert!(refused.is_err());
     }
 
-    /// With dirty rings of `entries` entries, see [`DirtyLog::enable`](crate::DirtyLog::enable).
+    /// Enables dirty rings of `entries` entries, see [`DirtyLog::enable`](crate::DirtyLog::enable).
     pub(crate) fn with_rings(
         vm_fd: &impl AsRawFd,
         entries: RingEntries,
@@ -105,7 +105,7 @@ impl Vm {
         })
     }
 
-    /// With bitmaps alone, see [`DirtyLog::enable_bitmap`](crate::DirtyLog::enable_bitmap).
+    /// Enables bitmaps only, see [`DirtyLog::enable_bitmap`](crate::DirtyLog::enable_bitmap).
     pub(crate) fn with_bitmaps(vm_fd: &impl AsRawFd) -> Result<Self, EnableError> {
         let fd = duplicate(vm_fd)?;
         Ok(Self {
@@ -116,7 +116,7 @@ impl Vm {
     }
 }
 
-/// A descriptor of our own for the VM behind `vm_fd`.
+/// Returns a descriptor of our own for the VM behind `vm_fd`.
 fn duplicate(vm_fd: &impl AsRawFd) -> Result<OwnedFd, EnableError> {
     // SAFETY: the caller's object keeps the descriptor open while we borrow it.
     let borrowed = unsafe { BorrowedFd::borrow_raw(vm_fd.as_raw_fd()) };

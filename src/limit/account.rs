@@ -10,12 +10,12 @@ use crate::sync::{Condvar, Counter, Mutex, MutexGuard, lock, wait_until};
 /// The longest sleep in one piece: points in time must exist.
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// One vCPU's limit. Nobody waits for anything while holding its lock, but for the vCPU's own
-/// thread, which sleeps on it.
+/// One vCPU's limit. No thread waits for anything while it holds this lock, except the vCPU's own thread, which sleeps on
+/// it.
 pub(crate) struct Limit {
     start: Instant,
     account: Mutex<Account>,
-    /// Rung when the vCPU may have less to sleep, or is to sleep no more.
+    /// Rung when the vCPU may have less to sleep, or must stop sleeping.
     changed: Condvar,
     /// Time slept here, in nanoseconds.
     pub(crate) slept_ns: Counter,
@@ -23,21 +23,21 @@ pub(crate) struct Limit {
 
 #[derive(Default)]
 struct Account {
-    /// None: no limit.
+    /// `None`: no limit.
     budget: Option<Budget>,
-    /// Nobody is to sleep now; debts remain.
+    /// Whether the thread must stay awake for now; debts remain.
     awake: bool,
     asleep: bool,
 }
 
-/// What an onlooker sees of a vCPU that has a limit.
+/// The state of a limited vCPU, as seen by another thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
-    /// Within its limit, or nearly so, or not to sleep now.
+    /// Within its limit, or nearly so, or kept awake.
     Free,
-    /// It sleeps, for so long yet.
+    /// Asleep, for this much longer.
     Asleep(Duration),
-    /// It is in the guest, or may be, and should be asleep.
+    /// In the guest, or on the way there, and should be asleep.
     Owes,
 }
 
@@ -53,19 +53,19 @@ impl Default for Limit {
 }
 
 impl Limit {
-    /// Pages per second that the vCPU may dirty now; none: any number.
+    /// Pages per second that the vCPU may dirty now; `None` for any number.
     pub(crate) fn get(&self) -> Option<NonZeroU64> {
         lock(&self.account).budget.as_ref().map(Budget::limit)
     }
 
-    /// Sets the limit, or lifts it and forgives all debt. `logged` returns how many pages the vCPU has
-    /// logged so far. Whoever sleeps goes on by the new one.
+    /// Sets the limit, or lifts it and forgives all debt. `logged` returns how many pages the vCPU has logged so far. A sleeping
+    /// thread continues by the new limit.
     pub(crate) fn set(&self, limit: Option<NonZeroU64>, logged: impl Fn() -> u64) {
         let mut account = lock(&self.account);
         match (limit, &mut account.budget) {
             (None, budget) => *budget = None,
             (Some(limit), Some(budget)) => {
-                // The time before is paid by the limit before.
+                // The limit before pays for the time before.
                 budget.count(logged(), self.start.elapsed());
                 budget.set_limit(limit);
             }
@@ -77,14 +77,14 @@ impl Limit {
         self.changed.notify_all();
     }
 
-    /// Whether the vCPU's thread is to stay awake, or leave its sleep at once, whatever it owes.
+    /// Sets whether the vCPU's thread stays awake, or leaves its sleep at once, whatever it owes.
     pub(crate) fn keep_awake(&self, awake: bool) {
         lock(&self.account).awake = awake;
         self.changed.notify_all();
     }
 
-    /// On the vCPU's thread: sleeps off what is owed, and returns how long that took. Returns early
-    /// when the limit is lifted, or the thread is to stay awake.
+    /// Sleeps off the debt, on the vCPU's thread, and returns how long that took. Returns early when the limit is lifted, or the
+    /// thread is kept awake.
     pub(crate) fn pay(&self, logged: impl Fn() -> u64) -> Duration {
         let mut account = lock(&self.account);
         let debt = self.debt(&mut account, &logged);
@@ -106,7 +106,7 @@ impl Limit {
         slept
     }
 
-    /// How the vCPU stands; `None` if it has no limit.
+    /// Returns the vCPU's state; `None` if it has no limit.
     pub(crate) fn look(&self, logged: impl Fn() -> u64) -> Option<Standing> {
         let mut account = lock(&self.account);
         let debt = self.debt(&mut account, &logged)?;
@@ -117,7 +117,7 @@ impl Limit {
         })
     }
 
-    /// What is owed now, in time; `None` without a limit.
+    /// Returns the debt now, as time; `None` without a limit.
     fn debt(&self, account: &mut Account, logged: &impl Fn() -> u64) -> Option<Duration> {
         let budget = account.budget.as_mut()?;
         Some(budget.count(logged(), self.start.elapsed()))
@@ -125,17 +125,17 @@ impl Limit {
 }
 
 impl Account {
-    /// Whether the vCPU's thread is to sleep for so large a debt.
+    /// Returns whether the debt is large enough to sleep.
     fn is_due(&self, debt: Duration) -> bool {
         !self.awake && debt >= SHORTEST_STOP
     }
 }
 
-/// What is common to the limits of a VM.
+/// What the limits of a VM have in common.
 #[derive(Default)]
 pub(crate) struct Limits {
     pub(crate) terms: Mutex<Terms>,
-    /// Rung with each change, for those that look after limits.
+    /// Rung with each change, for threads that enforce limits.
     pub(crate) changed: Condvar,
 }
 
@@ -143,14 +143,14 @@ pub(crate) struct Limits {
 pub(crate) struct Terms {
     /// For vCPUs that are attached later.
     pub(crate) all: Option<NonZeroU64>,
-    /// How many want everybody awake.
+    /// How many callers keep all vCPUs awake.
     pub(crate) wakers: usize,
-    /// How often something has changed.
+    /// The number of changes.
     pub(crate) changes: u64,
 }
 
 impl Limits {
-    /// Says that something has changed, and so wakes who waits for it.
+    /// Counts a change, and wakes the threads that wait for one.
     pub(crate) fn change(&self, mut terms: MutexGuard<'_, Terms>) {
         terms.changes = terms.changes.wrapping_add(1);
         drop(terms);

@@ -1,27 +1,24 @@
-//! What a vCPU may dirty under a limit, and what it owes: arithmetic alone, without clock or
-//! thread.
+//! What a vCPU may dirty under a limit, and what it owes: arithmetic only, without clock or thread.
 
 use core::num::NonZeroU64;
 use core::time::Duration;
 
-/// Budget that was not used up stays good for so long. It makes up for sleeps that end late, which
-/// on a host with more threads than cores is by tens of milliseconds; with more, a vCPU that was
-/// idle could begin with a burst worth the name.
+/// How long unused budget stays good. It makes up for sleeps that end late, by tens of milliseconds on a host with more threads
+/// than cores. With more credit, a vCPU that was idle could begin with a long burst.
 pub(super) const CREDIT: Duration = Duration::from_millis(250);
 
-/// A smaller debt is left standing: to throw a vCPU out of the guest for it, and to put its thread
-/// to sleep, would cost more than it is worth.
+/// A smaller debt is left standing: kicking a vCPU out of the guest and putting its thread to sleep would cost more.
 pub(super) const SHORTEST_STOP: Duration = Duration::from_millis(5);
 
-/// One page in the unit of debts, chosen so that the limit, in pages a second, is what a nanosecond
-/// pays off: all is in whole numbers, and nothing is lost to rounding, however often it is counted.
+/// One page in the unit of debts. The unit is chosen so that a nanosecond pays off the limit in pages a second: all numbers are
+/// whole, and nothing is lost to rounding, however often it is counted.
 const PAGE: i128 = 1_000_000_000;
 
 /// A limit, and what has been dirtied under it.
 #[derive(Debug, Clone)]
 pub(super) struct Budget {
     pages_per_second: NonZeroU64,
-    /// Pages that were logged when it was counted last, and when that was.
+    /// Pages that were logged at the last count, and the time of that.
     logged: u64,
     counted: Duration,
     /// Below zero it is credit.
@@ -29,7 +26,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// From `now` on, when `logged` pages are logged already: these are free.
+    /// Starts at `now`, when `logged` pages are logged already; these are free.
     pub(super) fn new(pages_per_second: NonZeroU64, logged: u64, now: Duration) -> Self {
         Self {
             pages_per_second,
@@ -43,20 +40,18 @@ impl Budget {
         self.pages_per_second
     }
 
-    /// Another limit, from the last count on. What is owed remains as many pages as it was.
+    /// Sets another limit, from the last count on. The debt remains as many pages as it was.
     pub(super) fn set_limit(&mut self, pages_per_second: NonZeroU64) {
         self.pages_per_second = pages_per_second;
     }
 
-    /// Takes in that `logged` pages are logged by `now`. How long it takes to pay for what is owed
-    /// then.
+    /// Notes that `logged` pages are logged by `now`. Returns how long it takes to pay for the debt then.
     pub(super) fn count(&mut self, logged: u64, now: Duration) -> Duration {
         let rate = i128::from(self.pages_per_second.get());
         let pays = |time: Duration| (time.as_nanos() as i128).saturating_mul(rate);
         let earned = pays(now.saturating_sub(self.counted));
         let spent = i128::from(logged.saturating_sub(self.logged)) * PAGE;
-        // When in that time the pages were written, nobody knows: so there is no credit to be lost
-        // before they are paid for.
+        // It is unknown when in that time the pages were written. So they are paid for before any credit expires.
         let owed = self.owed.saturating_add(spent).saturating_sub(earned);
         self.owed = owed.max(-pays(CREDIT));
         self.logged = self.logged.max(logged);
@@ -78,8 +73,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A vCPU that writes as fast as it can, for `seconds`, and sleeps as it has to, late each
-    /// time. It is looked at after each `burst` pages. How many pages it has dirtied.
+    /// Simulates a vCPU that writes as fast as it can, for `seconds`, and sleeps off its debt, late each time. It is looked at after
+    /// each `burst` pages. Returns how many pages it has dirtied.
     fn hungry(
         budget: &mut Budget,
         seconds: u64,
@@ -112,7 +107,7 @@ mod tests {
         assert_eq!(budget.count(1250, 100 * SECOND), SECOND);
     }
 
-    /// A guest below its limit that nobody has looked at for long owes nothing.
+    /// A guest below its limit owes nothing, however long ago the last look was.
     #[test]
     fn a_long_time_pays_for_all_that_was_written_in_it() {
         let mut budget = Budget::new(limit(1000), 0, Duration::ZERO);
@@ -144,8 +139,7 @@ mod tests {
     }
 
     proptest! {
-        /// The promise: however late the sleeps end, as long as it is no later than the credit
-        /// makes up for, the vCPU gets what it may have, and no more.
+        /// The promise: if sleeps end no later than the credit makes up for, the vCPU gets what it may have, and no more.
         #[test]
         fn the_mean_is_the_limit(
             rate in prop_oneof![1u64..100, 100u64..2_000_000],
@@ -166,9 +160,8 @@ mod tests {
             prop_assert!((least..=most).contains(&dirtied), "{least} {dirtied} {most}");
         }
 
-        /// Against an account that keeps every event, and works out from the beginning what is
-        /// owed: at no time is there more credit than there may be, and that is all that is
-        /// forgiven.
+        /// Compared with an account that keeps every event and computes the debt from the beginning: there is never more credit than
+        /// allowed, and only credit above that is forgiven.
         #[test]
         fn the_debt_is_that_of_the_whole_history(
             // Mostly such as a burst makes more of than the largest credit pays for.

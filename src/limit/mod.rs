@@ -1,9 +1,8 @@
-//! What a vCPU may dirty: what it owes by its limit, and how its thread sleeps that off.
+//! Dirty limits: what a vCPU owes, and how its thread sleeps that off.
 //!
-//! What a vCPU has logged is what counts, whoever takes it from the ring and when: entries taken
-//! plus entries that wait. A vCPU that is ahead of its limit sleeps for as long as the limit takes
-//! to catch up, on its own thread and out of the guest. So the mean is the limit, however late
-//! anybody looks or wakes up.
+//! A vCPU pays for the entries that it has logged: those taken from the ring, by any thread, plus those that wait. A vCPU that is
+//! ahead of its limit sleeps for as long as the limit takes to catch up, on its own thread and out of the guest. So the mean
+//! is the limit, however late looks and wake-ups are.
 //!
 //! May import: ground.
 

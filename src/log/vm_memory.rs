@@ -1,9 +1,7 @@
-//! Guest memory of the crate `vm-memory` whose writes are tracked without a call (feature
-//! `vm-memory`).
+//! Guest memory of the crate `vm-memory` that marks its own writes (feature `vm-memory`).
 //!
-//! `GuestMemoryMmap<RegionBitmap>` marks what the VMM and its devices write through it in the same
-//! bits as [`DirtyLog::mark_dirty`]. A region has them from the start; a slot adopts them, with what
-//! was written by then.
+//! `GuestMemoryMmap<RegionBitmap>` marks what the VMM and its devices write through it, in the same bits as
+//! [`DirtyLog::mark_dirty`]. A region collects marks from its creation; the slot that adopts it has them, too.
 //!
 //! ```
 //! use kvm_dirty_ring::vm_memory::RegionBitmap;
@@ -42,15 +40,13 @@
 //!
 //! # What is tracked
 //!
-//! The methods of vm-memory that write, mark what they wrote *after* they have written it, as it has
-//! to be (see [`DirtyLog::mark_dirty`]): those of `Bytes` at every level, `VolatileSlice::copy_from`
-//! and `copy_to_volatile_slice`, `VolatileRef::store`, the same of `VolatileArrayRef`, and reads from
-//! files and sockets into memory. A test holds the version in use to it.
+//! vm-memory's methods that write mark the pages *after* the write, as [`DirtyLog::mark_dirty`] requires: those of `Bytes` at every
+//! level, `VolatileSlice::copy_from` and `copy_to_volatile_slice`, `VolatileRef::store`, the same of `VolatileArrayRef`, and reads
+//! from files and sockets into memory. A test checks the version in use.
 //!
-//! What hands out a pointer or a reference marks nothing: `ptr_guard_mut`, `get_host_address`,
-//! `as_ptr`, `get_atomic_ref`, `aligned_as_mut`. After a write that way, mark it, by
-//! `Bitmap::mark_dirty` of the slice or by [`DirtyLog::mark_dirty`]. So with what the kernel writes
-//! for the VMM (`io_uring`, vhost), and with a `ReadVolatile` of your own.
+//! Methods that return a pointer or a reference mark nothing: `ptr_guard_mut`, `get_host_address`, `as_ptr`, `get_atomic_ref`,
+//! `aligned_as_mut`. Mark such a write yourself, by `Bitmap::mark_dirty` of the slice or by [`DirtyLog::mark_dirty`]. Do the same
+//! for what the kernel writes on the VMM's behalf (`io_uring`, vhost), and in a `ReadVolatile` of your own.
 
 use core::fmt;
 
@@ -68,17 +64,17 @@ use crate::sync::Arc;
 
 /// The pages of one region that were written through vm-memory. Clones share them.
 ///
-/// Until [`DirtyLog::add_slot_with`] gives it to a slot, it collects. A region's last page counts as
-/// one even if it is not whole; marks past the region's end mark nothing.
+/// It collects marks until [`DirtyLog::add_slot_with`] gives it to a slot. A region's last page counts as one even if it is not
+/// whole. Marks past the region's end are ignored.
 #[derive(Clone, Default)]
 pub struct RegionBitmap {
     pages: u64,
-    /// None if there is no memory for them, or no slot can have so many pages. Then no slot takes it.
+    /// `None` if there is no memory for them, or no slot can have so many pages. Then no slot takes it.
     bits: Option<Arc<SharedBits>>,
 }
 
 impl RegionBitmap {
-    /// Pages of the region.
+    /// Returns the number of pages in the region.
     pub fn pages(&self) -> u64 {
         self.pages
     }
@@ -109,8 +105,8 @@ impl Bitmap for RegionBitmap {
         }
     }
 
-    /// Whether the page was marked since a sync last took the marks, be it one that failed. What vCPUs write
-    /// shows here only where the kernel has bitmaps, and then not at once: it is moved here when they are taken.
+    /// Returns whether the page was marked since a sync last took the marks, even one that failed. Pages that vCPUs write are marked
+    /// only where the kernel has bitmaps, when these are read.
     fn dirty_at(&self, offset: usize) -> bool {
         let page = (offset / page_size()) as u64;
         let contains = |bits: &Arc<SharedBits>| page < self.pages && bits.contains(page);
@@ -133,7 +129,7 @@ impl fmt::Debug for RegionBitmap {
     }
 }
 
-/// A region's bitmap from an offset on.
+/// A region's bitmap, from an offset on.
 #[derive(Debug, Clone, Copy)]
 pub struct RegionSlice<'a> {
     region: &'a RegionBitmap,
@@ -141,7 +137,7 @@ pub struct RegionSlice<'a> {
 }
 
 impl<'a> RegionSlice<'a> {
-    /// The bitmap of the whole region.
+    /// Returns the bitmap of the whole region.
     pub fn region(&self) -> &'a RegionBitmap {
         self.region
     }
@@ -172,17 +168,14 @@ impl Bitmap for RegionSlice<'_> {
 }
 
 impl DirtyLog {
-    /// As [`add_slot`](Self::add_slot), for a slot that is one region of vm-memory's: the slot has
-    /// the region's pages, and what is written to the region is reported as the slot's. The first
-    /// sync also reports what was written before this call.
+    /// Tracks a slot whose memory is one region of vm-memory, as [`add_slot`](Self::add_slot) does. The slot has the region's pages,
+    /// and writes to the region are reported as the slot's. The first sync also reports what was written before this call.
     ///
-    /// A bitmap belongs to one slot of one log. When that is [finished](Self::finish_slot), it may
-    /// be given to another, and brings along what was written in between. It waits for a sync under
-    /// way.
+    /// A bitmap belongs to one slot of one log at a time. When the slot's removal is [finished](Self::finish_slot), another may get the
+    /// bitmap, with what was written in between. It waits for a sync under way.
     ///
     /// # Errors
-    /// As [`add_slot`](Self::add_slot), and [`SlotError::BitmapInUse`] if a slot of this log has the
-    /// bitmap.
+    /// As [`add_slot`](Self::add_slot), and [`SlotError::BitmapInUse`] if a slot of this log has the bitmap.
     pub fn add_slot_with(&self, slot: SlotId, bitmap: &RegionBitmap) -> Result<(), SlotError> {
         let pages = bitmap.pages;
         match &bitmap.bits {
@@ -196,7 +189,7 @@ impl DirtyLog {
 }
 
 impl GuestMap {
-    /// The memory of a run of pages, to be read.
+    /// Returns the memory of a run of pages, for reading.
     ///
     /// # Errors
     /// The pages are not all in one region, of the map or of `memory`.

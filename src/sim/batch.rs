@@ -1,12 +1,11 @@
-//! What a reset protects at a time.
+//! The batches in which a reset protects pages.
 
 use super::slot::SimSlot;
 
 /// Pages of one slot that lie close together: the first, and which of the 64 from there on.
 ///
-/// As in the kernel (`kvm_dirty_ring_reset`), entries next to each other in a ring make one batch, as long
-/// as they name one slot and the batch's pages fit into 64; a page before the first moves it, unless the last
-/// would fall out.
+/// As in the kernel (`kvm_dirty_ring_reset`), entries next to each other in a ring make one batch while they name one slot and the
+/// batch's pages fit into 64. A page before the first moves the batch, unless the last would fall out.
 pub(super) struct Batch {
     pub(super) slot: u32,
     first: u64,
@@ -14,7 +13,7 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// Adds the batches of what was recycled of one ring.
+    /// Adds the batches of the recycled entries of one ring.
     pub(super) fn of_ring(entries: &[(u32, u64)], batches: &mut Vec<Self>) {
         let mut begun: Option<Self> = None;
         for &(slot, page) in entries {
@@ -48,7 +47,7 @@ impl Batch {
         }
     }
 
-    /// Arms its pages in `slot`, or all from its first to its last; none of them if the last is not in it
+    /// Arms its pages in `slot`, or all from its first to its last. It arms none of them if the last is not in the slot
     /// (`kvm_reset_dirty_gfn`).
     pub(super) fn arm(&self, slot: &SimSlot, as_span: bool) {
         let last = u64::from(self.pages.ilog2());

@@ -1,8 +1,8 @@
-//! How a simulated machine is made, and what it can be made to do wrong.
+//! The settings of a simulated machine, and its faults.
 
 use crate::kernel::{Mode, RESERVED_ENTRIES};
 
-/// How a simulated machine is made.
+/// The settings of a simulated machine.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SimConfig {
@@ -10,23 +10,22 @@ pub struct SimConfig {
     pub ring_entries: u32,
     /// Entries in reserve: a vCPU stops that many before its ring's end.
     pub reserved: u32,
-    /// What it says of that number, which the log takes for likely; none: the truth. Kernels tell nobody, and the next may
-    /// keep more than those before.
+    /// The reserve that the machine reports, which the log assumes; `None` for the true one. Real kernels do not report it, and later
+    /// ones may keep more.
     pub reported_reserve: Option<u32>,
-    /// Entries of each vCPU's hardware buffer (Intel's page-modification logging has 512), whose
-    /// pages reach the ring late: when it is full, or when the vCPU leaves the guest. Zero: none.
+    /// Entries of each vCPU's hardware buffer; Intel's page-modification logging has 512. Its pages reach the ring late: when it is
+    /// full, or when the vCPU leaves the guest. Zero for no buffer.
     pub pml: usize,
     /// Index at which rings start, to reach the wrap at 2^32.
     pub first_index: u32,
-    /// How it logs what vCPUs write. In [`Mode::Bitmap`] their rings stay empty.
+    /// How the machine logs what vCPUs write. In [`Mode::Bitmap`] their rings stay empty.
     pub mode: Mode,
-    /// Whether a reset protects a batch from its first page to its last, as on arm64, and not just the pages that
-    /// its entries name, as on x86.
+    /// Whether a reset protects a batch from its first page to its last, as on arm64, or only the pages that its entries name, as
+    /// on x86.
     pub protects_spans: bool,
-    /// Whether there are bitmaps beside rings, for [what the kernel writes](super::SimVm::kernel_write).
+    /// Whether there are bitmaps beside rings, for [writes of the kernel](super::SimVm::kernel_write).
     pub with_bitmap: bool,
-    /// Whether a reset protects the page that was logged, whatever userspace has made of the entry since: as no kernel does
-    /// by now.
+    /// Whether a reset protects the page that was logged, even if userspace has changed the entry since. No kernel does so yet.
     pub ignores_voids: bool,
     /// Whether bitmaps can be read without being cleared.
     pub manual_protect: bool,
@@ -50,28 +49,27 @@ impl Default for SimConfig {
     }
 }
 
-/// The reading of a slot's bitmap that fails half-way.
+/// A fault in reading a slot's bitmap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BitmapFault {
-    /// Bits that it takes, if there are as many.
+    /// Bits that are read before it fails, if there are as many.
     pub after: u64,
-    /// The error number that it fails with then.
+    /// The error number.
     pub error: i32,
 }
 
-/// Something that a reset does wrong.
+/// A fault in a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResetFault {
-    /// It stops after so many entries, if there are more, as with a signal pending: the last of
-    /// them, up to 64, are recycled and their pages not armed, and the count is only of what was
-    /// recycled.
+    /// It stops after so many entries, if there are more, as with a signal pending. The last of them, up to 64, are recycled and their
+    /// pages not armed. The count is of recycled entries only.
     Short {
         /// Entries recycled.
         after: u32,
     },
-    /// The thread is stopped after the last entry: all are recycled, and the count is whole; those of
-    /// them that end the last ring, within 64 pages, are not armed.
+    /// The thread is stopped after the last entry. All entries are recycled, and the count is complete, but those that end the last
+    /// ring, within 64 pages, are not armed.
     AtEnd,
     /// It fails with this error number and does nothing.
     Error(i32),
@@ -81,9 +79,8 @@ pub enum ResetFault {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResetPhase {
-    /// Nothing is recycled yet, no bit is taken.
+    /// Nothing is recycled yet, and no bit is taken.
     Begin,
-    /// All entries are free again, or all bits taken; no page is armed yet: writes to them are still
-    /// silent.
+    /// All entries are free again, or all bits taken. No page is armed yet, so writes to them are still silent.
     Recycled,
 }

@@ -1,16 +1,16 @@
 //! A simulated kernel, to test a VMM's use of this crate without `/dev/kvm` (feature `test-utils`).
 //!
-//! It keeps rings in ordinary memory and treats them as KVM does: a page that is *armed*
-//! (write-protected) is logged at its next write and disarmed; further writes are silent until a
-//! reset arms it again; a vCPU whose ring has reached the soft limit does not run. It also knows
-//! the truth: every write counts up the version of its page, logged or not, so a test can tell
-//! whether a copy made on the word of a [`DirtyLog`](crate::DirtyLog) is equal to the original.
+//! It keeps rings in ordinary memory and treats them as KVM does. The next write to a page that is *armed* (write-protected) is
+//! logged and disarms the page. Further writes are silent until a reset arms it again. A vCPU whose ring has reached the soft limit
+//! does not run.
 //!
-//! Where the kernel leaves room, the simulation takes the worst: a reset frees all entries first,
-//! then arms all pages at the very end, so that whoever copies a page before the reset has returned
-//! is found out; so does the reading of a [bitmap](crate::Mode::Bitmap). It arms them in batches, as KVM does,
-//! and forgets a whole batch for one page that its slot does not have. [Faults](ResetFault) make it
-//! misbehave.
+//! It also has the truth: every write increments the version of its page, logged or not. So a test can compare a copy, made by a
+//! [`DirtyLog`](crate::DirtyLog), with the original.
+//!
+//! Where the kernel has a choice, the simulation takes the worst case. A reset frees all entries first and arms all pages at the
+//! very end, as does the reading of a [bitmap](crate::Mode::Bitmap). So a copy that is made before the reset has returned is
+//! detected. It arms pages in batches, as KVM does, and skips a whole batch for one page that its slot does not have.
+//! [Faults](ResetFault) make it misbehave.
 //!
 //! ```
 //! use kvm_dirty_ring::sim::{SimConfig, SimVm};

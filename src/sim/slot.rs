@@ -49,7 +49,7 @@ impl SimSlot {
         self.pages.get(usize::try_from(page).ok()?)
     }
 
-    /// Disarms the page; whether it was armed. `None` if there is no such page.
+    /// Disarms the page, and returns whether it was armed. `None` if there is no such page.
     pub(super) fn disarm(&self, page: u64) -> Option<bool> {
         // AcqRel: pairs with the release in `arm`, and with itself: one of two vCPUs that fault on
         // the same page logs it.
@@ -110,7 +110,7 @@ impl SimSlot {
         logged.map(|(number, _)| number).take(most as usize)
     }
 
-    /// Writes the page. False if there is none.
+    /// Writes the page. Returns false if there is none.
     pub(super) fn write(&self, page: u64) -> bool {
         // AcqRel: pairs with the acquire load in `version`, and orders writers of one page.
         let write = |page: &SimPage| page.version.fetch_add(1, Ordering::AcqRel);

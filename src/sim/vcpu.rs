@@ -1,4 +1,4 @@
-//! A vCPU: who pushes into a ring.
+//! A vCPU: the producer of a ring.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::ring::memory::RingMemory;
 use crate::ring::producer::Producer;
 use crate::slot_id::SlotId;
 
-/// Why a write did not happen.
+/// A write that did not happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteError {
@@ -19,9 +19,9 @@ pub enum WriteError {
     /// The guest has no such page.
     #[error("slot {slot} has no page {page}")]
     NoSuchPage {
-        /// The slot named.
+        /// The slot of the write.
         slot: SlotId,
-        /// The page named.
+        /// The page of the write.
         page: u64,
     },
 }
@@ -46,13 +46,12 @@ impl SimVm {
 }
 
 impl SimVcpu {
-    /// The ring as userspace maps it: for [`DirtyLog::attach_ring`](crate::DirtyLog::attach_ring),
-    /// once.
+    /// Returns the ring as userspace maps it, for [`DirtyLog::attach_ring`](crate::DirtyLog::attach_ring). Attach it once.
     pub fn ring_memory(&self) -> RingMemory {
         self.inner.ring.memory()
     }
 
-    /// Writes a page as the guest does.
+    /// Writes a page, as the guest does.
     ///
     /// # Errors
     /// The ring is full, or there is no such page; nothing was written.
@@ -60,8 +59,7 @@ impl SimVcpu {
         self.write_with(slot, page, || ())
     }
 
-    /// Writes a page and runs `store` at the moment of the write: for a VMM under test that keeps
-    /// real memory.
+    /// Writes a page and runs `store` at the moment of the write, for a VMM under test that keeps real memory.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -72,7 +70,7 @@ impl SimVcpu {
         store: impl FnOnce(),
     ) -> Result<(), WriteError> {
         let mut running = self.inner.running();
-        // In bitmap mode nothing is ever in the ring.
+        // In bitmap mode the ring stays empty.
         if !running.ignores_limit && self.inner.ring.used() >= self.vm.soft_limit() {
             return Err(WriteError::RingFull);
         }
@@ -94,14 +92,13 @@ impl SimVcpu {
         Ok(())
     }
 
-    /// Leaves the guest, as a kick makes a vCPU do: what the hardware has logged reaches the ring, or
-    /// the bitmap.
+    /// Leaves the guest, as a kicked vCPU does: pages in the hardware buffer reach the ring, or the bitmap.
     pub fn exit(&self) {
         self.push_buffer(&mut self.inner.running());
     }
 
     fn push(&self, running: &mut Running, slot: u32, page: u64) {
-        // That of now, which need not be that of the write (`mark_page_dirty_in_slot`).
+        // The slot as it is now, which may differ from that of the write (`mark_page_dirty_in_slot`).
         let memory = self.vm.slot(SlotId::from_raw(slot));
         if memory.as_ref().is_some_and(|memory| !memory.is_logged()) {
             return;
@@ -122,19 +119,17 @@ impl SimVcpu {
         }
     }
 
-    /// Entries in the ring that are not recycled yet.
+    /// Returns the number of entries in the ring that are not recycled yet.
     pub fn used(&self) -> u32 {
         self.inner.ring.used()
     }
 
-    /// Makes the vCPU run on past the soft limit, as an instruction emulator that checks too
-    /// rarely does, and so overrun its ring.
+    /// Makes the vCPU run on past the soft limit and overrun its ring, as an instruction emulator does that checks too rarely.
     pub fn ignore_soft_limit(&self, ignore: bool) {
         self.inner.running().ignores_limit = ignore;
     }
 
-    /// Makes the next logged page reach the ring as this slot and page instead: the true one is
-    /// disarmed, and nobody learns of it.
+    /// Makes the next logged page reach the ring as this slot and page instead. The true page is disarmed, and no log has it.
     pub fn garble_next(&self, raw_slot: u32, page: u64) {
         self.inner.running().garbage.push_back((raw_slot, page));
     }

@@ -1,16 +1,16 @@
-//! What a machine keeps of each of its vCPUs.
+//! The state of a machine's vCPU.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::ring::producer::Producer;
 
-/// The vCPU as its machine knows it. It does not know its machine, or neither would ever be freed.
+/// A vCPU's state. It has no handle to its machine, or neither would ever be freed.
 pub(super) struct VcpuState {
     pub(super) ring: Producer,
-    /// Held while the guest runs: what a remote TLB flush waits for.
+    /// Held while the guest runs; a remote TLB flush waits for it.
     running: Mutex<Running>,
-    /// What is in the ring as it was pushed, for a kernel that goes by that.
+    /// The entries of the ring as they were pushed, for a kernel that resets by its own record.
     pushed: Option<Mutex<VecDeque<(u32, u64)>>>,
 }
 

@@ -36,7 +36,7 @@ struct Resets {
 type Hook = Box<dyn FnMut(ResetPhase) + Send>;
 
 impl SimVm {
-    /// A machine without slots and vCPUs.
+    /// Creates a machine without slots and vCPUs.
     ///
     /// # Panics
     /// If the ring's size is not a power of two, or the reserve leaves nothing of it.
@@ -54,17 +54,17 @@ impl SimVm {
         }
     }
 
-    /// A new log over this machine.
+    /// Creates a new log over this machine.
     pub fn dirty_log(&self) -> DirtyLog {
         DirtyLog::with_kernel(Box::new(self.clone()), self.inner.config.ring_entries)
     }
 
-    /// Entries at which a vCPU stops.
+    /// Returns the entries at which a vCPU stops.
     pub fn soft_limit(&self) -> u32 {
         self.inner.config.ring_entries - self.inner.config.reserved
     }
 
-    /// Creates a logged slot, every page armed and of version zero; in place of one with that id.
+    /// Creates a logged slot, with every page armed and of version zero. It replaces a slot with that id.
     pub fn create_slot(&self, slot: SlotId, pages: u64) {
         let slots = &self.inner.slots;
         let mut slots = slots.write().unwrap_or_else(PoisonError::into_inner);
@@ -86,9 +86,9 @@ impl SimVm {
         }
     }
 
-    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has
-    /// set. On: every page is armed. Off: no write is logged, what the hardware or a bitmap still
-    /// holds is gone, and entries in the rings stay there. The same as before: nothing happens.
+    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has set. On: every page is armed. Off: no
+    /// write is logged, the contents of the hardware buffer and of a bitmap are dropped, and entries in the rings stay there. No
+    /// change: nothing happens.
     pub fn set_logged(&self, slot: SlotId, logged: bool) {
         if let Some(slot) = self.slot(slot) {
             slot.set_logged(logged);
@@ -96,7 +96,8 @@ impl SimVm {
         }
     }
 
-    /// Protects one page, for a reason of the kernel's own: the next write of a vCPU is logged, whatever userspace wants.
+    /// Protects one page, as the kernel may for its own reasons: the next write of a vCPU is logged, even to a page that stays
+    /// open.
     pub fn protect(&self, slot: SlotId, page: u64) {
         if let Some(slot) = self.slot(slot) {
             slot.arm(page);
@@ -104,13 +105,12 @@ impl SimVm {
         }
     }
 
-    /// Writes a page as a device does: no vCPU logs it. False if there is no such page.
+    /// Writes a page as a device does: no vCPU logs it. Returns false if there is no such page.
     pub fn device_write(&self, slot: SlotId, page: u64) -> bool {
         self.slot(slot).is_some_and(|slot| slot.write(page))
     }
 
-    /// Writes a page as the kernel itself does, without a vCPU: only a bitmap logs it. False if there is
-    /// no such page.
+    /// Writes a page as the kernel itself does, without a vCPU: only a bitmap logs it. Returns false if there is no such page.
     pub fn kernel_write(&self, slot: SlotId, page: u64) -> bool {
         self.slot(slot).is_some_and(|slot| {
             let written = slot.write(page);
@@ -122,23 +122,23 @@ impl SimVm {
         })
     }
 
-    /// The truth: how often `page` was written since its slot was created; `None` if there is no
-    /// such page. Reading it stands for copying the page.
+    /// Returns the truth: how often `page` was written since its slot was created. `None` if there is no such page. Reading it stands
+    /// for copying the page.
     pub fn version(&self, slot: SlotId, page: u64) -> Option<u64> {
         self.slot(slot)?.version(page)
     }
 
-    /// Lets the next resets go wrong, each fault one of them, in this order.
+    /// Makes the next resets fail: one fault for each, in this order.
     pub fn inject(&self, faults: impl IntoIterator<Item = ResetFault>) {
         self.resets().faults.extend(faults);
     }
 
-    /// Lets the next readings of bitmaps go wrong.
+    /// Makes the next readings of bitmaps fail: one fault for each, in this order.
     pub fn inject_bitmap(&self, faults: impl IntoIterator<Item = BitmapFault>) {
         self.resets().bitmap_faults.extend(faults);
     }
 
-    /// Calls `hook` inside every reset, and every reading of a bitmap, from now on. It may write as vCPUs and devices do; it must
+    /// Calls `hook` inside every reset, and every reading of a bitmap, from now on. The hook may write as vCPUs and devices do. It must
     /// not reset, sync, or change slots.
     pub fn on_reset(&self, hook: impl FnMut(ResetPhase) + Send + 'static) {
         self.resets().hook = Some(Box::new(hook));
@@ -170,8 +170,7 @@ impl SimVm {
         vcpus.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits for every write that may have begun on an older protection: the kernel's remote TLB
-    /// flush.
+    /// Waits for every write that may have begun under an older protection: the kernel's remote TLB flush.
     fn flush(&self) {
         for vcpu in self.vcpus() {
             vcpu.flush();
@@ -207,7 +206,7 @@ impl Kernel for SimVm {
         }
         let interrupted = fault == Some(ResetFault::AtEnd);
         if short || interrupted {
-            // The batch that was being put together.
+            // The batch that was still open.
             batches.pop();
         }
         for batch in batches {
@@ -326,7 +325,7 @@ impl core::fmt::Debug for SimVm {
 mod tests {
     use super::*;
 
-    /// A test that makes thousands of machines would otherwise fill the memory.
+    /// Otherwise a test that makes thousands of machines would fill the memory.
     #[test]
     fn a_machine_is_freed_with_its_last_handle() {
         let vm = SimVm::new(SimConfig::default());

@@ -1,19 +1,19 @@
-//! For how long a kernel is left alone that refuses resets.
+//! How long to wait after the kernel refused a reset.
 
 use core::time::Duration;
 
 const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Refusals in a row: each doubles the time until the next attempt. A VM that KVM has declared dead refuses for ever, and a
-/// policy that sees its rings fill would try as often as it may.
+/// Refusals in a row. Each doubles the time until the next attempt. A VM that KVM has declared dead refuses for ever, and
+/// a policy whose rings fill would try as often as it may.
 #[derive(Default)]
 pub(super) struct Backoff {
     refusals: u32,
 }
 
 impl Backoff {
-    /// Notes what has come of a pass: entries taken, or none at all. One that finds nothing need not have made a reset.
+    /// Notes the result of a pass: the entries taken, or `None` if it failed. A pass that finds nothing may have made no reset.
     pub(super) fn note(&mut self, taken: Option<u64>) {
         match taken {
             None => self.refusals = self.refusals.saturating_add(1),
@@ -22,7 +22,7 @@ impl Backoff {
         }
     }
 
-    /// How long to wait at least.
+    /// Returns the least time to wait.
     pub(super) fn delay(&self) -> Duration {
         match self.refusals {
             0 => Duration::ZERO,

@@ -1,4 +1,4 @@
-//! The thread that kicks vCPUs which are ahead of their limits out of the guest.
+//! The thread that kicks vCPUs out of the guest when they are ahead of their limits.
 
 use core::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,12 +10,11 @@ use crate::error::LimiterError;
 use crate::log::DirtyLog;
 use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 
-/// Holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit) a few milliseconds at a time. It
-/// stops when this is dropped; the limits stay.
+/// A thread that holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit), a few milliseconds at a time. It stops when
+/// this is dropped; the limits stay.
 ///
-/// Its thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do,
-/// and waits where there are no limits. It blocks every signal but the C library's own,
-/// and sleeps without timer slack.
+/// The thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do, and waits where there are no
+/// limits. It blocks every signal but the C library's own, and sleeps without timer slack.
 ///
 /// ```no_run
 /// # use kvm_dirty_ring::{DirtyLog, Limiter};
@@ -42,9 +41,9 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// Starts a thread that calls `kick` for vCPUs that are ahead of their limits, by their place
-    /// in the order in which they were attached, as
-    /// [`enforce_dirty_limits`](DirtyLog::enforce_dirty_limits) does.
+    /// Starts a thread that calls `kick` for vCPUs that are ahead of their limits, as
+    /// [`enforce_dirty_limits`](DirtyLog::enforce_dirty_limits) does. `kick` gets the vCPU's number, in the order in which vCPUs
+    /// were attached.
     ///
     /// # Errors
     /// [`LimiterError::Spawn`].
@@ -55,9 +54,8 @@ impl Limiter {
         Self::spawn_with(log, Priority::default(), kick)
     }
 
-    /// The same, for a thread of that priority. Where vCPUs or others keep every core busy, a
-    /// limiter that is not before them looks late: the mean holds, and stops get longer, as vCPUs
-    /// get further ahead meanwhile.
+    /// The same, for a thread with that priority. Where vCPUs or other threads keep every core busy, a limiter with a lower
+    /// priority looks late. The mean rate still holds, but stops get longer, as vCPUs get further ahead meanwhile.
     ///
     /// # Errors
     /// [`LimiterError::Spawn`]; [`LimiterError::Scheduling`] without the right to that priority.
@@ -96,16 +94,16 @@ impl Limiter {
         Ok(limiter)
     }
 
-    /// Whether the thread runs: not if a kick has panicked.
+    /// Returns whether the thread runs. It has ended if a kick panicked.
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|t| !t.is_finished())
     }
 
-    /// Stops the thread and waits for it, a kick under way included. Limits stay as they are: from
-    /// now on vCPUs stop for them at full rings alone.
+    /// Stops the thread and waits for it, and so for a kick under way. Limits stay: from now on vCPUs stop for them at full
+    /// rings only.
     ///
     /// # Errors
-    /// What has ended the thread before.
+    /// The failure that had ended the thread before.
     pub fn stop(mut self) -> Result<(), LimiterError> {
         self.end()
     }
@@ -125,7 +123,7 @@ impl Limiter {
 
 impl Drop for Limiter {
     fn drop(&mut self) {
-        // Nobody has asked.
+        // The owner did not ask for the result.
         let _ = self.end();
     }
 }
@@ -158,7 +156,7 @@ fn run(log: &DirtyLog, stop: &AtomicBool, kick: &mut dyn FnMut(usize)) {
             match next {
                 Some(Some(next)) if Instant::now() >= next => break,
                 Some(Some(next)) => terms = wait_until(&limits.changed, terms, next),
-                // No limit, or one that stops a vCPU for longer than clocks go.
+                // No limit, or a sleep that is longer than clocks reach.
                 _ => terms = wait(&limits.changed, terms),
             }
         }

@@ -16,11 +16,10 @@ use crate::pacing::alarm::{DEAF, Heard};
 use crate::pacing::{Pacer, Pacing};
 use crate::sync::{Arc, Condvar, Mutex, Ordering, lock, thread as threads, wait};
 
-/// A running reaper. It stops when this is dropped.
+/// A running reaper: the thread that empties the rings. It stops when this is dropped.
 ///
-/// Its thread blocks every signal but the C library's own, and sleeps without timer slack. A vCPU
-/// that stops on a full ring wakes it; whoever stops within half a millisecond of that wakes it
-/// when that time is over, all together once.
+/// The thread blocks every signal but the C library's own, and sleeps without timer slack. A vCPU that stops on a full ring wakes
+/// it. Those that stop within half a millisecond of that wake it once, when that time is over.
 #[derive(Debug)]
 pub struct Reaper {
     log: DirtyLog,
@@ -29,7 +28,7 @@ pub struct Reaper {
     ended: bool,
 }
 
-/// How a [`Reaper`] is to run.
+/// The settings of a [`Reaper`]'s thread.
 #[derive(Debug, Clone, Default)]
 pub struct ReaperBuilder {
     name: Option<String>,
@@ -40,18 +39,18 @@ pub struct ReaperBuilder {
 #[derive(Debug, Default)]
 struct Control {
     orders: Mutex<Orders>,
-    /// Rung when the thread obeys.
+    /// Rung when the thread has followed an order.
     obeyed: Condvar,
     error: Mutex<Option<ReaperError>>,
 }
 
-/// What the owner wants.
+/// The orders of the owner.
 #[derive(Default)]
 struct Orders {
     stop: bool,
     paused: bool,
     policy: Option<Box<dyn Pacing>>,
-    /// The thread neither makes a pass nor will begin one before it has looked here again.
+    /// The thread makes no pass, and begins none before it has looked here again.
     idle: bool,
 }
 
@@ -77,7 +76,7 @@ impl Control {
         log.inner().alarm.command();
     }
 
-    /// Says that the thread has stopped making passes.
+    /// Notes that the thread has stopped making passes.
     fn idle(&self) {
         lock(&self.orders).idle = true;
         self.obeyed.notify_all();
@@ -85,36 +84,34 @@ impl Control {
 }
 
 impl ReaperBuilder {
-    /// The thread's name, of which Linux keeps 15 bytes; `dirty-ring-reap` if none is given.
+    /// Sets the thread's name, of which Linux keeps 15 bytes. The default is `dirty-ring-reap`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// The CPUs that the thread may run on; none given: those of the thread that starts it.
+    /// Sets the CPUs that the thread may run on. The default is those of the thread that starts it.
     pub fn cpus(mut self, cpus: impl IntoIterator<Item = usize>) -> Self {
         self.cpus = cpus.into_iter().collect();
         self
     }
 
-    /// How the thread is scheduled.
+    /// Sets how the thread is scheduled.
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
         self
     }
 
-    /// Starts a thread that empties the rings of `log` when `policy` decides so. A log has one at a
-    /// time.
+    /// Starts a thread that empties the rings of `log` when `policy` decides so. A log has one reaper at a time.
     ///
     /// # Errors
-    /// The log has one already, or the thread can't be started, or not as wanted: then it does not
-    /// run.
+    /// The log has a reaper already, or the thread cannot be started, or not with these settings. Then no reaper runs.
     pub fn spawn(
         self,
         log: &DirtyLog,
         policy: impl Pacing + 'static,
     ) -> Result<Reaper, ReaperError> {
-        // Acquire: pairs with the release in `end`: the reaper before has done its last pass.
+        // Acquire: pairs with the release in `end`; the reaper before has made its last pass.
         if log.inner().reaped.swap(true, Ordering::Acquire) {
             return Err(ReaperError::Running);
         }
@@ -147,11 +144,11 @@ impl ReaperBuilder {
                 control.report(ReaperError::Panicked);
             }
             log.inner().reaper_counts.rest();
-            // Nobody is to wait for it.
+            // No thread may wait for it any longer.
             control.idle();
             trace::reaper("end");
         };
-        // Should this fail, dropping `reaper` gives the log free again.
+        // If this fails, dropping `reaper` frees the log for another.
         let thread = threads::Builder::new().name(name).spawn(body);
         reaper.thread = Some(thread.map_err(|error| ReaperError::Spawn(Arc::new(error)))?);
         is_ready.recv().map_err(|_| ReaperError::Panicked)??;
@@ -160,47 +157,46 @@ impl ReaperBuilder {
 }
 
 impl Reaper {
-    /// Starts a thread that empties the rings of `log` when `policy` decides so. A log has one at a
-    /// time.
+    /// Starts a thread that empties the rings of `log` when `policy` decides so. A log has one reaper at a time.
     ///
     /// # Errors
-    /// The log has one already, or the thread can't be started.
+    /// The log has a reaper already, or the thread cannot be started.
     pub fn spawn(log: &DirtyLog, policy: impl Pacing + 'static) -> Result<Self, ReaperError> {
         ReaperBuilder::default().spawn(log, policy)
     }
 
-    /// For a reaper with a name, CPUs or a priority of its own.
+    /// Returns a builder, for a reaper with a name, CPUs or a priority of its own.
     pub fn builder() -> ReaperBuilder {
         ReaperBuilder::default()
     }
 
-    /// The last thing that went wrong since this was asked before, if anything did.
+    /// Returns the last error since the previous call, if there was one.
     pub fn take_error(&self) -> Option<ReaperError> {
         lock(&self.control.error).take()
     }
 
-    /// Whether the thread runs: not if it has panicked.
+    /// Returns whether the thread runs. It has ended if it panicked.
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|t| !t.is_finished())
     }
 
-    /// What the reapers of the log have done so far, as in [`Stats::reaper`](crate::Stats::reaper).
+    /// Returns the counts of all reapers of the log so far, as in [`Stats::reaper`](crate::Stats::reaper).
     pub fn stats(&self) -> ReaperStats {
         self.log.inner().reaper_counts.read()
     }
 
-    /// Goes on with another policy, which looks at the rings soon after this returns.
+    /// Replaces the policy. The new one looks at the rings soon after this returns.
     pub fn set_policy(&self, policy: impl Pacing + 'static) {
         let mut policy: Option<Box<dyn Pacing>> = Some(Box::new(policy));
         let ours = &mut policy;
-        // One that was never looked at goes when nobody waits for it.
+        // A policy that was never used is dropped while no thread waits for it.
         self.control.order(&self.log, |orders| {
             core::mem::swap(&mut orders.policy, ours)
         });
     }
 
-    /// Makes no more passes until [`resume`](Self::resume); one under way is awaited. Full exits and
-    /// syncs empty the rings as ever.
+    /// Makes no more passes until [`resume`](Self::resume). It waits for a pass under way. Full exits and syncs still empty the
+    /// rings.
     pub fn pause(&self) {
         self.control.order(&self.log, |orders| orders.paused = true);
         let mut orders = lock(&self.control.orders);
@@ -213,17 +209,16 @@ impl Reaper {
     pub fn resume(&self) {
         self.control
             .order(&self.log, |orders| orders.paused = false);
-        // Whoever still waits for the pause: the thread need not have noticed it.
+        // A caller may still wait for the pause, if the thread has not noticed it.
         self.control.obeyed.notify_all();
     }
 
-    /// Stops the thread and waits for it. What is in the rings stays there for the next sync.
+    /// Stops the thread and waits for it. The entries in the rings stay there for the next sync.
     ///
-    /// What went wrong on the way, and was got over, is no error of this call: ask [`take_error`](Self::take_error)
-    /// before.
+    /// Errors that the reaper has survived are not returned here: call [`take_error`](Self::take_error) before.
     ///
     /// # Errors
-    /// [`ReaperError::Panicked`]: it had ended before, and nobody knew.
+    /// [`ReaperError::Panicked`]: the thread had ended before.
     pub fn stop(mut self) -> Result<(), ReaperError> {
         self.end();
         match self.take_error() {
@@ -325,7 +320,7 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
             counts.pass_ns.add(took.as_nanos() as u64);
         }
         let asleep = start.elapsed();
-        // Nor is a full ring to wake it sooner, which it could not empty.
+        // A full ring must not wake it sooner either, as it could not empty that.
         let patient = asleep + backoff.delay();
         due = pacer.due().max(patient);
         deaf = deaf.max(start + patient);
@@ -342,7 +337,7 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
     }
 }
 
-/// How much of its time the reaper spends on passes.
+/// The share of its time that the reaper spends on passes.
 #[derive(Default)]
 struct Load {
     busy: f64,
@@ -350,7 +345,7 @@ struct Load {
 }
 
 impl Load {
-    /// Takes in one turn. Whether most of the time of late goes into passes.
+    /// Adds one turn. Returns whether most of the recent time went into passes.
     fn is_heavy(&mut self, busy: Duration, idle: Duration) -> bool {
         /// Seconds after which a turn has half its weight.
         const HALF_LIFE: f64 = 0.25;

@@ -1,4 +1,4 @@
-//! What threads of the crate's own ask of the operating system.
+//! How the crate's own threads are scheduled.
 
 use std::io;
 
@@ -6,24 +6,23 @@ use crate::error::{LimiterError, ReaperError};
 use crate::kvm::signals::block_for_good;
 use crate::sync::Arc;
 
-/// How the operating system schedules a thread of the crate's own.
+/// The scheduling of a thread of the crate.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Priority {
     /// As the thread that starts it.
     #[default]
     Inherited,
-    /// A nice value, from -20 (first) to 19. Below 0 it takes `CAP_SYS_NICE` or `RLIMIT_NICE`.
+    /// A nice value, from -20 (first) to 19. Below 0 it needs `CAP_SYS_NICE` or `RLIMIT_NICE`.
     Nice(i8),
-    /// `SCHED_FIFO` with a priority from 1 to 99: before every thread that is not real-time. It
-    /// takes `CAP_SYS_NICE` or `RLIMIT_RTPRIO`. Where vCPUs keep every core busy, this is what
-    /// makes wake-ups timely.
+    /// `SCHED_FIFO` with a priority from 1 to 99: ahead of every thread that is not real-time. It needs `CAP_SYS_NICE` or
+    /// `RLIMIT_RTPRIO`. It makes wake-ups timely where vCPUs keep every core busy.
     Fifo(u8),
 }
 
-/// Prepares the calling thread: no signals, wake-ups in time, `cpus` and `priority` as asked for.
+/// Prepares the calling thread: blocks signals, removes timer slack, and applies `cpus` and `priority`.
 pub(crate) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), Refused> {
-    // Each reset blocks them anyway, and fails if it can't.
+    // Each reset blocks them anyway, and fails if it cannot.
     block_for_good().map_err(failed("pthread_sigmask"))?;
     // Where a filter forbids it, wake-ups are late by another 50 us, and the policy sees it.
     // SAFETY: PR_SET_TIMERSLACK takes one integer: nanoseconds, of which 0 would mean the default.
@@ -85,7 +84,7 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> Refused {
     }
 }
 
-/// What the operating system did not grant.
+/// A request that the operating system refused.
 pub(crate) struct Refused {
     call: &'static str,
     source: Arc<io::Error>,
