@@ -1,0 +1,48 @@
+//! Members of a log that reads bitmaps: their bits are left.
+
+use std::cell::Cell;
+
+use super::machine::{Machine, NONE};
+
+#[test]
+fn what_two_syncs_find_stays_open() {
+    let mut machine = Machine::with_bitmap(true);
+    let mut round = |written: &[u64], members: &[u64], others: &[u64]| {
+        machine.write(written.iter().copied());
+        assert_eq!(machine.sync(), (members.to_vec(), others.to_vec()));
+    };
+    round(&[0, 1, 2], &[], &[0, 1, 2]);
+    round(&[1, 2, 3], &[1, 2], &[3]);
+    round(&[3, 9], &[1, 2, 3], &[9]);
+    round(&[0], &[1, 2, 3], &[0]);
+    round(&[9], &[1, 2, 3], &[9]);
+    let called = Cell::new(false);
+    let refreshed = machine.log.refresh(|_| {
+        called.set(true);
+        Ok(())
+    });
+    assert_eq!((refreshed.unwrap(), called.get()), (1, false));
+    assert_eq!(machine.sync(), (NONE, vec![1, 2, 3]));
+    machine.write([2]);
+    assert_eq!(machine.sync(), (NONE, vec![2]));
+}
+
+/// That is what members are for: their pages stay writable.
+#[test]
+fn bits_of_members_are_left() {
+    let mut machine = Machine::with_members([5]);
+    machine.write([6]);
+    for _ in 0..2 {
+        assert_eq!(machine.sync().0, [5]);
+        assert_eq!(machine.kernel_bits(), [5], "they were cleared");
+    }
+}
+
+#[test]
+fn without_manual_protection_there_are_none() {
+    let mut machine = Machine::with_bitmap(false);
+    for _ in 0..4 {
+        machine.write([3]);
+        assert_eq!(machine.sync(), (NONE, vec![3]));
+    }
+}

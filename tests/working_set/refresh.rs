@@ -1,0 +1,117 @@
+//! Members are closed, and what becomes of them if that fails.
+
+use std::io;
+
+use kvm_dirty_ring::error::SlotError;
+use kvm_dirty_ring::sim::BitmapFault;
+
+use super::machine::{Machine, NONE, RAM, all_but};
+
+#[test]
+fn a_refresh_reports_members_once_more_and_protects_them() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..3);
+    machine.sync();
+    machine.write(1..2);
+    assert_eq!(machine.refresh(), 1, "the other slot has none");
+    let set = machine.set();
+    assert_eq!((set.members, set.closed, set.refreshes), (0, 3, 1));
+    assert_eq!(machine.sync(), (NONE, vec![0, 1, 2]));
+    machine.set_places(0);
+    machine.write(2..3);
+    assert_eq!(machine.sync(), (NONE, vec![2]));
+    assert_eq!(machine.sync(), (NONE, NONE));
+}
+
+#[test]
+fn how_many_of_the_closed_are_back_is_counted() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..4);
+    machine.sync();
+    machine.refresh();
+    machine.sync();
+    machine.write(2..6);
+    machine.sync();
+    let set = machine.set();
+    assert_eq!((set.members, set.last_closed, set.back), (4, 4, 2));
+}
+
+/// A pass that is in flight when a refresh begins lets pages join in the middle of it.
+#[test]
+fn what_joins_while_members_are_closed_stays_one() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..1);
+    machine.sync();
+    let refreshed = machine.log.refresh(|slot| {
+        machine.protect(slot)?;
+        // A VMM that closes them by other means need not stop its vCPUs.
+        machine.write([0]);
+        machine.log.reap().unwrap();
+        Ok(())
+    });
+    assert_eq!(refreshed.unwrap(), 1);
+    assert_eq!(machine.sync(), (vec![0], NONE), "it is open again");
+    assert_eq!(machine.sync(), (vec![0], NONE));
+}
+
+#[test]
+fn switched_off_members_stay_and_a_refresh_is_owed() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..2);
+    machine.sync();
+    machine.log.set_working_set(None);
+    assert!(machine.set().refresh_owed);
+    machine.write(3..4);
+    assert_eq!(machine.sync(), (vec![0, 1], vec![3]));
+    machine.refresh();
+    assert!(!machine.set().refresh_owed);
+    assert_eq!(machine.sync(), (NONE, vec![0, 1]));
+    assert_eq!(machine.sync(), (NONE, NONE));
+}
+
+/// The pages of a slot that could not be protected are suspect, and its members stay members.
+#[test]
+fn a_failed_refresh_keeps_members() {
+    let mut machine = Machine::with_rings(2);
+    machine.write([5, 6]);
+    machine.sync();
+    let fail = |_| Err(io::Error::from_raw_os_error(12));
+    let error = machine.log.refresh(fail).unwrap_err();
+    assert!(
+        matches!(error, SlotError::Protect { slot: RAM, .. }),
+        "{error}"
+    );
+    let set = machine.set();
+    assert_eq!((set.members, set.closed, set.refreshes), (2, 0, 0));
+    for _ in 0..2 {
+        assert_eq!(machine.sync(), (NONE, all_but(&[])));
+    }
+    assert_eq!(machine.refresh(), 1);
+    let set = machine.set();
+    assert_eq!((set.members, set.closed, set.refreshes), (0, 2, 1));
+    assert_eq!(machine.sync(), (NONE, all_but(&[])));
+    assert_eq!(machine.sync(), (NONE, NONE));
+}
+
+/// A refresh of bits that fails half-way has cleared the first and not the second: both stay members.
+#[test]
+fn a_failed_clearing_keeps_members() {
+    let mut machine = Machine::with_members([5, 6]);
+    machine.vm.inject_bitmap([BitmapFault {
+        after: 1,
+        error: 12,
+    }]);
+    machine
+        .log
+        .refresh(|_| panic!("no slot needs it"))
+        .unwrap_err();
+    assert_eq!(machine.kernel_bits(), [6]);
+    assert_eq!(machine.set().members, 2);
+    for _ in 0..2 {
+        assert_eq!(machine.sync(), (vec![5, 6], NONE), "they were lost");
+    }
+    assert_eq!(machine.refresh(), 1);
+    assert_eq!(machine.kernel_bits(), NONE);
+    assert_eq!(machine.sync(), (NONE, vec![5, 6]));
+    assert_eq!(machine.sync(), (NONE, NONE));
+}
