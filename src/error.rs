@@ -177,8 +177,10 @@ pub enum AttachError {
     },
 }
 
-/// A call about a memslot that was refused, or failed. Nothing has changed, unless the variant states otherwise.
-/// [`rearm`](crate::DirtyLog::rearm) goes from slot to slot; it has completed the slots before the one named.
+/// A call about a memslot that was refused, or failed.
+///
+/// Nothing has changed, unless the variant states otherwise. [`rearm`](crate::DirtyLog::rearm) goes from slot to
+/// slot; it has completed the slots before the one named.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
@@ -520,8 +522,10 @@ pub enum LimitError {
     },
 }
 
-/// A failure of a [`Limiter`](crate::Limiter). Limits still hold wherever vCPUs call
-/// [`on_full`](crate::VcpuRing::on_full) or [`throttle`](crate::VcpuRing::throttle).
+/// A failure of a [`Limiter`](crate::Limiter).
+///
+/// Limits still hold wherever vCPUs call [`on_full`](crate::VcpuRing::on_full) or
+/// [`throttle`](crate::VcpuRing::throttle).
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LimiterError {

@@ -14,8 +14,8 @@ use kvm_dirty_ring::convergence::{self, Convergence, Decision, Extent, Terms};
 use kvm_dirty_ring::error::ResetError;
 use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacer, Pacing, RingObservation};
 use kvm_dirty_ring::{
-    DirtyLog, DirtyPages, DirtyPart, GuestMap, LastPages, Limiter, Priority, Reaper, RingEntries,
-    SlotId, VcpuRing, WorkingSet,
+    DirtyLog, DirtyPages, DirtyPart, GuestMap, GuestRegion, LastPages, Limiter, Priority, Reaper,
+    RingEntries, SlotId, VcpuRing, WorkingSet,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -176,12 +176,39 @@ fn switching(log: DirtyLog, slot: SlotId, pages: u64) -> Outcome {
 #[rustfmt::skip]
 fn the_last_sync(log: DirtyLog, mut dirty: DirtyPages) -> Outcome {
     let send = |_: &DirtyPages| io::Result::Ok(());
+    let fits_into_the_downtime = 1000;
+    loop {
+        log.sync(&mut dirty)?;
+        if dirty.page_count() <= fits_into_the_downtime { break; }
+        send(&dirty)?;
+    }
+
     stop_vcpus()?;
     stop_devices()?;
     send(&dirty)?;         // found by the sync before
     log.sync(&mut dirty)?;
     send(&dirty)?;         // written after it
 
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn snapshot(log: DirtyLog, mut dirty: DirtyPages) -> Outcome {
+    let save = |_: SlotId, _: u64, _: u64| io::Result::Ok(());
+
+    stop_vcpus()?;
+    log.sync(&mut dirty)?;
+    for run in dirty.runs() { save(run.slot, run.first_page, run.pages)?; }
+    resume_vcpus()?;
+
+    Ok(())
+}
+
+#[rustfmt::skip]
+fn a_map(slot: SlotId, pages: u64) -> Outcome {
+    let map = GuestMap::new([GuestRegion { slot, address: 0, pages }])?;
+
+    drop(map);
     Ok(())
 }
 
@@ -207,7 +234,7 @@ fn limits(log: DirtyLog, threads: Vec<Thread>, mut vcpu_fd: VcpuFd, mut ring: Vc
 
     match vcpu_fd.run() {
 
-        // In the vCPU's loop; `on_full` as ever.
+        // In the vCPU's loop; `on_full` as before.
         Err(error) if error.errno() == libc::EINTR => { ring.throttle(); }
 
         _ => {}
@@ -304,7 +331,7 @@ fn all_of_it_compiles(name: &str, document: &str, least: usize) {
 fn the_pages_compile() {
     let pages = [
         ("README.md", include_str!("../../README.md"), 1),
-        ("docs/guide.md", include_str!("../../docs/guide.md"), 6),
+        ("docs/guide.md", include_str!("../../docs/guide.md"), 9),
         ("docs/slots.md", include_str!("../../docs/slots.md"), 3),
         ("docs/threads.md", include_str!("../../docs/threads.md"), 2),
         ("docs/limits.md", include_str!("../../docs/limits.md"), 3),

@@ -11,8 +11,9 @@ use crate::kvm::mmap;
 use crate::kvm::vm::Vm;
 
 impl DirtyLog {
-    /// Enables dirty rings of `entries` entries on a KVM virtual machine. Call it before the first vCPU is created. The
-    /// descriptor is duplicated.
+    /// Enables dirty rings of `entries` entries on a KVM virtual machine.
+    ///
+    /// Call it before the first vCPU is created. The descriptor is duplicated.
     ///
     /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` is preferred. `KVM_CAP_DIRTY_LOG_RING` is used on x86 only, whose memory model makes up
     /// for the difference.
@@ -37,8 +38,9 @@ impl DirtyLog {
         Ok(Self::over_kvm(Box::new(vm), entries.get()))
     }
 
-    /// Creates a log over the bitmaps that KVM keeps of a VM's slots, for kernels without dirty rings. Call it at any time; on
-    /// arm64 before the first memslot. The descriptor is duplicated.
+    /// Creates a log over the bitmaps that KVM keeps of a VM's slots, for kernels without dirty rings.
+    ///
+    /// Call it at any time; on arm64 before the first memslot. The descriptor is duplicated.
     ///
     /// All calls are as with rings. A sync reads the bitmap of each slot, no vCPU ever stops for a full ring, and a reaper finds
     /// nothing to do.
@@ -61,8 +63,10 @@ impl DirtyLog {
         Ok(Self::over_kvm(Box::new(vm), mmap::EMPTY_RING_ENTRIES))
     }
 
-    /// Calls [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where the kernel has no dirty rings for this
-    /// architecture. [`mode`](Self::mode) returns which of the two it was.
+    /// Calls [`enable`](Self::enable), or [`enable_bitmap`](Self::enable_bitmap) where the kernel has no dirty
+    /// rings for this architecture.
+    ///
+    /// [`mode`](Self::mode) returns which of the two it was.
     ///
     /// # Errors
     /// Those of the two. If the kernel has rings and refuses them, bitmaps are not tried.
@@ -73,8 +77,10 @@ impl DirtyLog {
         }
     }
 
-    /// Maps the ring of a vCPU of this VM and starts to harvest it. Call it for each vCPU before it runs, and again if its
-    /// [`VcpuRing`] was dropped. The mapping outlives the descriptor.
+    /// Maps the ring of a vCPU of this VM and starts to harvest it.
+    ///
+    /// Call it for each vCPU before it runs, and again if its [`VcpuRing`] was dropped. The mapping outlives the
+    /// descriptor.
     ///
     /// In [`Mode::Bitmap`] the vCPU gets an empty ring of the crate's, so a VMM makes the same calls in both modes. A vCPU that has
     /// a ring in KVM is detected.

@@ -9,8 +9,9 @@ use crate::slot_id::SlotId;
 use crate::slots::dirty_pages::{DirtyPages, DirtyPart, Run};
 use crate::sync::lock;
 
-/// The pages that a [last sync](DirtyLog::last_sync) found dirty. They are not protected: the list holds as long as every vCPU
-/// stays stopped and devices are quiet.
+/// The pages that a [last sync](DirtyLog::last_sync) found dirty.
+///
+/// They are not protected: the list holds as long as every vCPU stays stopped and devices are quiet.
 #[derive(Default)]
 pub struct LastPages {
     pages: DirtyPages,

@@ -16,8 +16,10 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// Dirty limits.
 impl DirtyLog {
-    /// Limits one vCPU to `limit` dirty pages a second; `vcpu` is its number in the order in which vCPUs were attached. `None`
-    /// lifts the limit, ends the vCPU's sleep, and forgives its debt.
+    /// Limits one vCPU to `limit` dirty pages a second; `vcpu` is its number in the order in which vCPUs were
+    /// attached.
+    ///
+    /// `None` lifts the limit, ends the vCPU's sleep, and forgives its debt.
     ///
     /// A page counts when it is logged: at the first write to it since it was last protected. A vCPU that is ahead of its limit
     /// sleeps in [`VcpuRing::throttle`] and at the end of [`VcpuRing::on_full`]. So the mean over some seconds is the limit,
@@ -60,8 +62,9 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Limits every vCPU, including those attached later, to `limit` dirty pages a second each. Otherwise as
-    /// [`set_dirty_limit`](Self::set_dirty_limit).
+    /// Limits every vCPU, including those attached later, to `limit` dirty pages a second each.
+    ///
+    /// Otherwise as [`set_dirty_limit`](Self::set_dirty_limit).
     ///
     /// # Errors
     /// [`LimitError::Bitmap`] in [`Mode::Bitmap`].
@@ -78,8 +81,10 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Calls `kick` for each limited vCPU that is ahead of its limit and not asleep, with its number in the order in which vCPUs
-    /// were attached. Returns when to look again, or `None` if no vCPU that has its [`VcpuRing`] has a limit.
+    /// Calls `kick` for each limited vCPU that is ahead of its limit and not asleep, with its number in the order
+    /// in which vCPUs were attached.
+    ///
+    /// Returns when to look again, or `None` if no vCPU that has its [`VcpuRing`] has a limit.
     ///
     /// `kick` must make the vCPU's thread leave `KVM_RUN` and call [`VcpuRing::throttle`]. Use this in an event loop of the VMM's; a
     /// [`Limiter`](crate::Limiter) is a thread that does it.
@@ -107,8 +112,10 @@ impl DirtyLog {
         next
     }
 
-    /// Wakes every vCPU thread that sleeps for its limit, and lets none fall asleep until the returned value is dropped. Debts
-    /// remain and are slept off later.
+    /// Wakes every vCPU thread that sleeps for its limit, and lets none fall asleep until the returned value is
+    /// dropped.
+    ///
+    /// Debts remain and are slept off later.
     ///
     /// Call it before you stop vCPUs, and drop the result when they are to run again. Then no stop waits for a sleep.
     pub fn keep_awake(&self) -> Awake {

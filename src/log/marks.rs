@@ -13,8 +13,9 @@ use crate::slots::guest_map::GuestMap;
 const BITS: u64 = u64::BITS as u64;
 
 impl DirtyLog {
-    /// Marks each page of `slot` whose bit is set in `words`, as [`mark_dirty`](Self::mark_dirty) does. Bit b of word w is page
-    /// `first_page + 64 w + b`. It takes about as long as reading the words.
+    /// Marks each page of `slot` whose bit is set in `words`, as [`mark_dirty`](Self::mark_dirty) does.
+    ///
+    /// Bit b of word w is page `first_page + 64 w + b`. It takes about as long as reading the words.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -50,9 +51,11 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Marks pages from a log by guest address, as those of vhost and VFIO are, also in pages of another size. Bit b of word w
-    /// is the page of `page_bytes` bytes at `address + (64 w + b) × page_bytes`. Each base page of the host that it touches is
-    /// marked. Returns the number of set bits that have no memory of `map` behind them; they are ignored.
+    /// Marks pages from a log by guest address, as those of vhost and VFIO are, also in pages of another size.
+    ///
+    /// Bit b of word w is the page of `page_bytes` bytes at `address + (64 w + b) × page_bytes`. Each base page of
+    /// the host that it touches is marked. Returns the number of set bits that have no memory of `map` behind them;
+    /// they are ignored.
     ///
     /// # Errors
     /// [`SlotError::PageSize`] if `page_bytes` is no power of two, or `address` no multiple of it;

@@ -101,8 +101,9 @@ impl Inner {
 }
 
 impl DirtyLog {
-    /// Creates a log over `kernel`, whose rings have `ring_entries` entries each. It is for kernels other than KVM, such as the
-    /// simulated one; for KVM call [`enable`](Self::enable).
+    /// Creates a log over `kernel`, whose rings have `ring_entries` entries each.
+    ///
+    /// It is for kernels other than KVM, such as the simulated one; for KVM call [`enable`](Self::enable).
     pub fn with_kernel(kernel: Box<dyn Kernel>, ring_entries: u32) -> Self {
         Self::new(kernel, ring_entries, MAX_SHARDS, false)
     }
@@ -225,8 +226,9 @@ impl DirtyLog {
         taken
     }
 
-    /// Empties the rings whose place in `rings` is true, in the order in which the vCPUs were attached. Rings beyond the end of
-    /// `rings` are left alone. Otherwise as [`reap`](Self::reap).
+    /// Empties the rings whose place in `rings` is true, in the order in which the vCPUs were attached.
+    ///
+    /// Rings beyond the end of `rings` are left alone. Otherwise as [`reap`](Self::reap).
     ///
     /// # Errors
     /// As [`reap`](Self::reap).
@@ -234,8 +236,9 @@ impl DirtyLog {
         self.reap_those(|place| rings.get(place) == Some(&true))
     }
 
-    /// As [`reap`](Self::reap), on shard `shard` modulo the number of shards. Pages land there otherwise only if several passes
-    /// are under way at once. For tests (feature `test-utils`).
+    /// As [`reap`](Self::reap), on shard `shard` modulo the number of shards.
+    ///
+    /// Pages land there otherwise only if several passes are under way at once. For tests (feature `test-utils`).
     ///
     /// # Errors
     /// As [`reap`](Self::reap).

@@ -10,8 +10,9 @@ use crate::observe::trace;
 use crate::slots::dirty_pages::{DirtyPages, DirtyPart};
 use crate::sync::lock;
 
-/// The pages that a [sync on demand](DirtyLog::sync_on_demand) found dirty, to be read chunk by chunk. A chunk's pages are
-/// protected when the chunk is requested.
+/// The pages that a [sync on demand](DirtyLog::sync_on_demand) found dirty, to be read chunk by chunk.
+///
+/// A chunk's pages are protected when the chunk is requested.
 ///
 /// Dropping it early loses nothing: the kernel still has the bits of pages that were not read, the log has the rest, and the
 /// next sync reports both.
@@ -127,8 +128,10 @@ impl OnDemand {
         self.found.members()
     }
 
-    /// Protects the next pages and returns them; they may be read from now on. A chunk has dirty pages of one slot, within `span`
-    /// pages of each other (64 at least). Chunks ascend by slot, then by page. `None` if there are no more.
+    /// Protects the next pages and returns them; they may be read from now on.
+    ///
+    /// A chunk has dirty pages of one slot, within `span` pages of each other (64 at least). Chunks ascend by slot,
+    /// then by page. `None` if there are no more.
     ///
     /// Pages of a slot whose removal was finished meanwhile are left out.
     ///

@@ -145,7 +145,9 @@ impl RateMeter {
 }
 
 impl Rates {
-    /// Watches the VM for `time`, during which it blocks, and returns how fast it dirtied memory, as QEMU's `calc-dirty-rate` does.
+    /// Watches the VM for `time`, during which it blocks, and returns how fast it dirtied memory, as QEMU's
+    /// `calc-dirty-rate` does.
+    ///
     /// `None` in [`Mode::Bitmap`].
     ///
     /// Logging must be on for the slots that count. Sync right before, as pages that are not protected when it begins do not

@@ -7,8 +7,10 @@ use crate::slots::dirty_pages::DirtyPages;
 use crate::sync::lock;
 
 impl DirtyLog {
-    /// Replaces the contents of `dirty` by the pages of a slot that is [being removed](Self::retire_slot) that no sync has returned
-    /// yet. Call it before you delete the slot in KVM, if its memory is to be copied a last time.
+    /// Replaces the contents of `dirty` by the pages of a slot that is [being removed](Self::retire_slot) that no
+    /// sync has returned yet.
+    ///
+    /// Call it before you delete the slot in KVM, if its memory is to be copied a last time.
     ///
     /// Any thread may remove a slot, also beside a migration. Pages of all other slots stay in the log and come with the next
     /// [`sync`](Self::sync). Pages of the slot that a sync has returned before, or returns until the removal is finished, are for

@@ -10,8 +10,9 @@ use crate::slots::table::{Removal, Slot};
 use crate::sync::{Arc, MutexGuard, lock};
 
 impl DirtyLog {
-    /// Tracks a memslot of `pages` base pages, all clean. Call it *before* the slot is created in KVM with
-    /// `KVM_MEM_LOG_DIRTY_PAGES`.
+    /// Tracks a memslot of `pages` base pages, all clean.
+    ///
+    /// Call it *before* the slot is created in KVM with `KVM_MEM_LOG_DIRTY_PAGES`.
     ///
     /// An entry for a slot that is not tracked makes every page of every slot suspect, including those of slots added later. The
     /// call waits for the passes under way, whose layout lacks the slot. If there was such an entry, it also makes passes and
@@ -174,8 +175,10 @@ impl DirtyLog {
         self.forget(slot)
     }
 
-    /// Cancels a removal, if the slot was not deleted in KVM. The slot is tracked as if [`retire_slot`](Self::retire_slot) had
-    /// not been called, and nothing that was written meanwhile is lost.
+    /// Cancels a removal, if the slot was not deleted in KVM.
+    ///
+    /// The slot is tracked as if [`retire_slot`](Self::retire_slot) had not been called, and nothing that was
+    /// written meanwhile is lost.
     ///
     /// # Errors
     /// [`SlotError::Unknown`] if the removal is finished already, [`SlotError::Kept`] if it was cancelled already.
@@ -187,7 +190,7 @@ impl DirtyLog {
 }
 
 /// A memslot whose removal has begun, see [`DirtyLog::retire_slot`].
-#[must_use = "the slot's id stays taken until the removal is finished, or called off"]
+#[must_use = "the slot's id stays taken until the removal is finished or cancelled"]
 pub struct RetiredSlot {
     pub(super) slot: Arc<Slot>,
     pub(super) removal: Removal,

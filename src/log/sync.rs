@@ -60,8 +60,9 @@ impl DirtyLog {
         synced
     }
 
-    /// Puts pages back that a sync has returned: all that is left in `dirty`. The next sync reports them again. Pages of slots that
-    /// are no longer tracked are left out.
+    /// Puts pages back that a sync has returned: all that is left in `dirty`.
+    ///
+    /// The next sync reports them again. Pages of slots that are no longer tracked are left out.
     ///
     /// Use it for a migration that failed and is to continue from where it was, or for a snapshot that could not be written.
     ///

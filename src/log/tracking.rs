@@ -9,8 +9,10 @@ use crate::slots::table::Slot;
 use crate::sync::{Arc, lock};
 
 impl DirtyLog {
-    /// Starts to track a slot, or starts anew. `log_on` sets `KVM_MEM_LOG_DIRTY_PAGES` for it and leaves the rest of its memory
-    /// region unchanged. vCPUs may run meanwhile.
+    /// Starts to track a slot, or starts anew.
+    ///
+    /// `log_on` sets `KVM_MEM_LOG_DIRTY_PAGES` for it and leaves the rest of its memory region unchanged. vCPUs may
+    /// run meanwhile.
     ///
     /// The first sync that follows reports every page of the slot, because earlier writes were not logged. It is the first round of
     /// a migration. If that round is complete by other means, as the vCPUs have not run since, discard the sync's result.
@@ -64,8 +66,10 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Stops tracking a slot. `log_off` clears `KVM_MEM_LOG_DIRTY_PAGES` for it, or creates it without the flag. vCPUs may run
-    /// meanwhile, at full speed from then on.
+    /// Stops tracking a slot.
+    ///
+    /// `log_off` clears `KVM_MEM_LOG_DIRTY_PAGES` for it, or creates it without the flag. vCPUs may run meanwhile,
+    /// at full speed from then on.
     ///
     /// Until it is [started](Self::start_tracking) again, every sync reports every page of the slot, as each may have been
     /// written. Entries that are left in the rings, and marks of devices, are kept. KVM drops its bitmap of the slot, whose pages

@@ -23,7 +23,9 @@ const PATIENCE: u32 = if cfg!(all(test, feature = "modelled")) {
 const LONG_PATIENCE: u32 = 16;
 
 impl DirtyLog {
-    /// Starts to harvest a ring that is not mapped from a KVM vCPU. A ring whose [`VcpuRing`] was dropped may be attached again.
+    /// Starts to harvest a ring that is not mapped from a KVM vCPU.
+    ///
+    /// A ring whose [`VcpuRing`] was dropped may be attached again.
     ///
     /// # Errors
     /// [`AttachError::Size`] if the ring's size is not [`ring_entries`](Self::ring_entries);
@@ -127,28 +129,35 @@ impl VcpuRing {
         result
     }
 
-    /// Returns the vCPU's number: its place in [`Stats::vcpus`](crate::Stats::vcpus), in [`DirtyLog::observe`], and in events. It is
-    /// the number of vCPUs that were attached before it.
+    /// Returns the vCPU's number: its place in [`Stats::vcpus`](crate::Stats::vcpus), in [`DirtyLog::observe`], and
+    /// in events.
+    ///
+    /// It is the number of vCPUs that were attached before it.
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// Returns whether at least `count` entries wait in the ring to be harvested. It costs one load of a flag. The answer holds for
-    /// a moment during the call: other threads may take entries meanwhile, and the vCPU may log more.
+    /// Returns whether at least `count` entries wait in the ring to be harvested.
+    ///
+    /// It costs one load of a flag. The answer holds for a moment during the call: other threads may take entries
+    /// meanwhile, and the vCPU may log more.
     pub fn at_least(&self, count: u32) -> bool {
         self.vcpu.at_least(count)
     }
 
-    /// Returns how many entries wait in the ring to be harvested. It costs one load per bit of the ring's size, or one load if the
-    /// ring is empty. Other threads may take entries meanwhile. For all rings, and from any thread, see
-    /// [`DirtyLog::observe`].
+    /// Returns how many entries wait in the ring to be harvested.
+    ///
+    /// It costs one load per bit of the ring's size, or one load if the ring is empty. Other threads may take
+    /// entries meanwhile. For all rings, and from any thread, see [`DirtyLog::observe`].
     pub fn occupancy(&self) -> u32 {
         let (waiting, _) = self.vcpu.occupancy();
         waiting
     }
 
-    /// Harvests this ring and ends the pass before its reset, as a panic in between would. Returns the number of entries. Their
-    /// pages come with a later sync, which makes the reset first. For tests (feature `test-utils`).
+    /// Harvests this ring and ends the pass before its reset, as a panic in between would.
+    ///
+    /// Returns the number of entries. Their pages come with a later sync, which makes the reset first. For tests
+    /// (feature `test-utils`).
     #[cfg(feature = "test-utils")]
     #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
     pub fn harvest_and_stop(&mut self) -> u32 {

@@ -168,8 +168,10 @@ impl Bitmap for RegionSlice<'_> {
 }
 
 impl DirtyLog {
-    /// Tracks a slot whose memory is one region of vm-memory, as [`add_slot`](Self::add_slot) does. The slot has the region's pages,
-    /// and writes to the region are reported as the slot's. The first sync also reports what was written before this call.
+    /// Tracks a slot whose memory is one region of vm-memory, as [`add_slot`](Self::add_slot) does.
+    ///
+    /// The slot has the region's pages, and writes to the region are reported as the slot's. The first sync also
+    /// reports what was written before this call.
     ///
     /// A bitmap belongs to one slot of one log at a time. When the slot's removal is [finished](Self::finish_slot), another may get the
     /// bitmap, with what was written in between. It waits for a sync under way.

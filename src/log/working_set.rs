@@ -12,8 +12,9 @@ use crate::slots::working_set::WorkingSet;
 use crate::sync::lock;
 
 impl DirtyLog {
-    /// Leaves pages open that the guest writes again and again, within `terms`. `None` protects every page that a sync reports, as
-    /// in a new log. You can change it at any time.
+    /// Leaves pages open that the guest writes again and again, within `terms`.
+    ///
+    /// `None` protects every page that a sync reports, as in a new log. You can change it at any time.
     ///
     /// Protecting a page costs a reset and the guest's next fault on it. That is wasted on a page that is written again before it is
     /// sent for good. With a working set, a harvested page stays writable while there are free places, and after that if it was
@@ -55,8 +56,10 @@ impl DirtyLog {
         self.inner().harvester.working_set.set(terms);
     }
 
-    /// Closes all members of the working set: has their pages protected again. The next sync reports them once more, as
-    /// [others](crate::DirtyPages::others). Returns the number of slots that were protected anew.
+    /// Closes all members of the working set: has their pages protected again.
+    ///
+    /// The next sync reports them once more, as [others](crate::DirtyPages::others). Returns the number of slots
+    /// that were protected anew.
     ///
     /// With rings, it calls `protect` with each slot that has members or suspects, as [`rearm`](Self::rearm) does: no vCPU may be in
     /// `KVM_RUN` meanwhile. The cost depends on the kernel and on the *slot's* size, not on the number of members: less than 50 ms

@@ -86,7 +86,7 @@ macro_rules! table {
 }
 
 const VM: [Metric<Stats>; 17] = table! {
-    Counter "passes_total" Count "Passes begun, by whomever." |s| s.passes;
+    Counter "passes_total" Count "Passes begun, by any thread." |s| s.passes;
     Counter "resets_total" Count "Reset ioctls issued." |s| s.resets;
     Counter "short_resets_total" Count
         "Resets that recycled less than was marked: pages are suspect." |s| s.short_resets;
@@ -98,9 +98,9 @@ const VM: [Metric<Stats>; 17] = table! {
         "Entries of slots that are not tracked: pages are suspect." |s| s.unknown_slot_entries;
     Counter "out_of_range_entries_total" Count
         "Entries past the end of their slot: pages are suspect." |s| s.out_of_range_entries;
-    Counter "overruns_total" Count "Rings found overrun: all pages are suspect, for good." |s| s.overruns;
+    Counter "overruns_total" Count "Rings that KVM has overrun: all pages stay suspect." |s| s.overruns;
     Counter "missing_bitmaps_total" Count
-        "Bitmaps of slots that KVM could not give." |s| s.missing_bitmaps;
+        "Bitmaps of slots that KVM did not return." |s| s.missing_bitmaps;
     Gauge "suspect_pages" Count
         "Pages that may be written without being logged, and come with each sync." |s| s.suspect_pages;
     Gauge "members" Count "Pages that stay open, and come with each sync." |s| s.working_set.members;
@@ -109,19 +109,19 @@ const VM: [Metric<Stats>; 17] = table! {
     Counter "refreshes_total" Count "Refreshes that closed all open pages." |s| s.working_set.refreshes;
     Gauge "refresh_nanoseconds" Nanoseconds "Time that the last refresh took." |s| s.working_set.refresh_ns;
     Gauge "refresh_owed" Count
-        "1 if open pages are left though none are left open any more." |s| s.working_set.refresh_owed.into();
+        "1 if open pages are left and no page is left open any more." |s| s.working_set.refresh_owed.into();
     Gauge "working_set_useless" Count
-        "1 if KVM protects pages that it was asked to leave open." |s| s.working_set.useless.into();
+        "1 if KVM protects pages that should stay open." |s| s.working_set.useless.into();
 };
 
 const VCPU: [Metric<VcpuStats>; 7] = table! {
     Counter "entries_total" Count "Entries harvested from the vCPU's ring." |s| s.entries;
     Counter "full_exits_total" Count "Stops of the vCPU on its full ring." |s| s.full_exits;
     Counter "stall_nanoseconds_total" Nanoseconds
-        "Time that the vCPU spent in these stops." |s| s.stall_ns;
+        "Time that the vCPU spent in stops on its full ring." |s| s.stall_ns;
     Gauge "soft_limit_entries" Count "Entries at which KVM stops the vCPU." |s| s.soft_limit;
     Gauge "broken" Count
-        "1 if KVM has overrun the ring: all pages of the VM are suspect, for good." |s| s.broken.into();
+        "1 if KVM has overrun the ring: all pages of the VM stay suspect." |s| s.broken.into();
     Counter "limited_nanoseconds_total" Nanoseconds
         "Time that the vCPU slept for its dirty limit." |s| s.limited_ns;
     Gauge "dirty_limit_pages" CountPerSecond
@@ -133,14 +133,14 @@ const REAPER: [Metric<ReaperStats>; 8] = table! {
     Counter "reaper_looks_total" Count "Looks at the rings." |s| s.looks;
     Counter "reaper_woken_total" Count "Looks that a full ring has caused." |s| s.woken;
     Counter "reaper_passes_total" Count "Passes of the reaper." |s| s.passes;
-    Counter "reaper_entries_total" Count "Entries that these found." |s| s.entries;
-    Counter "reaper_pass_nanoseconds_total" Nanoseconds "Time that these took." |s| s.pass_ns;
+    Counter "reaper_entries_total" Count "Entries that the reaper's passes found." |s| s.entries;
+    Counter "reaper_pass_nanoseconds_total" Nanoseconds "Time that the reaper's passes took." |s| s.pass_ns;
     Gauge "reaper_delay_nanoseconds" Nanoseconds
-        "Time for which the reaper sleeps just now." |s| s.delay_ns;
+        "Current sleep of the reaper." |s| s.delay_ns;
     Gauge "reaper_lateness_nanoseconds" Nanoseconds
-        "Lateness of its last wake-up." |s| s.lateness_ns;
+        "Lateness of the reaper's last wake-up." |s| s.lateness_ns;
     Gauge "reaper_saturated" Count
-        "1 if passes take most of its time, else 0." |s| s.saturated.into();
+        "1 if passes take most of the reaper's time." |s| s.saturated.into();
 };
 
 impl<T> Metric<T> {
@@ -161,7 +161,9 @@ impl<T> Metric<T> {
     }
 }
 
-/// Registers the description and the unit of each metric with the recorder. Call it once, after the recorder was installed.
+/// Registers the description and the unit of each metric with the recorder.
+///
+/// Call it once, after the recorder was installed.
 pub fn describe() {
     VM.iter().for_each(Metric::describe);
     VCPU.iter().for_each(Metric::describe);

@@ -11,7 +11,9 @@ const STEP: Duration = Duration::from_millis(20);
 const RICH: f64 = 0.8;
 const POOR: f64 = 0.2;
 
-/// A rule from the review of [`RunLevels`](super::RunLevels), for comparison. It reaps on a clock, too, and ignores full exits.
+/// A rule from the review of [`RunLevels`](super::RunLevels), for comparison.
+///
+/// It reaps on a clock, too, and ignores full exits.
 ///
 /// It empties all rings after a delay of 1 s at first. It divides what a pass found in all rings by the size of one. More than 0.8
 /// halves the delay; 0.2 or less lengthens it by 20 ms. The delay stays within 100 ms and 1 s.

@@ -104,8 +104,10 @@ impl Pacer {
         self.due = Duration::ZERO;
     }
 
-    /// Passes the state of the rings at `now` to the policy, and takes its decision. It fills in what the rings have logged since
-    /// the look before. `woken` means that the look was not due: a vCPU has stopped on a full ring.
+    /// Passes the state of the rings at `now` to the policy, and takes its decision.
+    ///
+    /// It fills in what the rings have logged since the look before. `woken` means that the look was not due: a
+    /// vCPU has stopped on a full ring.
     ///
     /// # Errors
     /// The policy has panicked, or has returned delays out of bounds too often. [`Fixed`] replaces it, with a pass each second,

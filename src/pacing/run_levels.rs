@@ -12,8 +12,10 @@ const BELOW: [f64; 5] = [0.1, 0.2, 0.3, 0.4, 0.5];
 /// Passes that ask for a lower level before the level falls.
 const PATIENCE: u32 = 5;
 
-/// The run levels that were proposed for QEMU in 2022 ("kvm: Dynamically adjust the rate of dirty ring reaper thread", v2), for
-/// comparison. They reap on a clock, whether or not rings are full.
+/// The run levels that were proposed for QEMU in 2022 ("kvm: Dynamically adjust the rate of dirty ring reaper
+/// thread", v2), for comparison.
+///
+/// They reap on a clock, whether or not rings are full.
 ///
 /// All rings are emptied each 1000, 500, 250, 125, 100 or 80 ms, for level 0 to 5. After a pass, the entries of all rings together
 /// are divided by the size of *one* ring. A share below 0.1, 0.2, 0.3, 0.4, 0.5 asks for level 0, 1, 2, 3, 4, and any other for
@@ -43,8 +45,9 @@ impl RunLevels {
         }
     }
 
-    /// Creates the policy as it was posted. A mistake in it never counts the passes that ask for a lower level, so the level never
-    /// falls.
+    /// Creates the policy as it was posted.
+    ///
+    /// A mistake in it never counts the passes that ask for a lower level, so the level never falls.
     pub const fn as_posted() -> Self {
         Self {
             falls: false,

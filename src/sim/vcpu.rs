@@ -129,7 +129,9 @@ impl SimVcpu {
         self.inner.running().ignores_limit = ignore;
     }
 
-    /// Makes the next logged page reach the ring as this slot and page instead. The true page is disarmed, and no log has it.
+    /// Makes the next logged page reach the ring as this slot and page instead.
+    ///
+    /// The true page is disarmed, and no log has it.
     pub fn garble_next(&self, raw_slot: u32, page: u64) {
         self.inner.running().garbage.push_back((raw_slot, page));
     }

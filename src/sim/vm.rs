@@ -86,9 +86,10 @@ impl SimVm {
         }
     }
 
-    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has set. On: every page is armed. Off: no
-    /// write is logged, the contents of the hardware buffer and of a bitmap are dropped, and entries in the rings stay there. No
-    /// change: nothing happens.
+    /// Switches a slot's `KVM_MEM_LOG_DIRTY_PAGES`, which [`create_slot`](Self::create_slot) has set.
+    ///
+    /// On: every page is armed. Off: no write is logged, the contents of the hardware buffer and of a bitmap are
+    /// dropped, and entries in the rings stay there. No change: nothing happens.
     pub fn set_logged(&self, slot: SlotId, logged: bool) {
         if let Some(slot) = self.slot(slot) {
             slot.set_logged(logged);
@@ -110,7 +111,9 @@ impl SimVm {
         self.slot(slot).is_some_and(|slot| slot.write(page))
     }
 
-    /// Writes a page as the kernel itself does, without a vCPU: only a bitmap logs it. Returns false if there is no such page.
+    /// Writes a page as the kernel itself does, without a vCPU: only a bitmap logs it.
+    ///
+    /// Returns false if there is no such page.
     pub fn kernel_write(&self, slot: SlotId, page: u64) -> bool {
         self.slot(slot).is_some_and(|slot| {
             let written = slot.write(page);
@@ -122,8 +125,9 @@ impl SimVm {
         })
     }
 
-    /// Returns the truth: how often `page` was written since its slot was created. `None` if there is no such page. Reading it stands
-    /// for copying the page.
+    /// Returns the truth: how often `page` was written since its slot was created.
+    ///
+    /// `None` if there is no such page. Reading it stands for copying the page.
     pub fn version(&self, slot: SlotId, page: u64) -> Option<u64> {
         self.slot(slot)?.version(page)
     }
@@ -138,8 +142,9 @@ impl SimVm {
         self.resets().bitmap_faults.extend(faults);
     }
 
-    /// Calls `hook` inside every reset, and every reading of a bitmap, from now on. The hook may write as vCPUs and devices do. It must
-    /// not reset, sync, or change slots.
+    /// Calls `hook` inside every reset, and every reading of a bitmap, from now on.
+    ///
+    /// The hook may write as vCPUs and devices do. It must not reset, sync, or change slots.
     pub fn on_reset(&self, hook: impl FnMut(ResetPhase) + Send + 'static) {
         self.resets().hook = Some(Box::new(hook));
     }

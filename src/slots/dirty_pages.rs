@@ -120,7 +120,9 @@ impl DirtyPages {
         self.whole(Kind::Members)
     }
 
-    /// Returns the dirty pages that are protected again: all but the [members](Self::members). Their contents may be sent now.
+    /// Returns the dirty pages that are protected again: all but the [members](Self::members).
+    ///
+    /// Their contents may be sent now.
     pub fn others(&self) -> DirtyPart<'_> {
         self.whole(Kind::Others)
     }
@@ -135,8 +137,9 @@ impl DirtyPages {
         self.slot(slot).is_some_and(|slot| slot.bits.contains(page))
     }
 
-    /// Returns the raw bits of `slot`: page p is bit p % 64 of word p / 64. `None` for a slot that was not in the log when the
-    /// sync ran.
+    /// Returns the raw bits of `slot`: page p is bit p % 64 of word p / 64.
+    ///
+    /// `None` for a slot that was not in the log when the sync ran.
     pub fn words(&self, slot: SlotId) -> Option<&[u64]> {
         self.slot(slot).map(|slot| slot.bits.words())
     }
@@ -159,8 +162,9 @@ impl DirtyPages {
         }
     }
 
-    /// Removes pages `first_page .. first_page + pages` of `slot`, for example because they were sent. Pages that are not dirty
-    /// are ignored.
+    /// Removes pages `first_page .. first_page + pages` of `slot`, for example because they were sent.
+    ///
+    /// Pages that are not dirty are ignored.
     pub fn remove(&mut self, slot: SlotId, first_page: u64, pages: u64) {
         let Ok(place) = self.slots.binary_search_by_key(&slot, |s| s.slot.id()) else {
             return;
@@ -301,8 +305,9 @@ impl DirtyPages {
         }
     }
 
-    /// Adds the pages of `from`, for example those of an earlier sync that were not sent. Returns false if there is no memory for
-    /// it; then nothing is added.
+    /// Adds the pages of `from`, for example those of an earlier sync that were not sent.
+    ///
+    /// Returns false if there is no memory for it; then nothing is added.
     ///
     /// Members of `self` stay members. All other pages count among the [others](Self::others) then, also members of `from`. Where the
     /// two name different slots by the same id, only the slot that was added to the log later keeps its pages; the other one is gone.
@@ -446,8 +451,9 @@ pub struct DirtyPart<'a> {
 }
 
 impl<'a> DirtyPart<'a> {
-    /// Splits the part into two that have no page in common and together have all of its pages. A small part is returned whole,
-    /// with `None`.
+    /// Splits the part into two that have no page in common and together have all of its pages.
+    ///
+    /// A small part is returned whole, with `None`.
     ///
     /// Parts are halved by memory, not by dirty pages, so split into more parts than there are threads. The signature is that of
     /// rayon's `split`.
@@ -475,8 +481,9 @@ impl<'a> DirtyPart<'a> {
         (part(words.start..middle), Some(part(middle..words.end)))
     }
 
-    /// Returns the pages of the part as runs, ascending by slot, then by page. A run ends at the part's end even if the next
-    /// part continues it.
+    /// Returns the pages of the part as runs, ascending by slot, then by page.
+    ///
+    /// A run ends at the part's end even if the next part continues it.
     pub fn runs(&self) -> impl Iterator<Item = Run> + use<'a> {
         let words = self.words.clone();
         let kind = self.kind;

@@ -109,7 +109,9 @@ impl GuestMap {
         &self.by_address
     }
 
-    /// Finds the page at a guest address: its slot, and the page's number in the slot. `None` if the address is in no region.
+    /// Finds the page at a guest address: its slot, and the page's number in the slot.
+    ///
+    /// `None` if the address is in no region.
     pub fn locate(&self, address: u64) -> Option<(SlotId, u64)> {
         let begun = |region: &GuestRegion| region.address <= address;
         let after = self.by_address.partition_point(begun);
@@ -118,8 +120,10 @@ impl GuestMap {
         (page < region.pages).then_some((region.slot, page))
     }
 
-    /// Returns the guest addresses of dirty pages in the form in which they are sent: ranges of bytes, ascending, across slots that
-    /// adjoin in the guest. Each is as long as possible, up to `most` pages.
+    /// Returns the guest addresses of dirty pages in the form in which they are sent: ranges of bytes, ascending,
+    /// across slots that adjoin in the guest.
+    ///
+    /// Each is as long as possible, up to `most` pages.
     ///
     /// For all pages: `map.ranges(dirty.part(), most)`; for those that are no members: `dirty.others()`. To use several threads,
     /// [split](DirtyPart::split) the part and call this for each piece.
@@ -173,8 +177,10 @@ impl GuestMap {
         })
     }
 
-    /// Returns the guest addresses of a run of pages. `None` if they are not all in one region: then the map does not match the log,
-    /// and the run must not be skipped.
+    /// Returns the guest addresses of a run of pages.
+    ///
+    /// `None` if they are not all in one region: then the map does not match the log, and the run must not be
+    /// skipped.
     pub fn range(&self, run: Run) -> Option<Range<u64>> {
         let place = self
             .by_slot

@@ -10,8 +10,9 @@ use crate::error::LimiterError;
 use crate::log::DirtyLog;
 use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 
-/// A thread that holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit), a few milliseconds at a time. It stops when
-/// this is dropped; the limits stay.
+/// A thread that holds vCPUs to their [dirty limits](DirtyLog::set_dirty_limit), a few milliseconds at a time.
+///
+/// It stops when this is dropped; the limits stay.
 ///
 /// The thread looks each millisecond while a limited vCPU runs, sleeps as long as all of them do, and waits where there are no
 /// limits. It blocks every signal but the C library's own, and sleeps without timer slack.
@@ -42,8 +43,9 @@ pub struct Limiter {
 
 impl Limiter {
     /// Starts a thread that calls `kick` for vCPUs that are ahead of their limits, as
-    /// [`enforce_dirty_limits`](DirtyLog::enforce_dirty_limits) does. `kick` gets the vCPU's number, in the order in which vCPUs
-    /// were attached.
+    /// [`enforce_dirty_limits`](DirtyLog::enforce_dirty_limits) does.
+    ///
+    /// `kick` gets the vCPU's number, in the order in which vCPUs were attached.
     ///
     /// # Errors
     /// [`LimiterError::Spawn`].
@@ -54,8 +56,10 @@ impl Limiter {
         Self::spawn_with(log, Priority::default(), kick)
     }
 
-    /// The same, for a thread with that priority. Where vCPUs or other threads keep every core busy, a limiter with a lower
-    /// priority looks late. The mean rate still holds, but stops get longer, as vCPUs get further ahead meanwhile.
+    /// The same, for a thread with that priority.
+    ///
+    /// Where vCPUs or other threads keep every core busy, a limiter with a lower priority looks late. The mean rate
+    /// still holds, but stops get longer, as vCPUs get further ahead meanwhile.
     ///
     /// # Errors
     /// [`LimiterError::Spawn`]; [`LimiterError::Scheduling`] without the right to that priority.
@@ -99,8 +103,9 @@ impl Limiter {
         self.thread.as_ref().is_some_and(|t| !t.is_finished())
     }
 
-    /// Stops the thread and waits for it, and so for a kick under way. Limits stay: from now on vCPUs stop for them at full
-    /// rings only.
+    /// Stops the thread and waits for it, and so for a kick under way.
+    ///
+    /// Limits stay: from now on vCPUs stop for them at full rings only.
     ///
     /// # Errors
     /// The failure that had ended the thread before.

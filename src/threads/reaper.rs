@@ -195,8 +195,9 @@ impl Reaper {
         });
     }
 
-    /// Makes no more passes until [`resume`](Self::resume). It waits for a pass under way. Full exits and syncs still empty the
-    /// rings.
+    /// Makes no more passes until [`resume`](Self::resume).
+    ///
+    /// It waits for a pass under way. Full exits and syncs still empty the rings.
     pub fn pause(&self) {
         self.control.order(&self.log, |orders| orders.paused = true);
         let mut orders = lock(&self.control.orders);
