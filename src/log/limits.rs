@@ -118,6 +118,16 @@ impl DirtyLog {
     /// Debts remain and are slept off later.
     ///
     /// Call it before you stop vCPUs, and drop the result when they are to run again. Then no stop waits for a sleep.
+    ///
+    /// ```
+    /// # let log = kvm_dirty_ring::sim::SimVm::new(Default::default()).dirty_log();
+    /// # let (stop_vcpus, resume_vcpus) = (|| (), || ());
+    /// let awake = log.keep_awake();
+    /// stop_vcpus();
+    /// // The last round of a migration, for example.
+    /// drop(awake);
+    /// resume_vcpus();
+    /// ```
     pub fn keep_awake(&self) -> Awake {
         let inner = self.inner();
         let mut terms = lock(&inner.limits.terms);

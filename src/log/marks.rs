@@ -57,6 +57,21 @@ impl DirtyLog {
     /// the host that it touches is marked. Returns the number of set bits that have no memory of `map` behind them;
     /// they are ignored.
     ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, GuestMap, GuestRegion, SlotId};
+    /// # let log = SimVm::new(SimConfig::default()).dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 1000)?;
+    /// let map = GuestMap::new([GuestRegion { slot: ram, address: 0, pages: 1000 }])?;
+    /// // A vhost log in pages of 4 KiB, from address 0: page 3 was written.
+    /// log.mark_guest_words(&map, 0, 4096, &[0b1000])?;
+    /// # let mut dirty = DirtyPages::new();
+    /// log.sync(&mut dirty)?;
+    /// assert_eq!(dirty.page_count(), 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`SlotError::PageSize`] if `page_bytes` is no power of two, or `address` no multiple of it;
     /// [`SlotError::Unknown`] for a slot of the map that is not tracked, [`SlotError::OutOfRange`] for one that is

@@ -140,6 +140,19 @@ impl DirtyPages {
     /// Returns the raw bits of `slot`: page p is bit p % 64 of word p / 64.
     ///
     /// `None` for a slot that was not in the log when the sync ran.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let log = SimVm::new(SimConfig::default()).dirty_log();
+    /// # let ram = SlotId::new(0, 0);
+    /// # log.add_slot(ram, 128)?;
+    /// # let mut dirty = DirtyPages::new();
+    /// log.mark_dirty(ram, 65, 1)?;
+    /// log.sync(&mut dirty)?;
+    /// assert_eq!(dirty.words(ram), Some(&[0, 0b10][..]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn words(&self, slot: SlotId) -> Option<&[u64]> {
         self.slot(slot).map(|slot| slot.bits.words())
     }

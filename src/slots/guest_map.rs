@@ -112,6 +112,15 @@ impl GuestMap {
     /// Finds the page at a guest address: its slot, and the page's number in the slot.
     ///
     /// `None` if the address is in no region.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::{GuestMap, GuestRegion, SlotId};
+    /// let slot = SlotId::new(0, 0);
+    /// let map = GuestMap::new([GuestRegion { slot, address: 1 << 20, pages: 256 }])?;
+    /// assert_eq!(map.locate((1 << 20) + 5), Some((slot, 0)));
+    /// assert_eq!(map.locate(0), None);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn locate(&self, address: u64) -> Option<(SlotId, u64)> {
         let begun = |region: &GuestRegion| region.address <= address;
         let after = self.by_address.partition_point(begun);

@@ -29,6 +29,18 @@ pub struct Reaper {
 }
 
 /// The settings of a [`Reaper`]'s thread.
+///
+/// ```
+/// # let log = kvm_dirty_ring::sim::SimVm::new(Default::default()).dirty_log();
+/// use kvm_dirty_ring::{Priority, Reaper, pacing::Adaptive};
+///
+/// let reaper = Reaper::builder()
+///     .name("vm7-reaper")
+///     .priority(Priority::Nice(5))
+///     .spawn(&log, Adaptive::default())?;
+/// reaper.stop()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct ReaperBuilder {
     name: Option<String>,
