@@ -18,7 +18,7 @@ use std::error::Error;
 use std::thread;
 use std::time::Duration;
 
-use guest::{Exit, Guest, Load, PAGE, Vcpu};
+use guest::{Exit, Guest, Load, Vcpu, page_size};
 use kvm_dirty_ring::error::FullError;
 use kvm_dirty_ring::pacing::{Adaptive, Fixed, Observation, Pacing};
 use kvm_dirty_ring::{DirtyPages, Reaper, SlotId, VcpuRing};
@@ -60,7 +60,7 @@ fn run(name: &str, policy: impl Pacing + 'static) -> Result<(), Box<dyn Error>> 
     let guest = Guest::new(1024, RAM, PAGES); // KVM_CREATE_VM
     let log = guest.dirty_log(); // DirtyLog::enable(&vm_fd, ...)
     log.add_slot(RAM, PAGES)?;
-    guest.create_slot(); // KVM_SET_USER_MEMORY_REGION
+    guest.create_slots(); // KVM_SET_USER_MEMORY_REGION
     let mut vcpus = Vec::new();
     // Two vCPUs, one of which writes much more than the other.
     for (number, burst) in [(0, 100), (1, 5)] {
@@ -97,10 +97,10 @@ fn run(name: &str, policy: impl Pacing + 'static) -> Result<(), Box<dyn Error>> 
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty)?;
     let memory = guest.memory();
-    let mut copy = vec![0; PAGES as usize * PAGE];
+    let mut copy = vec![0; PAGES as usize * page_size()];
     for run in dirty.runs() {
         let bytes = memory.read(run.first_page, run.pages);
-        copy[run.first_page as usize * PAGE..][..bytes.len()].copy_from_slice(&bytes);
+        copy[run.first_page as usize * page_size()..][..bytes.len()].copy_from_slice(&bytes);
     }
     assert!(copy == memory.read(0, PAGES), "{name}: the copy differs");
     Ok(())

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest::{Guest, Memory, PAGE};
+use guest::{Guest, Memory, page_size};
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::{DirtyLog, DirtyPages, SlotId};
 
@@ -56,7 +56,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let guest = Guest::new(1024, RAM, PAGES); // KVM_CREATE_VM
     let log = guest.dirty_log(); // DirtyLog::enable(&vm_fd, ...)
     log.add_slot(RAM, PAGES)?;
-    guest.create_slot(); // KVM_SET_USER_MEMORY_REGION
+    guest.create_slots(); // KVM_SET_USER_MEMORY_REGION
 
     let memory = guest.memory();
     let device = Arc::new(Device::default());
@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         move || device.run(&memory, &log)
     });
 
-    let mut copy = vec![0; PAGES as usize * PAGE];
+    let mut copy = vec![0; PAGES as usize * page_size()];
     let mut dirty = DirtyPages::new();
     let mut syncs = 0;
     let start = Instant::now();
@@ -77,7 +77,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // up to `done` that belong there, or a later one.
         for number in done.saturating_sub(PAGES - 1).max(1)..=done {
             let page = (number % PAGES) as usize;
-            let copied = u64::from_ne_bytes(copy[page * PAGE..][..8].try_into()?);
+            let copied = u64::from_ne_bytes(copy[page * page_size()..][..8].try_into()?);
             assert!(
                 copied >= number,
                 "page {page}: {copied} copied, {number} written"
@@ -104,7 +104,7 @@ fn update(
     log.sync(dirty)?;
     for run in dirty.runs() {
         let bytes = memory.read(run.first_page, run.pages);
-        copy[run.first_page as usize * PAGE..][..bytes.len()].copy_from_slice(&bytes);
+        copy[run.first_page as usize * page_size()..][..bytes.len()].copy_from_slice(&bytes);
     }
     Ok(())
 }

@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let guest = Guest::new(1024, RAM, PAGES); // KVM_CREATE_VM
     let log = guest.dirty_log(); // DirtyLog::enable(&vm_fd, ...)
     log.add_slot(RAM, PAGES)?;
-    guest.create_slot(); // KVM_SET_USER_MEMORY_REGION
+    guest.create_slots(); // KVM_SET_USER_MEMORY_REGION
     let mut vcpus = Vec::new();
     // Of three vCPUs two write to the same pages; the third is all but idle.
     for (first_page, burst) in [(0, 20), (0, 20), (40_000, 1)] {

@@ -14,7 +14,7 @@ mod guest;
 
 use std::error::Error;
 
-use guest::{Guest, Memory, PAGE};
+use guest::{Guest, Memory, page_size};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, SlotId};
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -24,9 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let guest = Guest::new(1024, RAM, PAGES); // KVM_CREATE_VM
     let log = guest.dirty_log(); // DirtyLog::enable(&vm_fd, ...)
     log.add_slot(RAM, PAGES)?;
-    guest.create_slot(); // KVM_SET_USER_MEMORY_REGION
+    guest.create_slots(); // KVM_SET_USER_MEMORY_REGION
     let memory = guest.memory();
-    let (mut copy, mut dirty) = (vec![0; PAGES as usize * PAGE], DirtyPages::new());
+    let (mut copy, mut dirty) = (vec![0; PAGES as usize * page_size()], DirtyPages::new());
 
     // A device fills some pages, and a round of the migration copies them.
     for page in 10..20 {
@@ -62,7 +62,7 @@ fn update(
     log.sync(dirty)?;
     for run in dirty.runs() {
         let bytes = memory.read(run.first_page, run.pages);
-        copy[run.first_page as usize * PAGE..][..bytes.len()].copy_from_slice(&bytes);
+        copy[run.first_page as usize * page_size()..][..bytes.len()].copy_from_slice(&bytes);
     }
     Ok(dirty.page_count())
 }

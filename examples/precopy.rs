@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let guest = Guest::new(128, RAM, PAGES); // KVM_CREATE_VM
     let log = guest.dirty_log(); // DirtyLog::enable(&vm_fd, ...)
     log.add_slot(RAM, PAGES)?;
-    guest.create_slot(); // KVM_SET_USER_MEMORY_REGION
+    guest.create_slots(); // KVM_SET_USER_MEMORY_REGION
 
     let mut vcpus = Vec::new();
     for number in 0..4 {

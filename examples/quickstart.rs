@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // The log knows the slot before KVM does.
     log.add_slot(RAM, PAGES)?;
-    guest.create_slot(); // KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES
+    guest.create_slots(); // KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES
 
     let mut threads = Vec::new();
     for number in 0..2 {

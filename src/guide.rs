@@ -13,6 +13,10 @@ pub mod slots {}
 pub mod threads {}
 
 #[doc = include_str!("../docs/rustdoc.links")]
+#[doc = include_str!("../docs/migration.md")]
+pub mod migration {}
+
+#[doc = include_str!("../docs/rustdoc.links")]
 #[doc = include_str!("../docs/limits.md")]
 pub mod limits {}
 

@@ -4,36 +4,75 @@
 
 #![allow(dead_code, reason = "no example uses all of it")]
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm, WriteError};
-use kvm_dirty_ring::{DirtyLog, Run, SlotId};
+use kvm_dirty_ring::{DirtyLog, GuestMap, GuestRegion, Run, SlotId};
 
 /// Bytes of a page. A VMM asks `sysconf(_SC_PAGESIZE)`.
-pub const PAGE: usize = 4096;
+pub fn page_size() -> usize {
+    let slot = SlotId::new(0, 0);
+    let page = Run {
+        slot,
+        first_page: 0,
+        pages: 1,
+    };
+    let range = one_slot(slot, 1).range(page).expect("it has one page");
+    (range.end - range.start) as usize
+}
 
-const WORDS: usize = PAGE / 8;
+fn words() -> usize {
+    page_size() / 8
+}
 
-/// A virtual machine with one slot of memory.
+fn one_slot(slot: SlotId, pages: u64) -> GuestMap {
+    let region = GuestRegion {
+        slot,
+        address: 0,
+        pages,
+    };
+    GuestMap::new([region]).expect("a slot has 1 page to 2^31 - 1")
+}
+
+/// Where slots are: their ids, the guest's number of their first page, and how many pages they have.
+pub fn map(slots: impl IntoIterator<Item = (u16, u64, u64)>) -> GuestMap {
+    let regions = slots
+        .into_iter()
+        .map(|(id, first_page, pages)| GuestRegion {
+            slot: SlotId::new(0, id),
+            address: first_page * page_size() as u64,
+            pages,
+        });
+    GuestMap::new(regions).expect("no two have a page in common")
+}
+
+/// A virtual machine.
 pub struct Guest {
     vm: SimVm,
-    ram: SlotId,
+    map: GuestMap,
     memory: Arc<Memory>,
     kicked: Arc<AtomicBool>,
 }
 
 impl Guest {
-    /// `KVM_CREATE_VM`, and an `mmap` of the guest's memory.
+    /// `KVM_CREATE_VM`, and an `mmap` of the guest's memory, which is one slot from address 0 on.
     pub fn new(ring_entries: u32, ram: SlotId, pages: u64) -> Self {
+        Self::with_map(ring_entries, &one_slot(ram, pages))
+    }
+
+    /// The same with memory in these slots. It is mapped as a whole, holes included, so that a page's place in the mapping is
+    /// its number in the guest.
+    pub fn with_map(ring_entries: u32, map: &GuestMap) -> Self {
         let mut config = SimConfig::default();
         config.ring_entries = ring_entries;
         Self {
             vm: SimVm::new(config),
-            ram,
-            memory: Arc::new(Memory::new(pages)),
+            map: map.clone(),
+            memory: Arc::new(Memory::of(map)),
             kicked: Arc::default(),
         }
     }
@@ -43,23 +82,23 @@ impl Guest {
         self.vm.dirty_log()
     }
 
-    /// `KVM_SET_USER_MEMORY_REGION` with `KVM_MEM_LOG_DIRTY_PAGES`.
-    pub fn create_slot(&self) {
-        self.vm.create_slot(self.ram, self.memory.pages());
+    /// `KVM_SET_USER_MEMORY_REGION` with `KVM_MEM_LOG_DIRTY_PAGES`, for each slot.
+    pub fn create_slots(&self) {
+        for region in self.map.regions() {
+            self.vm.create_slot(region.slot, region.pages);
+        }
     }
 
-    /// Another slot, with memory of its own: `mmap`, and `KVM_SET_USER_MEMORY_REGION` as above. No vCPU of these examples
-    /// writes there.
-    pub fn add_memory(&self, slot: SlotId, pages: u64) -> Arc<Memory> {
-        self.vm.create_slot(slot, pages);
-        Arc::new(Memory::new(pages))
+    /// `KVM_SET_USER_MEMORY_REGION` of no size.
+    pub fn delete_slot(&self, slot: SlotId) {
+        self.vm.delete_slot(slot);
     }
 
     /// `KVM_CREATE_VCPU`.
     pub fn create_vcpu(&self, load: Load) -> Vcpu {
         Vcpu {
             vcpu: self.vm.add_vcpu(),
-            ram: self.ram,
+            map: self.map.clone(),
             memory: Arc::clone(&self.memory),
             kicked: Arc::clone(&self.kicked),
             load,
@@ -76,6 +115,11 @@ impl Guest {
     pub fn kick(&self) {
         self.kicked.store(true, Ordering::Relaxed);
     }
+
+    /// Clears `immediate_exit`: vCPUs may run again.
+    pub fn resume(&self) {
+        self.kicked.store(false, Ordering::Relaxed);
+    }
 }
 
 /// What the guest's code does on one vCPU: writes to pages at random, `burst` writes between rests.
@@ -85,6 +129,18 @@ pub struct Load {
     pub pages: u64,
     pub burst: u64,
     pub rest: Duration,
+}
+
+impl Load {
+    /// A moderate one.
+    pub fn new(first_page: u64, pages: u64) -> Self {
+        Self {
+            first_page,
+            pages,
+            burst: 20,
+            rest: Duration::from_millis(2),
+        }
+    }
 }
 
 /// Why a vCPU has left the guest: `exit_reason` of `struct kvm_run`.
@@ -99,7 +155,7 @@ pub enum Exit {
 pub struct Vcpu {
     /// For `log.attach_ring(vcpu.vcpu.ring_memory())`: a VMM has `log.attach_vcpu(&vcpu_fd)`.
     pub vcpu: SimVcpu,
-    ram: SlotId,
+    map: GuestMap,
     memory: Arc<Memory>,
     kicked: Arc<AtomicBool>,
     load: Load,
@@ -115,7 +171,9 @@ impl Vcpu {
             let random = (self.writes + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
             let page = self.load.first_page + random % self.load.pages;
             let store = || self.memory.write(page, self.writes);
-            match self.vcpu.write_with(self.ram, page, store) {
+            let place = self.map.locate(page * page_size() as u64);
+            let (slot, slot_page) = place.expect("the guest has the page");
+            match self.vcpu.write_with(slot, slot_page, store) {
                 Ok(()) => self.writes += 1,
                 Err(WriteError::RingFull) => return Exit::DirtyRingFull,
                 Err(error) => panic!("{error}"),
@@ -129,14 +187,17 @@ impl Vcpu {
     }
 }
 
-/// Memory that may be read while others write it: what is read then may be torn.
+/// Guest memory, page by page as the guest numbers them. It may be read while others write it: what is read then may be torn.
 pub struct Memory {
     words: Box<[AtomicU64]>,
 }
 
 impl Memory {
-    fn new(pages: u64) -> Self {
-        let words = 0..pages as usize * WORDS;
+    /// As much memory as the guest has, all zeroes; holes as well.
+    pub fn of(map: &GuestMap) -> Self {
+        let end = |region: &GuestRegion| region.address + region.pages * page_size() as u64;
+        let end = map.regions().last().map_or(0, end);
+        let words = 0..end as usize / 8;
         Self {
             words: words.map(|_| AtomicU64::new(0)).collect(),
         }
@@ -144,31 +205,82 @@ impl Memory {
 
     /// How many pages there are.
     pub fn pages(&self) -> u64 {
-        (self.words.len() / WORDS) as u64
+        (self.words.len() / words()) as u64
     }
 
     /// Writes a number into a page, at the begin and somewhere else.
     pub fn write(&self, page: u64, number: u64) {
-        let page = &self.words[page as usize * WORDS..][..WORDS];
+        let page = &self.words[page as usize * words()..][..words()];
         page[0].store(number, Ordering::Relaxed);
-        page[number as usize % WORDS].store(number, Ordering::Relaxed);
+        page[number as usize % words()].store(number, Ordering::Relaxed);
     }
 
     /// Gives a page back to the host, which reads as zeroes from then on: `madvise(MADV_DONTNEED)`.
     pub fn discard(&self, page: u64) {
-        let page = &self.words[page as usize * WORDS..][..WORDS];
+        let page = &self.words[page as usize * words()..][..words()];
         page.iter()
             .for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// The bytes of `pages` pages.
     pub fn read(&self, first_page: u64, pages: u64) -> Vec<u8> {
-        let words = &self.words[first_page as usize * WORDS..][..pages as usize * WORDS];
+        let address = |page| page * page_size() as u64;
+        self.bytes(&(address(first_page)..address(first_page + pages)))
+    }
+
+    /// The bytes at these guest addresses, which are multiples of 8.
+    pub fn bytes(&self, range: &Range<u64>) -> Vec<u8> {
+        let words = &self.words[range.start as usize / 8..range.end as usize / 8];
         let mut bytes = Vec::with_capacity(words.len() * 8);
         for word in words {
             bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
         }
         bytes
+    }
+
+    /// Puts bytes at a guest address: where a migration or a snapshot arrives.
+    pub fn put(&self, address: u64, bytes: &[u8]) {
+        let words = &self.words[address as usize / 8..];
+        for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
+            let number = bytes.try_into().expect("a word has 8 bytes");
+            word.store(u64::from_ne_bytes(number), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether all memory of the guest is the same here and there.
+    pub fn equals(&self, other: &Self, map: &GuestMap) -> bool {
+        map.regions().iter().all(|region| {
+            let range = region.address..region.address + region.pages * page_size() as u64;
+            self.bytes(&range) == other.bytes(&range)
+        })
+    }
+}
+
+/// One of several ways to the destination, for a thread of its own. A message costs time beside that of its pages.
+#[derive(Clone)]
+pub struct Connection {
+    destination: Arc<Memory>,
+    pages_per_ms: u64,
+    message: Duration,
+}
+
+impl Connection {
+    /// One of 20 MB/s, or less where messages are short.
+    pub fn new(destination: &Arc<Memory>) -> Self {
+        Self {
+            destination: Arc::clone(destination),
+            pages_per_ms: 5,
+            message: Duration::from_micros(200),
+        }
+    }
+
+    /// Sends what is at these guest addresses.
+    pub fn send(&self, memory: &Memory, range: &Range<u64>) {
+        let start = Instant::now();
+        self.destination.put(range.start, &memory.bytes(range));
+        let pages = (range.end - range.start) / page_size() as u64;
+        let takes = self.message + Duration::from_micros(pages * 1000 / self.pages_per_ms);
+        thread::sleep(takes.saturating_sub(start.elapsed()));
     }
 }
 
@@ -182,7 +294,7 @@ impl Link {
     /// To a destination of so many pages.
     pub fn new(pages: u64, pages_per_ms: u64) -> Self {
         Self {
-            destination: vec![0; pages as usize * PAGE],
+            destination: vec![0; pages as usize * page_size()],
             pages_per_ms,
         }
     }
@@ -193,7 +305,7 @@ impl Link {
         let mut sent = 0;
         for run in runs {
             let bytes = memory.read(run.first_page, run.pages);
-            self.destination[run.first_page as usize * PAGE..][..bytes.len()]
+            self.destination[run.first_page as usize * page_size()..][..bytes.len()]
                 .copy_from_slice(&bytes);
             sent += run.pages;
         }

@@ -8,10 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Pages that rustdoc shows, with their names below `crate::guide`.
-const SHOWN: [(&str, &str); 11] = [
+const SHOWN: [(&str, &str); 12] = [
     ("docs/guide.md", ""),
     ("docs/slots.md", "::slots"),
     ("docs/threads.md", "::threads"),
+    ("docs/migration.md", "::migration"),
     ("docs/limits.md", "::limits"),
     ("docs/operations.md", "::operations"),
     ("docs/terms.md", "::terms"),

@@ -205,6 +205,18 @@ fn snapshot(log: DirtyLog, mut dirty: DirtyPages) -> Outcome {
 }
 
 #[rustfmt::skip]
+fn finishing(log: DirtyLog, dirty: DirtyPages, mut last: LastPages) -> Outcome {
+    let send = |_: DirtyPart<'_>| io::Result::Ok(());
+    stop_vcpus()?;
+    stop_devices()?;
+    log.put_back(&dirty)?;          // found by the sync before, and not sent
+    log.last_sync(&mut last)?;      // that, what was written since, and members
+    send(last.part())?;
+
+    Ok(())
+}
+
+#[rustfmt::skip]
 fn a_map(slot: SlotId, pages: u64) -> Outcome {
     let map = GuestMap::new([GuestRegion { slot, address: 0, pages }])?;
 
@@ -282,7 +294,7 @@ fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outc
         }
     }
     stop_vcpus()?;
-    send(dirty.others())?;
+    log.put_back(&dirty)?;                                          // found, and not sent: with the rest, each page once
     log.last_sync(&mut last)?;                                      // protects nothing, resets nothing
     send(last.part())?;                                             // members are among them
     Ok(())
@@ -334,6 +346,11 @@ fn the_pages_compile() {
         ("docs/guide.md", include_str!("../../docs/guide.md"), 9),
         ("docs/slots.md", include_str!("../../docs/slots.md"), 3),
         ("docs/threads.md", include_str!("../../docs/threads.md"), 2),
+        (
+            "docs/migration.md",
+            include_str!("../../docs/migration.md"),
+            1,
+        ),
         ("docs/limits.md", include_str!("../../docs/limits.md"), 3),
         (
             "docs/operations.md",
