@@ -68,24 +68,28 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     let (start, mut dirty) = (Instant::now(), DirtyPages::new());
     log.sync(&mut dirty)?;
     let sent = send_pages(&mut socket, &machine, &dirty.part())?;
-    let link = Terms::new(sent as f64 / start.elapsed().as_secs_f64(), DOWNTIME);
+    let rate = sent.pages as f64 / start.elapsed().as_secs_f64();
+    let mut link = Terms::new(rate, DOWNTIME);
     // So many pages stay open, and are sent in the end. Without refreshes, no more than that.
     log.set_working_set(Some(WorkingSet::new(link.places()).at_most(link.places())));
     let mut convergence = Convergence::new();
     loop {
         log.sync(&mut dirty)?;
-        let [others, members] = [dirty.others(), dirty.members()].map(|part| Extent {
-            pages: part.page_count(),
-            runs: part.runs().count() as u64,
-        });
+        let [others, members] = [dirty.others(), dirty.members()].map(|part| extent(&part));
         let decision = convergence.decide(&Observation::new(link, others, members));
-        send_pages(&mut socket, &machine, &dirty.others())?;
+        println!("{others:?}, {decision:?}");
         // What does not get there by itself is ended all the same: this guest is small.
         if decision != Decision::GoOn || start.elapsed() > PATIENCE {
             break;
         }
+        let begin = Instant::now();
+        let sent = send_pages(&mut socket, &machine, &dirty.others())?;
+        // Short runs cost more than their pages: each has a header.
+        link.learn_run_cost(sent, begin.elapsed());
     }
     let state = machine.stop(thread)?;
+    // What was found and not sent goes with the rest, each page once.
+    log.put_back(&dirty)?;
     // Complete, for nobody writes any more: neither vCPU nor device. So nothing need be protected.
     let mut last = LastPages::new();
     log.last_sync(&mut last)?;
@@ -100,8 +104,16 @@ fn send_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     Ok(())
 }
 
-/// Sends these pages. Returns how many.
-fn send_pages(socket: &mut UnixStream, machine: &Machine, pages: &DirtyPart<'_>) -> Result<u64> {
+/// How many pages there are, in how many messages.
+fn extent(pages: &DirtyPart<'_>) -> Extent {
+    Extent {
+        pages: pages.page_count(),
+        runs: pages.runs().count() as u64,
+    }
+}
+
+/// Sends these pages. Returns how much that was.
+fn send_pages(socket: &mut UnixStream, machine: &Machine, pages: &DirtyPart<'_>) -> Result<Extent> {
     println!("{} pages to send", pages.page_count());
     for run in pages.runs() {
         let range = machine.map.range(run).context("a run of no slot")?;
@@ -109,7 +121,7 @@ fn send_pages(socket: &mut UnixStream, machine: &Machine, pages: &DirtyPart<'_>)
         // Straight from guest memory, in which vCPUs may write: then a later sync has the page.
         socket.write_all_volatile(&machine.map.slice(&machine.memory, run)?)?;
     }
-    Ok(pages.page_count())
+    Ok(extent(pages))
 }
 
 fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
