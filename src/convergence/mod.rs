@@ -78,8 +78,8 @@
 //! };
 //! assert_eq!((rounds, last.pages), (3, 1900));
 //! ```
-//!
-//! May import: nothing.
+
+// May import: nothing.
 
 #[cfg(all(test, not(feature = "modelled")))]
 mod properties;

@@ -9,8 +9,8 @@
 //! | [`Fixed`] | empties all rings at a constant period: QEMU does so each second |
 //! | [`RunLevels`] | six delays; a level up or down by how much a pass found |
 //! | [`Aimd`] | halves its delay where a pass found much, lengthens it by 20 ms where little |
-//!
-//! May import: ground.
+
+// May import: ground.
 
 mod adaptive;
 mod aimd;

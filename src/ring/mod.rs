@@ -2,8 +2,8 @@
 //!
 //! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of
 //! the protocol; [`RingView`] is the consumer with its cached index.
-//!
-//! May import: ground.
+
+// May import: ground.
 
 pub(crate) mod entry;
 pub(crate) mod gauge;

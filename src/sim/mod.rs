@@ -30,8 +30,8 @@
 //! assert!(dirty.contains(ram, 7));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//!
-//! May import: ground, ring, log.
+
+// May import: ground, ring, log.
 
 mod batch;
 mod config;
