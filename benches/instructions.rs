@@ -61,7 +61,7 @@ fn idle(count: usize) -> usize {
     count
 }
 
-/// A sync and a walk over its runs: what callgrind is told to count of a drain.
+/// A sync and a walk over its runs: the part of a drain that callgrind counts.
 #[inline(never)]
 fn synced(tracked: &Tracked, dirty: &mut DirtyPages) -> usize {
     tracked.log.sync(dirty).expect("a sync");

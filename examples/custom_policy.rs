@@ -7,7 +7,7 @@
 //!
 //! A full exit stops a vCPU until its ring is empty; a pass protects its pages anew, and the guest
 //! faults on each of them again. A good policy has few of both. What none of them can do is lose a
-//! page, which is checked. (On a machine as small as this simulated one, figures tell little:
+//! page, which is checked. (On a machine as small as this simulated one, figures mean little:
 //! compare policies by `pacing-lab`, on KVM.)
 //!
 //! `guest` simulates what is below a VMM; all else a VMM does the same way.
@@ -83,7 +83,7 @@ fn run(name: &str, policy: impl Pacing + 'static) -> Result<(), Box<dyn Error>> 
         vcpu.join().expect("a vCPU's thread panicked")?;
     }
     let (stats, reaped) = (log.stats(), reaper.stats());
-    // A policy that panics or asks for the impossible is replaced, and that is told here.
+    // A policy that panics or asks for the impossible is replaced, and `stop` returns that error.
     reaper.stop()?;
     println!(
         "{name:<19} {:>7} {:>12} {:>8} {:>8}",

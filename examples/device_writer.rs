@@ -8,7 +8,7 @@
 //! # Why the order matters
 //!
 //! A device writes, then marks. Were it the other way round, a sync could take the mark, the page
-//! be copied, and only then the write happen: nobody would tell of it any more. As it is, either
+//! be copied, and only then the write happen: no sync would report it any more. As it is, either
 //! the sync takes the mark, and then the copy has the write; or the mark stays for the next sync.
 //!
 //! `guest` simulates what is below a VMM; all else a VMM does the same way.

@@ -85,7 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     found += dirty.page_count();
     reaper.stop()?;
 
-    // The meter against what the guest knows.
+    // Compare the meter with the true count of the guest.
     let entries: Vec<_> = log.stats().vcpus.iter().map(|vcpu| vcpu.entries).collect();
     println!("in all: {found} pages, from {entries:?} entries, from {writes:?} writes");
     assert!(found > 0 && found <= entries.iter().sum());

@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     assert!(copy == memory.read(0, PAGES));
 
     // The guest's balloon is inflated. First discarded, then marked: a sync in between would have the old contents copied,
-    // and nothing would tell of the new ones.
+    // and no sync would report the new ones.
     for page in 12..15 {
         memory.discard(page);
     }

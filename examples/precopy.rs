@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
     };
 
-    // Everything is sent, so what was written up to here need not be told of again.
+    // Everything is sent, so what was written up to here need not be reported again.
     log.sync(&mut dirty)?;
     let everything = Run {
         slot: RAM,

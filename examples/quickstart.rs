@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Before the first vCPU. In a VMM: DirtyLog::enable(&vm_fd, RingEntries::new(1024)?)?
     let log = guest.dirty_log();
 
-    // The log knows the slot before KVM does.
+    // Add the slot to the log before you create it in KVM.
     log.add_slot(RAM, PAGES)?;
     guest.create_slots(); // KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES
 

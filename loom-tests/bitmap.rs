@@ -68,7 +68,7 @@ fn sync_beside_a_deletion() {
 }
 
 /// The guest goes on, beside a sync and a removal: what the removal has taken, and the sync before it
-/// is protected again must not be told of, is in the copy when all is over.
+/// is protected again must not be reported, is in the copy when all is over.
 #[test]
 fn sync_beside_a_guest_and_a_removal() {
     model(3, || {

@@ -127,7 +127,7 @@ fn gate_failure() {
         pass(0)();
         other.join().unwrap();
         assert_eq!(gate.stats().failed, 1);
-        // The entries of those it failed are recycled by the next that is not told of them again.
+        // The entries of those it failed are recycled by the next that does not count them again.
         gate.reset(&*kernel, &NoRings).unwrap();
         for protected in &kernel.protected {
             assert!(protected.load(Ordering::Relaxed));

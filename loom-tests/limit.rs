@@ -42,7 +42,7 @@ fn a_limit_lifted_beside_a_sleeper() {
 }
 
 /// A stop that begins before, while or after the vCPU falls asleep, ends its sleep or keeps it from
-/// it; one stop that ends does not put to sleep whom another one wants awake.
+/// it; one stop that ends does not put a vCPU to sleep that another one keeps awake.
 #[test]
 fn a_stop_beside_a_sleeper() {
     model(3, || {

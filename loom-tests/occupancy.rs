@@ -62,7 +62,7 @@ fn an_onlooker_beside_two_passes() {
             let log = log.clone();
             move || log.reap().unwrap()
         });
-        // It has the entries reset whoever has harvested them. Whether it makes room other models ask.
+        // It has the entries reset, whichever thread harvested them. Other models check that it makes room.
         let full_exit = thread::spawn(move || drop(ring.on_full()));
         assert_eq!(logged(&log), 1, "entries were seen and then not");
         reaper.join().unwrap();

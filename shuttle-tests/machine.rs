@@ -18,7 +18,7 @@ pub(super) struct Vm {
     pub(super) machine: Arc<Machine>,
     pub(super) log: DirtyLog,
     /// The lock makes reading a page and writing its copy one step: two migrations could otherwise
-    /// put an old content over a new one, of which no log could tell.
+    /// put an old content over a new one, which no log could report.
     copy: Arc<Mutex<Copy>>,
     /// How often a full ring may stay full at most.
     faults: usize,
@@ -174,7 +174,7 @@ impl Vm {
         dirty
     }
 
-    /// Nothing of `pages` is missing in the copy, once every migration has copied what it was told.
+    /// Nothing of `pages` is missing in the copy, once every migration has copied what its syncs returned.
     pub(super) fn verify(&self, pages: Range<usize>) {
         lock(&self.copy).verify_pages(&self.machine, pages);
     }

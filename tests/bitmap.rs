@@ -70,7 +70,7 @@ fn vcpus_never_stop_for_a_ring() {
     assert!(sync(&log).is_empty());
 }
 
-/// Without a bitmap beside rings nobody hears of such a write, as in KVM.
+/// Without a bitmap beside rings such a write is not reported, as in KVM.
 #[test]
 fn what_the_kernel_writes_comes_by_the_bitmap() {
     for with_bitmap in [false, true] {
@@ -115,7 +115,7 @@ fn a_slot_that_is_kept_after_all_is_dirty_once_more() {
     assert_eq!(log.stats().missing_bitmaps, 0);
 }
 
-/// The log is not told that the VMM sets the flag, nor what was written before.
+/// The VMM sets the flag without `start_tracking`, so the log misses that, and what was written before.
 #[test]
 fn a_slot_whose_flag_comes_late_is_dirty_once_more() {
     let (vm, log, vcpu) = machine();

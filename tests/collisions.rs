@@ -155,7 +155,7 @@ fn a_vcpu_that_is_stopped_while_it_overruns_what_is_reset() {
     machine.vcpu.harvest_and_stop();
     kernel.write(60..64);
     assert!(kernel.begin_write(64));
-    // Whoever harvested these would see that a whole ring waits.
+    // A harvest of these would see that a whole ring waits.
     machine.idle.on_full().unwrap();
     kernel.end_write();
     machine.sync();

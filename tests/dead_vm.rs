@@ -106,7 +106,7 @@ fn of_a_sync(error: &SyncError) -> Option<i32> {
     }
 }
 
-/// Each call returns, whichever it is and however often, and tells why.
+/// Each call returns, whichever it is and however often, with the reason.
 #[test]
 fn every_call_returns_and_says_why() {
     for mode in [Mode::Rings, Mode::Bitmap] {

@@ -476,7 +476,7 @@ fn a_reset_by_somebody_else_is_forgiven() {
     assert_eq!(machine.log.stats().short_resets, 1);
 }
 
-/// Whoever may look at a ring keeps it mapped: the log, the vCPU's thread, the reaper.
+/// Everything that may look at a ring keeps it mapped: the log, the vCPU's thread, the reaper.
 #[test]
 fn a_ring_is_unmapped_last() {
     const ENTRIES: u32 = 64;

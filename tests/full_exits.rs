@@ -221,7 +221,7 @@ fn a_vcpu_that_is_attached_again_after_its_exit_shows_no_limit() {
     assert_eq!(log.stats().vcpus[0].soft_limit, 48);
 }
 
-/// Whoever has emptied the ring by the time that its vCPU's thread comes to it has made the room.
+/// Another thread may have emptied the ring, and so made room, before the vCPU's thread comes to it.
 #[test]
 fn a_vcpu_whose_ring_another_pass_has_emptied_gets_no_error() {
     let mut machine = Machine::new();

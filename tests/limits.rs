@@ -131,7 +131,7 @@ fn without_a_limit_nobody_sleeps() {
     assert_eq!(machine.log.stats().vcpus[0].dirty_limit, None);
 }
 
-/// A full exit is where a vCPU sleeps whom nobody kicks, and its sleep is no stall.
+/// A vCPU without kicks sleeps in its full exits, and that sleep is no stall.
 #[test]
 fn a_full_ring_is_paid_for() {
     let machine = Machine::new();
@@ -158,7 +158,7 @@ fn a_full_exit_that_fails_is_told_at_once() {
     assert_eq!(machine.log.stats().vcpus[0].limited_ns, 0);
 }
 
-/// Whoever empties the ring, it is what the vCPU has logged that counts.
+/// What the vCPU has logged counts, whichever thread empties the ring.
 #[test]
 fn entries_that_others_took_are_owed() {
     let machine = Machine::new();
@@ -251,7 +251,7 @@ fn a_limiter_holds_what_a_reaper_empties() {
     machine.log.set_dirty_limits(None).unwrap();
     let entries = machine.log.stats().entries;
     wait("progress", || machine.log.stats().entries > entries + 4096);
-    // A vCPU may be limited when nobody looks after it any more.
+    // A vCPU may be limited when no limiter runs any more.
     machine.log.set_dirty_limits(limit(1)).unwrap();
     limiter.stop().unwrap();
     let written = running.stop(&machine.log);

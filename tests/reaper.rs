@@ -34,7 +34,7 @@ fn wait_until(mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Says each time what it was shown of the first ring, and does as it was told at the start.
+/// Says each time what it was shown of the first ring, and does what was set at the start.
 struct Spy {
     seen: Sender<u64>,
     reap: bool,
@@ -150,7 +150,7 @@ fn failing_resets_are_reported() {
         panic!("no error");
     };
     assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
-    assert!(reaper.take_error().is_none(), "it is told once");
+    assert!(reaper.take_error().is_none(), "the error is returned once");
     fail_once(1);
     // It was got over: who stops the reaper after a migration that went well is not to fail for it.
     reaper.stop().unwrap();
@@ -255,7 +255,7 @@ fn a_pause_waits_for_a_pass() {
     reaper.stop().unwrap();
 }
 
-/// Whoever waits for a pause that another thread has ended in the meantime waits no more.
+/// A thread that waits for a pause returns when another thread ends the pause.
 #[test]
 fn a_pause_ends_with_a_resume() {
     let (vm, log, vcpu, _ring) = machine();
@@ -333,7 +333,7 @@ fn it_counts_what_it_does() {
     wait_until(|| log.stats().reaper.delay_ns > 0);
     reaper.stop().unwrap();
 
-    // The log knows what reapers that are gone have done, and that none sleeps.
+    // The log keeps the counts of reapers that are gone, and the delay of none.
     let gone = log.stats().reaper;
     assert_eq!((gone.woken, gone.delay_ns), (1, 0));
     let reaper = Reaper::spawn(&log, Fixed::default()).unwrap();
@@ -435,7 +435,7 @@ fn one_that_cannot_keep_up_says_so() {
     reaper.stop().unwrap();
 }
 
-/// Its thread, as the kernel knows it.
+/// Its thread in `/proc`.
 fn task(name: &str) -> std::path::PathBuf {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let named = |path: &std::path::PathBuf| {

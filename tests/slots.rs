@@ -51,7 +51,7 @@ fn ids_are_taken_until_a_removal_is_finished() {
     let is_retired = |result| matches!(result, Err(SlotError::Retired { slot: RAM }));
     assert!(is_retired(log.add_slot(RAM, 10)));
     log.mark_dirty(RAM, 9, 1).unwrap();
-    // Whoever has lost what the removal began with, begins it again.
+    // A caller that lost the token of the removal begins it again.
     let again = log.retire_slot(RAM).unwrap();
     assert!(is_retired(log.add_slot(RAM, 10)));
 
@@ -130,7 +130,7 @@ fn of_two_slots_with_one_id_the_later_one_keeps_its_pages() {
     }
 }
 
-/// Whoever insists that entries are recycled is disappointed four times: by a reset, and by its repetition.
+/// Four attempts to recycle entries fail: each reset, and its repetition.
 fn none_recycled() -> impl Iterator<Item = ResetFault> {
     let stops = ResetFault::Short { after: 0 };
     let refused = ResetFault::Error(libc::EINTR);

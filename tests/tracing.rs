@@ -72,7 +72,7 @@ fn passes_and_syncs_are_told() {
     assert!(told[1].count("ns") > 0);
 }
 
-/// Each is told once, when the call ends that met it, with what is suspect by then.
+/// Each is emitted once, at the end of the call that met it, with what is suspect by then.
 #[test]
 fn what_goes_wrong_is_told_once() {
     let listening = Listening::new();
@@ -135,7 +135,7 @@ fn what_goes_wrong_is_told_once() {
     machine.sync();
     expect(&machine, "kvm_dirty_ring_overrun", 1, 370);
 
-    // Nothing is told twice.
+    // Nothing is emitted twice.
     machine.sync();
     machine.log.reap().unwrap();
     let retired = machine.log.retire_slot(ROM).unwrap();
@@ -259,7 +259,7 @@ fn an_event_holds_nobody_up() {
     helper.join().unwrap();
 }
 
-/// Whoever panics in an event loses the event, and nothing else.
+/// A subscriber that panics in an event loses the event, and nothing else.
 #[test]
 fn a_subscriber_that_panics_loses_no_page() {
     let listening = Listening::new();

@@ -330,7 +330,7 @@ fn mark() -> impl Strategy<Value = (usize, usize)> {
     (number(), length)
 }
 
-/// Whoever names more than there is marks what there is.
+/// A mark past the end marks what exists.
 #[test]
 fn marks_past_the_regions_end_are_cut_off() {
     let log = log();

@@ -38,13 +38,13 @@ enum Op {
     Word(Way, Place, u64),
     /// Consecutive pages.
     Run(Way, Place, u64),
-    /// What was written is handed out; bits choose what is split on.
+    /// A sync returns what was written; bits choose what is split.
     Sync(u64),
     /// The next reset fails.
     Fail,
     /// A slot goes and comes again with this many pages.
     Replace(usize, u64),
-    /// The caller empties what it was handed.
+    /// The caller empties the pages that it received.
     Clear,
 }
 
@@ -282,7 +282,7 @@ impl Machine {
         self.log.add_slot(slot, pages).unwrap();
         self.sizes.insert(slot, pages);
         self.written.retain(|(other, _)| *other != slot);
-        // What was handed out stays as it was until the next sync.
+        // Pages that a sync returned stay as they are until the next sync.
     }
 
     fn sync(&mut self, splits: u64) {

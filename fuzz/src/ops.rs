@@ -50,7 +50,7 @@ struct Allowed {
     rearm: bool,
     /// Slots whose log is switched on and off.
     switches: bool,
-    /// Writes by the kernel, of which only bitmaps tell.
+    /// Writes by the kernel, which only bitmaps show.
     kernel_writes: bool,
     bad_bitmaps: bool,
     /// Changes of the working set's terms, refreshes, last syncs.

@@ -17,7 +17,7 @@
 //! | [`cli`] | what programs have in common: arguments, output, tables, signals | all programs but `mini-vmm` |
 //! | [`guestperf`] | migrations that are measured | `guestperf` |
 //! | [`lab`] | arms and loads, on KVM and in a simulation | `pacing-lab`, `tests/pacing_sim.rs` |
-//! | [`page_set`], [`random`] | pages that migrations send; numbers that look random | whoever needs them |
+//! | [`page_set`], [`random`] | pages that migrations send; numbers that look random | all of them |
 //!
 //! The guest is code for x86-64 and arm64, so the machine itself is there on these only; everything else
 //! builds everywhere.

@@ -49,7 +49,7 @@ fn full_rings_alone_hold_it_too() {
 }
 
 fn a_limit_that_does_not_hold_is_a_failure() {
-    // Nobody can tell a guest's rate in a second so well, unless it slept through it.
+    // A guest's rate in a second is not known so well, unless it slept through it.
     let args = "--memory-mib 64 --seconds 1 --limit 1 --ring-entries 65536 --at-full-rings";
     let ran = run(PROGRAM, args);
     assert_eq!(ran.status, Some(1), "{}{}", ran.stderr, ran.stdout);

@@ -248,7 +248,7 @@ fn a_watched_migration_needs_no_reader() {
     );
 }
 
-/// A terminal of 24 lines and 80 columns: the side of whoever sits before it, and the program's.
+/// A terminal of 24 lines and 80 columns: the user's side, and the program's.
 fn terminal() -> (File, File) {
     let size = libc::winsize {
         ws_row: 24,

@@ -82,7 +82,7 @@ fn other_options_are_an_error() {
     }
 }
 
-/// What a child leaves behind, and whoever else has its stdout and stderr.
+/// What a child leaves behind, and the processes that still have its stdout and stderr.
 fn finish(mut child: Child) -> Ran {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let (stdout, stderr) = (drain(stdout.unwrap()), drain(stderr.unwrap()));
@@ -203,7 +203,7 @@ fn nonsense_of_a_source_is_an_error() {
     }
 }
 
-/// A destination that goes on tells how far it has come; one whose state is none does not go on.
+/// A destination that goes on prints how far it has come; one whose state is none does not go on.
 fn a_destination_answers_once_the_guest_goes_on() {
     // Memory as it is before anything was sent: none at all, on the simulated kernel.
     let checksum = {

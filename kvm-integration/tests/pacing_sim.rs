@@ -351,7 +351,7 @@ proptest! {
         }
     }
 
-    /// Nor does what a pacer is told.
+    /// Nor does what a pacer receives.
     #[test]
     fn pacers_stay_in_bounds(sights in anything()) {
         for (name, policy) in policies() {

@@ -54,13 +54,13 @@ fn stop_devices() -> io::Result<()> {
 fn readme_use(vm_fd: File, vcpu_fd: File, pages: u64, mut dirty: DirtyPages) -> Outcome {
     let send = |_: SlotId, _: u64, _: u64| io::Result::Ok(());
     let log = DirtyLog::enable(&vm_fd, RingEntries::new(4096)?)?;   // before the first vCPU
-    log.add_slot(SlotId::new(0, 0), pages)?;                        // before KVM knows the slot
+    log.add_slot(SlotId::new(0, 0), pages)?;                        // before KVM has the memslot
     let mut ring = log.attach_vcpu(&vcpu_fd)?;                      // one for each vCPU
-    let reaper = Reaper::spawn(&log, Adaptive::default())?;        // empties the rings in time
-    // On the vCPU's thread, on KVM_EXIT_DIRTY_RING_FULL:
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;         // a thread that empties the rings
+    // On the vCPU's thread, after KVM_EXIT_DIRTY_RING_FULL:
     ring.on_full()?;
-    // On the migration's thread, each round; then the pages may be read:
-    log.sync(&mut dirty)?;
+    // On the migration's thread, in each round:
+    log.sync(&mut dirty)?;                                          // dirty: DirtyPages, reused
     for run in dirty.runs() { send(run.slot, run.first_page, run.pages)?; }
 
     drop(reaper);

@@ -7,7 +7,7 @@ use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 pub(crate) const MAX_SHARDS: usize = 4;
 
 /// The shards' tokens. A pass holds one from its first harvested entry until its pages are
-/// published, so whoever comes to hold a shard next finds only published pages in it, or the note
+/// published, so the next holder of a shard finds only published pages in it, or the note
 /// of what is still to be done.
 pub(crate) struct ShardPool {
     tokens: Mutex<Tokens>,

@@ -14,7 +14,7 @@ const MOST_ASKED: usize = 2 * BLOCK_FLAGS;
 
 /// One slot's part of one shard: a bit a page, written by plain stores.
 ///
-/// Whoever holds the shard (see [`ShardPool`](super::pool::ShardPool)) is alone with it.
+/// The holder of the shard (see [`ShardPool`](super::pool::ShardPool)) is alone with it.
 pub(crate) struct ShardBits {
     words: Lines<PlainU64>,
     /// One for each line of whole blocks: 1 if any of its bits are set, else 0.
@@ -31,7 +31,7 @@ impl ShardBits {
         })
     }
 
-    /// The words and the touched-flags, for whoever makes pointers to them.
+    /// The words and the touched-flags, for code that makes pointers to them.
     pub(crate) fn parts(&self) -> (&[PlainU64], &[PlainU8]) {
         (&self.words, &self.touched)
     }

@@ -31,7 +31,7 @@ impl SharedBits {
     /// Adds `bits` to `word`. Which of them were set before.
     pub(crate) fn merge(&self, word: usize, bits: u64) -> u64 {
         // Release: pairs with the acquire swap in `take_into`. What the caller wrote to the pages
-        // before is seen by whoever copies them after taking the bits.
+        // before is seen by the thread that copies them after taking the bits.
         let before = self.words[word].fetch_or(bits, Ordering::Release);
         // Release: pairs with the acquire swap of the flag in `take_into`: who takes the flag sees
         // the bits. A read-modify-write, not a store, so that the flags of several writers form

@@ -160,7 +160,7 @@ proptest! {
         prop_assert!(refreshes <= 2 * most + 1, "{refreshes} refreshes in {} syncs", syncs.len());
     }
 
-    /// However fast its pages join, and whatever it is told of refreshes. Three of these, and the
+    /// However fast its pages join, and whatever it sees of refreshes. Three of these, and the
     /// rounds until the others fit, of which two leave at most 0.7 of them, are the longest that it
     /// can take to say so.
     #[test]

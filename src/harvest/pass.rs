@@ -65,7 +65,7 @@ impl Layout {
     }
 
     fn targets(&self, held: &ShardGuard<'_>) -> &Targets {
-        // SAFETY: `self` holds both the slots and the targets, and whoever changes the slots
+        // SAFETY: `self` holds both the slots and the targets, and a change of the slots
         // throws the targets away.
         let make = || unsafe { Targets::new(&self.slots, held.index()) };
         self.targets[held.index()].get_or_init(make)
@@ -127,7 +127,7 @@ impl Harvester {
     /// Whether a ring is broken. The kernel has overwritten entries that nobody had harvested, or whose pages it
     /// had yet to protect, and may at any time again: so all pages of all slots are dirty from then on.
     pub(crate) fn any_broken(&self) -> bool {
-        // Whoever finds a ring broken holds a shard, or resets for one who does: a sync waits for the shards,
+        // The thread that finds a ring broken holds a shard, or resets for a holder: a sync waits for the shards,
         // and their lock orders this count.
         self.counts.overruns.get() > 0
     }
@@ -319,7 +319,7 @@ impl<'a> Pass<'a, Harvested> {
         let layout = Arc::clone(&self.layout);
         let vcpus = layout.vcpus.iter().enumerate();
         let vcpus = vcpus.filter(|&(place, _)| wanted(place));
-        // Once for many rings: each entry into the gate may wait for a reset. But whoever wants to
+        // Once for many rings: each entry into the gate may wait for a reset. But a thread that wants to
         // reset waits for us.
         let mut marking = self.harvester.gate.harvest();
         let mut taken = 0;
@@ -421,7 +421,7 @@ impl<'a> Pass<'a, Harvested> {
     }
 
     /// Adds the pages of this pass, and of those before on its shard, to `dirty`, and ends it before its reset: they stay,
-    /// for whoever holds the shard next. False if there is no memory for it.
+    /// for the next holder of the shard. False if there is no memory for it.
     pub(crate) fn copy_into(self, dirty: &mut DirtyPages) -> bool {
         let fits = dirty.fit(&self.layout.slots);
         if fits {
@@ -451,7 +451,7 @@ impl Pass<'_, Reset> {
         self.harvester.count_broken(breaks);
     }
 
-    /// Publishes the pages: whoever holds the shard next may hand them out.
+    /// Publishes the pages: the next holder of the shard may return them.
     pub(crate) fn publish(self) {
         // Dropping the shard does it (`ShardGuard::drop` in the pool): it is given back with nothing left to reset.
         let Reset(()) = self.stage;

@@ -100,7 +100,7 @@ impl Entry {
     /// Whether the kernel may fill the entry.
     #[inline]
     pub(crate) fn is_free(&self) -> bool {
-        // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`: whoever
+        // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`: a thread that
         // sees an entry recycled also sees that the consumer's head is beyond it.
         self.flags.load(Ordering::Acquire) & (DIRTY | RESET) == 0
     }

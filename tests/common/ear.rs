@@ -13,7 +13,7 @@ use tracing::{Event, Level, Metadata, Subscriber};
 /// Never reached on a machine that gets on.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// An event as it was told.
+/// An event as it was emitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Told {
     pub level: Level,
@@ -39,7 +39,7 @@ impl Visit for Told {
 
 type Hook = Arc<dyn Fn(&Told) + Send + Sync>;
 
-/// Who is told: of all events of the process, whatever the thread.
+/// Receives all events of the process, from any thread.
 #[derive(Default)]
 struct Ear {
     told: Mutex<Vec<Told>>,
@@ -111,7 +111,7 @@ impl Listening {
         *lock(&self.ear.hook) = Some(Arc::new(hook));
     }
 
-    /// What was told since this was asked before.
+    /// The events since the last call.
     pub fn take(&self) -> Vec<Told> {
         core::mem::take(&mut lock(&self.ear.told))
     }

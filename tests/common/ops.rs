@@ -36,7 +36,7 @@ pub struct Write {
 #[derive(Debug, Clone)]
 pub enum Op {
     Write(Write),
-    /// Writes that no vCPU makes, and that the log is not told of.
+    /// Writes that no vCPU makes, and that are not marked in the log.
     KernelWrite(Write),
     Reap,
     /// A pass over the rings whose bits are set.

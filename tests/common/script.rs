@@ -220,7 +220,7 @@ pub fn switching_script() -> impl Strategy<Value = Vec<Op>> {
     )
 }
 
-/// The same, and resets that go wrong; without the kernel's writes, of which rings do not tell.
+/// The same, and resets that go wrong; without the kernel's writes, which rings do not show.
 pub fn switching_badly_script() -> impl Strategy<Value = Vec<Op>> {
     vec(prop_oneof![10 => bad_reset_op(), 4 => switch_op()], 1..120)
 }

@@ -20,7 +20,7 @@ pub fn part_of(part: &DirtyPart<'_>) -> PageSet {
 }
 
 /// Checks every view of `dirty` against the others and returns the pages. `tracked` are the slots
-/// that the log knew at the sync, with their sizes.
+/// that were in the log at the sync, with their sizes.
 pub fn pages_of(dirty: &DirtyPages, tracked: &BTreeMap<SlotId, u64>) -> PageSet {
     let runs: Vec<Run> = dirty.runs().collect();
     for pair in runs.windows(2) {

@@ -73,7 +73,7 @@ pub struct Outcome {
 pub enum Caller {
     GivesUp(u32),
     HopesOn(u32),
-    /// To the rate that it is told would do.
+    /// To the rate that the decision names.
     Throttles(u32),
 }
 

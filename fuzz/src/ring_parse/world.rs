@@ -383,7 +383,7 @@ impl World {
             let missing: Vec<_> = pages.iter().filter(missing).collect();
             assert!(missing.is_empty(), "slot {slot}: {missing:?} were lost");
         }
-        // What a short reset concerns is more than the world can tell.
+        // What a short reset concerns is unknown to the world.
         if self.orderly && stats.short_resets == 0 {
             assert_eq!(*reported, expected, "reported, and owed");
         }
@@ -399,7 +399,7 @@ impl World {
         }
     }
 
-    /// Entries that wait in each ring, where that can be told.
+    /// Entries that wait in each ring, where it is known.
     pub fn occupancy(&self) -> impl Iterator<Item = Option<u32>> {
         self.rings.iter().map(|ring| {
             let head = ring.at(ring.head);

@@ -227,7 +227,7 @@ pub fn extent(shapes: &[(Key, Shape)]) -> Range<f64> {
     low.unwrap_or(1.0)..high.unwrap_or(10.0)
 }
 
-/// At most so many points, as many as can be told apart: of each group the lowest and the highest.
+/// At most so many points, as many as can be distinguished: of each group the lowest and the highest.
 pub fn outermost(points: &[Point], most: usize) -> Vec<Point> {
     if points.len() <= most {
         return points.to_vec();

@@ -1,4 +1,4 @@
-//! How a program of this workspace is told to end early.
+//! How the user ends a program of this workspace early.
 
 use std::io;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What programs have in common: how they are told what to do, and how they say what came of it.
+//! What programs have in common: their options, and how they print their results.
 
 pub mod backend;
 pub mod interrupt;

@@ -92,7 +92,7 @@ pub struct Teller {
 }
 
 impl Teller {
-    /// Tells people.
+    /// Prints for people.
     pub fn tell(self, text: &str) -> Result<()> {
         match self.json {
             true => writeln!(io::stderr(), "{text}").with_context(|| unwritten("stderr")),
@@ -100,7 +100,7 @@ impl Teller {
         }
     }
 
-    /// Tells programs, if any wants to know.
+    /// Prints for programs, if that was asked for.
     pub fn end(self, object: &impl Serialize) -> Result<()> {
         if self.json {
             say(&serde_json::to_string(object)?)?;

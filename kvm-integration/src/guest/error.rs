@@ -79,7 +79,7 @@ impl VmError {
     }
 }
 
-/// A vCPU failed, or its thread could not do as told.
+/// A vCPU failed, or its thread could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VcpuError {

@@ -35,7 +35,7 @@ impl ImmediateExit {
 }
 
 impl Barrier for Arc<ImmediateExit> {
-    /// It is the thread's lock that orders this with whoever asked; the kernel reads the flag
+    /// It is the thread's lock that orders this with the thread that asked; the kernel reads the flag
     /// once on its way in, so Relaxed is enough.
     fn set(&self, closed: bool) {
         // SAFETY: map() mapped all of kvm_run, and the mapping lives as long as `self`. One byte

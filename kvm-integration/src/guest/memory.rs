@@ -69,7 +69,7 @@ impl GuestMemory {
     }
 
     /// Maps `pages` pages, touches all of them, and asks for huge pages of 2 MiB. Whether the kernel had any,
-    /// [`huge_bytes`](Self::huge_bytes) tells.
+    /// [`huge_bytes`](Self::huge_bytes) returns.
     pub fn with_huge_pages(pages: u64) -> Result<Self, MemoryError> {
         let map = map(pages, HUGE_PAGE_SIZE)?;
         let start = (map.as_mut_ptr() as usize).wrapping_neg() % HUGE_PAGE_SIZE;

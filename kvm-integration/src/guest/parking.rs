@@ -29,7 +29,7 @@ impl Barrier for AtomicBool {
     }
 }
 
-/// What the thread and its owner tell each other.
+/// What the thread and its owner exchange.
 #[derive(Debug, Default)]
 pub struct Parking<B = AtomicBool> {
     state: Mutex<State>,
@@ -102,7 +102,7 @@ impl<B: Barrier> Parking<B> {
         true
     }
 
-    /// Waits until the thread that was told to pause does; false if it has ended instead.
+    /// Waits until the thread that was asked to pause does; false if it has ended instead.
     pub fn wait_parked(&self) -> bool {
         let quiet = |state: &State| state.parked && state.want == Want::Pause || state.ended;
         !self.wait_while(|state| !quiet(state)).ended
@@ -135,7 +135,7 @@ impl Parking {
     }
 }
 
-/// Tells the waiting that the thread has ended, also if it panics.
+/// Wakes waiting threads when the thread has ended, also if it panics.
 #[derive(Debug)]
 pub struct EndGuard<B: Barrier = AtomicBool>(pub Arc<Parking<B>>);
 

@@ -114,7 +114,7 @@ impl Slots {
             userspace_addr: slot.memory.host_addr(),
         };
         // SAFETY: the region is a GuestMemory's mapping, or part of none when it is deleted. The
-        // caller keeps the slot in `slots`, hence mapped, until KVM was told to delete it or the
+        // caller keeps the slot in `slots`, hence mapped, until KVM has deleted it or the
         // machine is gone; and nobody makes references to a GuestMemory's bytes.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(VmError::kvm(
             "KVM_SET_USER_MEMORY_REGION",

@@ -1,6 +1,6 @@
 //! The thread that runs a vCPU, and how others stop it.
 //!
-//! Whoever wants the vCPU out of the guest writes down what it wants, sets `immediate_exit`, and
+//! A thread that wants the vCPU out of the guest writes down what it wants, sets `immediate_exit`, and
 //! sends a signal, in this order. The thread clears `immediate_exit` only under the lock and only
 //! when it is wanted to run. So a kick is never lost: before `KVM_RUN` the flag keeps the vCPU
 //! out, inside the signal throws it out, and after it the flag is still set.
@@ -38,7 +38,7 @@ pub enum Action {
 
 /// A running vCPU. Dropping it stops it and drops the vCPU.
 ///
-/// The handler is called on the vCPU's thread, out of `KVM_RUN`. Whoever pauses or stops the vCPU
+/// The handler is called on the vCPU's thread, out of `KVM_RUN`. A thread that pauses or stops the vCPU
 /// waits for a handler that is still at work, so a handler must not wait for them.
 #[derive(Debug)]
 pub struct VcpuThread {
@@ -54,7 +54,7 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Runs `vcpu` on a thread of its own. `handler` is told of each exit of the guest's own, and
+    /// Runs `vcpu` on a thread of its own. `handler` receives each exit of the guest's own, and
     /// of those that a [`Kicker`] causes; other signals are not its business.
     pub fn spawn(
         vcpu: TinyVcpu,
@@ -149,12 +149,12 @@ impl VcpuThread {
         self.parking.ended()
     }
 
-    /// Why the thread has ended, if it has; for whoever can't [`join`](Self::join) it.
+    /// Why the thread has ended, if it has; for threads that cannot [`join`](Self::join) it.
     pub fn why_ended(&self) -> Option<String> {
         let index = self.index;
         let why = || match self.error.get() {
             Some(error) => format!("vCPU {index} has ended: {error}"),
-            None => format!("vCPU {index} has ended, as it was told to, or by a panic"),
+            None => format!("vCPU {index} has ended, as it was asked to, or by a panic"),
         };
         self.ended().then(why)
     }
@@ -262,7 +262,7 @@ impl Drop for VcpuThread {
 pub struct Kicker(Arc<dyn Fn() + Send + Sync>);
 
 impl Kicker {
-    /// Kicks. The handler is told [`Exit::Kicked`]; if the vCPU was about to enter the guest,
+    /// Kicks. The handler receives [`Exit::Kicked`]; if the vCPU was about to enter the guest,
     /// perhaps not before something else brings it out.
     pub fn kick(&self) {
         (self.0)();
@@ -286,7 +286,7 @@ fn prepare(ready: Sender<libc::pid_t>, index: u32, cpu: Option<usize>) -> Result
     if let Some(cpu) = cpu {
         confine(&[cpu]).map_err(|source| VcpuError::Pin(index, cpu, source))?;
     }
-    // Whoever started it waits for it.
+    // The thread that started it waits for this.
     let _ = ready.send(this_thread());
     Ok(())
 }
@@ -295,7 +295,7 @@ fn prepare(ready: Sender<libc::pid_t>, index: u32, cpu: Option<usize>) -> Result
 const STAY_OUT: Duration = Duration::from_millis(1);
 
 /// The thread's loop. It parks only after `KVM_RUN` said EINTR: that run completes an `out` that
-/// the handler was told of, so that a parked vCPU is between two instructions.
+/// the handler has received, so that a parked vCPU is between two instructions.
 fn run(
     parking: &Parking<Arc<ImmediateExit>>,
     kicked: &AtomicBool,

@@ -30,7 +30,7 @@ pub struct ArmResult {
 /// One migration with the quiet phases around it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Migration {
-    /// What is told of it in numbers.
+    /// Its figures.
     pub figures: Figures,
     /// Its rounds, the last one with the guest stopped.
     pub rounds: Vec<Round>,
@@ -40,7 +40,7 @@ pub struct Migration {
     pub samples: Vec<Sample>,
 }
 
-/// What is told of a migration in numbers.
+/// The figures of a migration.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Figures {
     /// Milliseconds a vCPU takes for a GB in the quiet phase before: the median of the samples.

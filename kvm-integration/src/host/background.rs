@@ -13,7 +13,7 @@ pub struct Background {
     thread: Option<JoinHandle<()>>,
 }
 
-/// How the thread knows.
+/// How the thread learns that it is to stop.
 #[derive(Debug)]
 pub struct Ended(Receiver<()>);
 

@@ -1,7 +1,7 @@
 //! Who runs where.
 //!
 //! Threads that are left alone may all be packed on one core, and a reaper that shares its core
-//! with a vCPU is late. So everybody is told where to run.
+//! with a vCPU is late. So each thread gets a place to run.
 
 use std::io;
 

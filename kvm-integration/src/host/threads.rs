@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::fs;
 
 /// A line for each thread: its id, name and state, where in the kernel it waits, and the system call that it
-/// is in, by its number and first arguments. What the kernel does not tell is a `?`.
+/// is in, by its number and first arguments. What the kernel does not show is a `?`.
 pub fn states() -> String {
     let mut lines = String::new();
     let threads = fs::read_dir("/proc/self/task").into_iter().flatten();

@@ -149,7 +149,7 @@ mod tests {
         assert!(!sleeper.is_finished());
         dormitory.wake();
         sleeper.join().unwrap();
-        // Whoever comes late does not even lie down.
+        // A thread that comes late does not sleep at all.
         dormitory.sleep_until(Instant::now() + Duration::from_secs(3600));
         dormitory.calm();
         dormitory.sleep_until(Instant::now() + Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! The loop on machines that do as they are told, or on purpose not.
+//! The loop on machines that behave, and on machines that misbehave on purpose.
 
 mod working_set;
 

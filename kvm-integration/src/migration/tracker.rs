@@ -15,7 +15,7 @@ use crate::page_set::PageSet;
 /// Dirty tracking of one migration.
 pub trait Tracker {
     /// Adds every page written since the call before to `dirty`, but for those that stay [open](Self::open). They
-    /// are protected again when it returns, so that a write which comes later is told by a later call.
+    /// are protected again when it returns, so that a later write is reported by a later call.
     ///
     /// # Errors
     /// Pages may have been lost to this call, but not to a later one that succeeds.

@@ -76,7 +76,7 @@ impl FullExits {
         Ok(result?)
     }
 
-    /// Empties all rings as QEMU does: one thread at a time, whoever it is.
+    /// Empties all rings as QEMU does: one thread at a time.
     pub(super) fn reap_all(&self) -> Result<u64, ResetError> {
         let _one_at_a_time = self.lock();
         self.log.reap()

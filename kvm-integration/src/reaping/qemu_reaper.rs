@@ -55,7 +55,7 @@ impl QemuReaper {
             Background::spawn(name, move |ended| {
                 let confined = confine(&cpus);
                 let runs = confined.is_ok();
-                // Whoever started it waits for it.
+                // The thread that started it waits for this.
                 let _ = ready.send(confined);
                 if runs {
                     run(&state, &full_exits, Pacer::new(policy), ended);

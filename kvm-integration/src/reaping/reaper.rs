@@ -18,7 +18,7 @@ use crate::host::storm::thread_named;
 /// Reapers so far: each has a name of its own, by which its CPU time is found.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
-/// Whoever empties rings before they are full. Dropping it stops it.
+/// The thread that empties rings before they are full. Dropping it stops it.
 #[derive(Debug)]
 pub(crate) struct Reaping {
     who: Who,
@@ -33,7 +33,7 @@ enum Who {
 
 impl Reaping {
     /// Starts it on some of these CPUs, and has full exits served in its shape. In QEMU's shape
-    /// nobody asks for a priority.
+    /// no priority is asked for.
     pub(crate) fn start(
         full_exits: &Arc<FullExits>,
         shape: Shape,

@@ -387,7 +387,7 @@ fn rings_behind_the_logs_back_are_noticed() -> Outcome {
     Ok(Completed)
 }
 
-/// A filter by which KVM seems to have no dirty rings: whoever asks for them is told 0.
+/// A filter by which KVM seems to have no dirty rings: a query for them returns 0.
 fn without_rings() -> Result<BpfProgram, Failed> {
     const CHECK_EXTENSION: u64 = 0xae03;
     let mut rules = Vec::new();

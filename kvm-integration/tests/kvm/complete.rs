@@ -112,7 +112,7 @@ fn syncs_beside_each_other() -> Outcome {
         drop(guard);
         Ok(other.join().expect("a sync panicked")?)
     })?;
-    // Whoever was given a page last has it as it is.
+    // The copy that received a page last has its contents.
     let there: HashSet<u64> = memory.differing(&copy).collect();
     let lost: Vec<u64> = machine.missing(1);
     let lost: Vec<&u64> = lost.iter().filter(|page| there.contains(page)).collect();
@@ -121,7 +121,7 @@ fn syncs_beside_each_other() -> Outcome {
     Ok(Completed)
 }
 
-/// A device writes pages that no vCPU does, beside vCPUs and syncs: only `mark_dirty` tells of it.
+/// A device writes pages that no vCPU does, beside vCPUs and syncs: only `mark_dirty` reports it.
 fn device_writes_are_merged() -> Outcome {
     let mut machine = Machine::new(1024, &[1024, 4096])?;
     let (log, device_memory) = (machine.log.clone(), Arc::clone(machine.memory(2)));

@@ -1,4 +1,4 @@
-//! Dirty limits. How well they hold, the program `dirty-limit` tells; here is what must be so on
+//! Dirty limits. The program `dirty-limit` measures how well they hold; here is what must be so on
 //! any machine, however busy.
 
 use std::num::NonZeroU64;
@@ -74,7 +74,7 @@ fn a_limit_is_not_exceeded() -> Outcome {
         let allowed = (start.elapsed().as_secs_f64() * rate as f64) as u64 + rate / 4 + burst;
         let written = after - before;
         assert!(written <= allowed, "vCPU {at}: {written} of {allowed}");
-        // Whoever takes the entries from the rings, all are counted; a chunk may be under way. A store is logged
+        // All entries are counted, whichever thread takes them from the rings; a chunk may be under way. A store is logged
         // twice if a reset protects its page after the fault and before the store itself.
         let resets = machine.log.stats().resets;
         assert!(

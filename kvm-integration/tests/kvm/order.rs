@@ -1,7 +1,7 @@
 //! Reset before copy.
 //!
 //! A page that was harvested is not protected before it is reset, so what the guest writes in
-//! between is silent: a copy made there is lost at once, and nobody says so.
+//! between is silent: a copy made there is lost at once, and nothing shows it.
 
 use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -140,7 +140,7 @@ fn a_kick_brings_all_pages_once() -> Outcome {
     Ok(Completed)
 }
 
-/// Without a kick a round of a live migration would lack them; with one CPU alone, whoever looks has made the vCPU leave.
+/// Without a kick a round of a live migration would lack them; with one CPU alone, the thread that looks has made the vCPU leave.
 fn pages_wait_for_a_kick() -> Outcome {
     let host = Host::detect();
     if !host.has_pml() {

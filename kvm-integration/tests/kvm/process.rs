@@ -69,7 +69,10 @@ fn rings_are_not_inherited() -> Outcome {
         Ok::<_, io::Error>(maps.lines().filter(is_vcpu).count())
     };
     let before = rings("self")?;
-    assert!(before > 0, "a ring can't be told from other mappings");
+    assert!(
+        before > 0,
+        "a ring cannot be distinguished from other mappings"
+    );
     let child = Child::fork();
     assert_eq!(rings(&child.0.to_string())?, 0);
     assert_eq!(rings("self")?, before);

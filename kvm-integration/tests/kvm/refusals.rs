@@ -129,7 +129,7 @@ fn no_vm() -> Outcome {
     Ok(Completed)
 }
 
-/// That rings are on can't be told from a vCPU that is there, once there is a memslot, where they have bitmaps beside
+/// Enabled rings and an existing vCPU look the same, once there is a memslot, where they have bitmaps beside
 /// them.
 fn refused_again(machine: &Machine) -> Result<(), Failed> {
     let with_bitmap = HostSupport::query()?.with_bitmap;

@@ -1,4 +1,4 @@
-//! The log under exactly the seccomp filter that SECURITY.md tells VMMs to install.
+//! The log under exactly the seccomp filter that SECURITY.md lists for VMMs.
 //!
 //! A call that is not in the filter kills the process; so it is another process, this suite run
 //! again, that installs it.
@@ -37,7 +37,7 @@ tests![
     a_call_left_out_is_missed,
 ];
 
-/// Tells the process that is to install the filter, and names a call to leave out, if any.
+/// Marks the process that is to install the filter, and names a call to leave out, if any.
 const WITHOUT: &str = "KVM_FILTER_WITHOUT";
 
 /// A row of the table in SECURITY.md: when, and which calls.
@@ -479,7 +479,7 @@ fn confined() -> Outcome {
             builder.spawn(&log, Adaptive::default())?.stop()
         });
         match ended {
-            // Whom the kernel allows no priorities was not stopped by the filter.
+            // A refusal of the priority by the kernel is not one by the filter.
             Ok(()) | Err(ReaperError::Scheduling { .. }) => {}
             Err(error) => return Err(error.into()),
         }

@@ -72,7 +72,7 @@ fn unblocked_signals_lose_pages() -> Outcome {
     const STORMY: u32 = 5;
     let mut machine = RawMachine::new(8192, PAGES, true)?;
     wait_paused(from_ref(&machine.vcpu))?;
-    // Where resets don't look for signals, a few rounds are enough to be told of one that does.
+    // Where resets don't look for signals, a few rounds are enough to see one that does.
     let looks_for_signals = Host::detect().resets_look_for_signals();
     let time = Duration::from_secs(if looks_for_signals { 5 } else { 0 });
     let (mut calm, mut stormy, mut rounds) = (Resets::default(), Resets::default(), 0);
@@ -173,8 +173,8 @@ fn reaper_thread() -> Result<libc::pid_t, Failed> {
     Ok(found.expect("it was waited for"))
 }
 
-/// A signal for the process goes to any thread that takes it: never to the reaper, for whom it
-/// would be a needless way out of its sleep.
+/// A signal for the process goes to any thread that takes it: never to the reaper, which it
+/// would wake for nothing.
 fn reaper_blocks_every_signal() -> Outcome {
     let machine = Machine::new(1024, &[16])?;
     let reaper = Reaper::spawn(&machine.log, Fixed::default())?;

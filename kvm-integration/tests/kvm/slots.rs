@@ -103,7 +103,7 @@ fn reused_id_gets_no_stale_entries() -> Outcome {
     Ok(Completed)
 }
 
-/// A thread that sleeps in a reset can't be told from one that was stopped at its end. So it waits for KVM's lock on memslots
+/// A thread that sleeps in a reset looks like one that was stopped at its end. So it waits for KVM's lock on memslots
 /// in another call, before the reset.
 fn a_reset_waits_for_changes_of_slots_beforehand() -> Outcome {
     const GET_DIRTY_LOG: u32 = 0x4010_ae42;

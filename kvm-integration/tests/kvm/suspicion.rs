@@ -26,7 +26,7 @@ fn short_resets_lose_nothing() -> Outcome {
     let mut machine = Machine::new(65536, &[at_most(40_000, 4_000)])?;
     let vcpus = machine.spawn_all(Workload::Random, 1)?;
     let looks_for_signals = Host::detect().resets_look_for_signals();
-    // Where they don't, none is to be expected, and a few rounds are enough to be told of one.
+    // Where they don't, none is to be expected, and a few rounds are enough to see one.
     let most = if looks_for_signals {
         scaled(100, 10)
     } else {

@@ -33,7 +33,7 @@ fn wait_for_it() -> io::Result<Option<i32>> {
     // SAFETY: the closure makes a system call, and touches no memory but errno.
     unsafe { command.pre_exec(end_with_the_parent) };
     let mut child = command.spawn()?;
-    // A terminal sends it to both; the child tells what it has found by then.
+    // A terminal sends it to both; the child prints what it has found so far.
     // SAFETY: ignoring a signal runs no code of ours.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
     Ok(child.wait()?.code())

@@ -28,7 +28,7 @@ use report::Report;
 /// What an episode takes at most, on a machine with much else to do: a second, as a rule.
 const LONGEST: Duration = Duration::from_secs(120);
 
-/// Failing episodes after which more would tell nothing new.
+/// Failing episodes after which more would show nothing new.
 const ENOUGH: u64 = 10;
 
 fn main() -> ExitCode {

@@ -50,7 +50,7 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = Policy::Adaptive)]
     pub pacing: Policy,
 
-    /// Nobody looks after the limits and nobody empties rings but syncs, each second, and vCPUs
+    /// No thread enforces the limits, and rings are emptied only by syncs, each second, and by vCPUs
     /// whose ring is full: where these alone stop for their limits
     #[arg(long, conflicts_with = "pacing")]
     pub at_full_rings: bool,

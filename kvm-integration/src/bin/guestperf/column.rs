@@ -16,7 +16,7 @@ pub struct Column {
     pub name: &'static str,
     /// Where it is.
     pub of: fn(&Figures) -> f64,
-    /// If the least is the best: how much is too little to tell apart.
+    /// If the least is the best: how much is too little to distinguish.
     noise: Option<f64>,
     /// Whether an arm that gives up early must not win by it.
     needs_convergence: bool,
@@ -71,7 +71,7 @@ impl Column {
         (fit && median.is_finite()).then_some(median)
     }
 
-    /// Whether this is as good as the best, or within 5 %, or can't be told apart.
+    /// Whether this is as good as the best, or within 5 %, or cannot be distinguished.
     pub fn reaches(&self, own: f64, best: f64) -> bool {
         own <= WITHIN * best || own <= best + self.noise.unwrap_or_default()
     }

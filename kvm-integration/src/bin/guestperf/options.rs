@@ -56,7 +56,7 @@ pub struct Options {
     #[arg(long = "arm", value_name = "NAME", value_parser = arm)]
     pub arms: Vec<Arm>,
 
-    /// Migrations of each arm. 3 unless told otherwise, 2 with --quick
+    /// Migrations of each arm. 3 by default, 2 with --quick
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub repeat: Option<u32>,
 

@@ -74,7 +74,7 @@ mod tests {
     use crate::tests::{cell_result, figures};
     use crate::verdict::verdicts;
 
-    /// Whoever reads these files relies on every key.
+    /// Programs that read these files rely on every key.
     #[test]
     fn the_shape_is_the_documented_one() {
         let results = [cell_result(&[

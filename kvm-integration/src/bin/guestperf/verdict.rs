@@ -31,7 +31,7 @@ pub struct Best {
     pub arm: &'static str,
     /// What it was of it, a median.
     pub value: f64,
-    /// Whether ours is as good, or within 5 %, or can't be told apart.
+    /// Whether ours is as good, or within 5 %, or cannot be distinguished.
     pub reached: bool,
 }
 

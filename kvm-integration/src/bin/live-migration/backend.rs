@@ -10,7 +10,7 @@ use kvm_integration::machine::{Machine, Setup, SimMachine};
 
 use crate::options::BackendChoice;
 
-/// Whoever was chosen.
+/// The backend that was chosen.
 pub enum Backend {
     /// KVM, which works, and how it is to log.
     #[cfg(tiny_guest)]

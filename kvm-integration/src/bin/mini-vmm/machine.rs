@@ -20,13 +20,13 @@ pub type Vcpu = Box<dyn FnOnce(Value) -> Result<Value> + Send>;
 /// All memory is one slot, from address 0 on.
 pub const SLOT: SlotId = SlotId::new(0, 0);
 pub const MEMORY: usize = 64 << 20;
-/// Where the device writes what it was told last.
+/// Where the device writes the count that it received last.
 pub const COUNT: GuestAddress = GuestAddress(1 << 20);
 /// How long the other process, or the guest, may be silent; and rounds may go on.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How far the vCPU counts before its migration, and after it.
 const COUNTS: u32 = 1000;
-/// Tells the vCPU's thread to stop.
+/// Asks the vCPU's thread to stop.
 pub static STOP: AtomicBool = AtomicBool::new(false);
 
 pub struct Machine {
@@ -87,7 +87,7 @@ impl Machine {
     }
 }
 
-/// Puts the count it is told into memory. A guest that does not go on where it was is found out.
+/// Puts the count it receives into memory. A guest that does not go on where it was is found out.
 pub fn device(memory: &Memory, told: &[u8]) -> Result<()> {
     let count = u32::from_le_bytes(told.try_into()?);
     let before: u32 = memory.read_obj(COUNT)?;

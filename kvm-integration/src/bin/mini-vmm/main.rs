@@ -128,7 +128,7 @@ fn receive_guest(mut socket: UnixStream, sim: bool) -> Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
     let (machine, vcpu) = simulated::create_unless_kvm(sim)?;
     while let (address, bytes @ 1..) = receive(&mut socket)? {
-        // Whoever sends it does not decide where it goes: a slice is within one region.
+        // The sender cannot choose where it goes: a slice is within one region.
         let mut slice = machine.memory.get_slice(GuestAddress(address), bytes)?;
         socket.read_exact_volatile(&mut slice)?;
     }

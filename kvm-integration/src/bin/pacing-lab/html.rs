@@ -15,7 +15,7 @@ const WIDTH: u32 = 1240;
 const STRIP: u32 = 130;
 /// The height of a chart of all arms.
 const CHART: u32 = 300;
-/// More points across than this can't be told apart.
+/// More points across than this cannot be distinguished.
 const POINTS: usize = 1200;
 
 /// Less than this nobody sleeps.

@@ -41,7 +41,7 @@ pub struct Options {
     #[arg(long = "arm", value_name = "NAME", value_parser = arm)]
     pub arms: Vec<Arm>,
 
-    /// How long a turn is measured, in milliseconds; slow workloads take longer. 2000 unless told
+    /// How long a turn is measured, in milliseconds; slow workloads take longer. 2000 unless set
     /// otherwise, 1000 with --quick
     #[arg(long, value_name = "MS", conflicts_with = "sim",
           value_parser = clap::value_parser!(u64).range(10..=600_000))]
@@ -61,7 +61,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 
-    /// Simulates guests, of 64, 256 and 1024 vCPUs unless told otherwise
+    /// Simulates guests, of 64, 256 and 1024 vCPUs by default
     #[arg(long)]
     pub sim: bool,
 

@@ -109,7 +109,7 @@ mod tests {
     use crate::options::tests::parse;
     use crate::targets::Bound;
 
-    /// Whoever reads these files relies on every key.
+    /// Programs that read these files rely on every key.
     #[test]
     fn the_shape_is_the_documented_one() {
         let measured = Measured {

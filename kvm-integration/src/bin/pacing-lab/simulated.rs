@@ -21,7 +21,7 @@ use crate::run::Report;
 /// VMs that real hosts are too small for.
 const VCPUS: [u32; 3] = [64, 256, 1024];
 const RING_ENTRIES: u64 = 4096;
-/// What is run unless told otherwise.
+/// What is run by default.
 const WORKLOADS: [&str; 9] = [
     MODERATE, "constant", "trickle", "bursts", "sliced", "skew", "hot-set", "idle", "fast",
 ];

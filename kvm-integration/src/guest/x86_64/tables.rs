@@ -22,7 +22,7 @@ pub(crate) fn begin(boot: &GuestMemory) {
     }
 }
 
-/// Maps these addresses, wherever they aren't yet. Running vCPUs need not be told: entries only turn from absent to
+/// Maps these addresses, wherever they aren't yet. Running vCPUs need no flush: entries only turn from absent to
 /// present, and no TLB keeps absent ones.
 pub(crate) fn map(boot: &GuestMemory, gpa: u64, bytes: u64) {
     for large_page in gpa / LARGE_PAGE_SIZE..(gpa + bytes).div_ceil(LARGE_PAGE_SIZE) {

@@ -1,7 +1,7 @@
 //! Migrations of a guest on real KVM.
 //!
 //! A cell has three guests that share their memory and run in turns: one with dirty rings, and two
-//! without, for KVM knows either rings or bitmaps, and bitmaps that are cleared when they are read, or by
+//! without, for a KVM VM has either rings or bitmaps, and bitmaps that are cleared when they are read, or by
 //! another call. They go on from migration to migration; only their logging starts and stops.
 
 mod guest;

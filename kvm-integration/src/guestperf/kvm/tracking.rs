@@ -52,8 +52,8 @@ struct Pages {
 pub(super) type Delay = Arc<AtomicU64>;
 
 impl ArmTracker {
-    /// Makes ready to track `guest`, whose writes are logged from then on. `delay` is told what the
-    /// policy says.
+    /// Makes ready to track `guest`, whose writes are logged from then on. `delay` receives what the
+    /// policy returns.
     pub(super) fn start(
         arm: &Arm,
         guest: &StressedGuest,

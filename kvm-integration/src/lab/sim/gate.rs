@@ -47,7 +47,7 @@ pub(super) struct Gate {
     in_flight: Option<Actor>,
     /// Who waits for that to be over to harvest.
     harvest: Vec<Actor>,
-    /// Whom that serves.
+    /// The actors that it serves.
     served: Vec<Actor>,
     /// Rings with entries that are harvested and not reset, and how many entries.
     marked: Vec<usize>,

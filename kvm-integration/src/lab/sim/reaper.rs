@@ -28,7 +28,7 @@ pub(super) struct Reaper {
     deaf: Nanos,
     /// When it will wake up; never while it is awake.
     wakes: Nanos,
-    /// Tells its wake-ups apart: the one that it sleeps towards may come to be another.
+    /// Distinguishes its wake-ups: the one that it sleeps towards may come to be another.
     turn: u64,
     /// Of the pass under way: the rings it has yet to harvest, the next one last.
     pub(super) rings: Vec<usize>,

@@ -378,7 +378,7 @@ fn full_exits_wake_the_reaper_when_it_is_not_deaf() {
     assert_eq!(qemu.measured.wakeups, 1);
 }
 
-/// What a ring's full exit shows of its soft limit, the policy is told.
+/// The policy receives the soft limit that a full exit has shown.
 #[test]
 fn the_soft_limit_is_learnt() {
     #[derive(Debug, Default)]

@@ -18,7 +18,7 @@ pub(super) struct Vcpu<'a> {
     pages: f64,
     entries: u64,
     soft_limit: u64,
-    /// What the policy is told of it.
+    /// What the policy sees of it.
     pub(super) known_soft_limit: u64,
     /// The moment for which all of this holds.
     at: Nanos,

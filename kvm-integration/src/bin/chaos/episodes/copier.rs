@@ -18,7 +18,7 @@ pub enum Kind {
     Others,
 }
 
-/// Whoever syncs, with what it is given.
+/// A thread that syncs, and what it has received.
 pub struct Copier<'a> {
     log: &'a DirtyLog,
     ledger: &'a Ledger,
@@ -53,7 +53,7 @@ impl<'a> Copier<'a> {
             Kind::Others => self.dirty.others(),
         };
         for run in part.runs() {
-            // Which of two slots of one id is meant nobody can tell: both are copied.
+            // It is unknown which of two slots of one id is meant: both are copied.
             let slots = slots.iter().filter(|slot| slot.id == run.slot);
             let copied = slots.filter(|slot| slot.copy_run(run.first_page, run.pages));
             if copied.count() == 0 {
@@ -68,7 +68,7 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    /// The pages of `slot` that the last round was told of.
+    /// The pages of `slot` that the last round received.
     pub fn reported(&self, slot: SlotId) -> impl Iterator<Item = u64> {
         let pages = self.dirty.pages().filter(move |&(id, _)| id == slot);
         pages.map(|(_, page)| page)

@@ -50,7 +50,7 @@ pub enum Fault {
     PoliciesSwapped,
     /// A policy panicked, or was replaced for asking for times out of bounds.
     PoliciesFailed,
-    /// A slot was protected anew, and the log told so.
+    /// A slot was protected anew, and `rearmed` was called.
     SlotsRearmed,
     /// A ring was overrun.
     RingOverruns,
@@ -60,7 +60,7 @@ pub enum Fault {
     ShortResets,
     /// A reset may have been cut short after its last entry.
     DoubtfulResets,
-    /// An entry named a page of no slot that the log was told of.
+    /// An entry named a page of a slot that is not in the log.
     EntriesOfNoSlot,
     /// How many pages may stay open changed, or whether any may.
     PlacesChanged,
@@ -72,7 +72,7 @@ pub enum Fault {
     LastSyncsCalledOff,
     /// An episode's kernel protected pages that were to stay open.
     VoidsIgnored,
-    /// The guest wrote in the midst of a reset, or of the reading of a bitmap. (On KVM it always does, and nobody can tell when.)
+    /// The guest wrote in the midst of a reset, or of the reading of a bitmap. (On KVM it always does, at an unknown time.)
     WritesInResets,
 }
 

@@ -1,7 +1,7 @@
 //! The memslots that there are and were, each with a copy made of what syncs report and nothing else.
 //!
 //! An id may be in use by one slot after another while syncs are under way, and a sync names slots by
-//! their ids. So whoever copies looks up which slots had the id at any time during its sync.
+//! their ids. So a copier looks up which slots had the id at any time during its sync.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
@@ -60,7 +60,7 @@ impl Instance {
         Ok(snapshot)
     }
 
-    /// The pages whose copy is older than `snapshot` in some word: whoever writes to a page has a
+    /// The pages whose copy is older than `snapshot` in some word: each writer of a page has a
     /// word there of its own, and only ever counts it up.
     pub fn older_than(&self, snapshot: &GuestMemory) -> Vec<u64> {
         let is_older = |&page: &u64| {

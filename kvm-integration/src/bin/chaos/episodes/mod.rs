@@ -1,8 +1,8 @@
 //! Chaos: guests that are tormented while their dirty log must not lose a page.
 //!
 //! Each episode makes a guest and does to it, and to its log, all that [`Fault`] lists, as a
-//! plan says that is drawn from a seed. Meanwhile some threads sync, and copy what they are
-//! told was written, and nothing else. When the vCPUs are stopped, a last sync must make the copy equal
+//! plan says that is drawn from a seed. Meanwhile some threads sync, and copy what a sync
+//! returns as written, and nothing else. When the vCPUs are stopped, a last sync must make the copy equal
 //! to the original, byte for byte; every page that differs was missed. This is done a few times an
 //! episode, so that what was missed is not written again first.
 //!

@@ -21,7 +21,7 @@ pub struct Plan {
     /// Entries of the hardware's buffer; on the simulated kernel.
     pub pml: usize,
     pub writes_in_resets: bool,
-    /// Whether all vCPUs store to a slot too that the log is not told of; on KVM.
+    /// Whether all vCPUs store to a slot too that is not in the log; on KVM.
     pub untold: bool,
     pub workload: Workload,
     pub seed: u64,

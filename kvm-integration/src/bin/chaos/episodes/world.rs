@@ -1,4 +1,4 @@
-//! What an episode needs of whoever runs the guest.
+//! What an episode needs of the backend that runs the guest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub trait World {
     /// Its log.
     fn log(&self) -> &DirtyLog;
 
-    /// Gives it a slot, all pages protected. The log knows it already.
+    /// Gives it a slot, all pages protected. It is in the log already.
     fn add_slot(&self, slot: &Arc<Instance>) -> Result<()>;
 
     /// Takes a slot away. No vCPU that stores to it may run, nor may resets be written in.

@@ -18,7 +18,7 @@ const STRIP: (u32, u32) = (600, 170);
 const SECONDS: &str = "seconds since the migration began";
 /// As many fit side by side.
 const TICKS: usize = 12;
-/// More points than this can't be told apart.
+/// More points than this cannot be distinguished.
 const POINTS: usize = 360;
 
 const STRIPS: &str = "<details open>\n<summary>Each arm by itself, every sample</summary>\n<p>ms/GB over seconds since the migration began. The thin line is the quiet \

@@ -38,7 +38,7 @@ pub fn page(
     if !verdicts.is_empty() {
         body += &format!(
             "<h2>Is adaptive the best?</h2>\n<p>{}. A drop within {} ms of the best, which is one \
-             sample, and a stall within {STALL_NOISE} ms can't be told from it.</p>\n{}",
+             sample, and a stall within {STALL_NOISE} ms cannot be distinguished from it.</p>\n{}",
             table::summary(verdicts),
             DROP_NOISE * 1e3,
             html(&table::verdicts(verdicts), &legend)

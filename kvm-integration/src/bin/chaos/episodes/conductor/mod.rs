@@ -28,11 +28,11 @@ use kvm_integration::random::SplitMix64;
 /// The reaper's thread, by which it is found.
 const REAPER: &str = "chaos-reaper";
 
-/// A slot that the log is not told of.
+/// A slot that is not added to the log.
 const UNTOLD: SlotId = SlotId::new(0, 100);
 const UNTOLD_PAGES: u64 = 8;
 
-/// Whoever does what the plan says.
+/// The thread that carries out the plan.
 pub struct Conductor<'a> {
     world: &'a dyn World,
     plan: &'a Plan,
@@ -49,7 +49,7 @@ pub struct Conductor<'a> {
     made: u32,
     stays: Vec<Arc<Instance>>,
     goes: Vec<Going>,
-    /// The slot that the log is not told of.
+    /// The slot that is not added to the log.
     untold: Option<Arc<Instance>>,
     reaper: Option<Reaper>,
     /// With how many acts to go.
@@ -134,7 +134,7 @@ impl<'a> Conductor<'a> {
                 let panicked = || Err(anyhow!("a thread of the episode panicked"));
                 helper.join().unwrap_or_else(|_| panicked())
             };
-            // Whose error came first nobody can tell; the conductor's own has more to say.
+            // Which error came first is unknown; the conductor's own explains more.
             let helped = helpers.into_iter().map(join).collect::<Vec<_>>();
             played?;
             helped.into_iter().collect::<Result<(), _>>()

@@ -22,7 +22,7 @@ impl Conductor<'_> {
         let instance = Arc::new(Instance::new(id, pages)?);
         self.ledger.born(&instance);
         let missing = self.log.stats().missing_bitmaps;
-        // It resets where there were entries of slots that the log is not told of.
+        // It resets where there were entries of slots that are not in the log.
         retry(|| self.log.add_slot(id, pages))?;
         if is_reused && pages % 2 == 0 {
             self.world.write_in_resets(false);
@@ -55,7 +55,7 @@ impl Conductor<'_> {
     }
 
     /// Nobody has written to the slot yet: what is reported of it are entries of one before. Syncs
-    /// of others may be told of them instead; but not always. Where one of those asked for the slot's bitmap
+    /// of others may return them instead; but not always. Where one of those asked for the slot's bitmap
     /// before there was one, of which there were `missing` before, all of it is dirty.
     fn look_for_strays(&mut self, slot: &Instance, missing: u64) -> Result<()> {
         self.copier.round(Kind::All)?;

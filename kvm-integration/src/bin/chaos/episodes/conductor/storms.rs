@@ -1,4 +1,4 @@
-//! Storms of signals, and whom they are aimed at.
+//! Storms of signals, and their targets.
 
 use std::ops::Deref;
 use std::sync::PoisonError;

@@ -18,7 +18,7 @@ impl Conductor<'_> {
 
     /// Closes all that stays open.
     pub fn refresh(&mut self) -> Result<()> {
-        // Bits are cleared beside whoever writes.
+        // Bits are cleared while other threads write.
         let stops = self.log.mode() == Mode::Rings;
         if stops {
             self.world.write_in_resets(false);
@@ -38,8 +38,8 @@ impl Conductor<'_> {
         Ok(())
     }
 
-    /// Stops all that writes as if it were for good, makes the last sync, which is to tell of every page that was not
-    /// copied yet, and lets all go on: the next sync is to tell of them again.
+    /// Stops all that writes as if it were for good, makes the last sync, which must report every page that was not
+    /// copied yet, and lets all go on: the next sync must report them again.
     pub fn call_off_a_last_sync(&mut self) -> Result<()> {
         self.world.write_in_resets(false);
         self.pause(|_, _| true)?;
