@@ -178,7 +178,7 @@ impl Source {
         self.in_flight.clear();
     }
 
-    /// Puts the migration off: the log keeps the pages. So may whoever begins it again, or makes a snapshot instead.
+    /// Puts the migration off: the log keeps the pages, so a later migration or a snapshot can start from them.
     fn put_off(&mut self) -> Outcome<()> {
         self.log.put_back(&self.unsent)?;
         self.unsent.clear();

@@ -51,7 +51,7 @@ impl Device {
             let page = first_page + number * 7 % 300;
             memory.write(page, number);
             let logged = page * page_size() as u64 / DEVICE_PAGE;
-            // Release: whoever finds the bit finds what was written.
+            // Release: the thread that reads the bit also sees what was written.
             self.log[logged as usize / 64].fetch_or(1 << (logged % 64), Ordering::Release);
             thread::sleep(Duration::from_millis(1));
         }

@@ -1,5 +1,5 @@
-//! A backup of a running guest, beside its migration. A page is handed out once, by whichever sync comes first: two that sync
-//! would each miss what the other one takes. So one thread syncs, and merges what it finds into a set for each consumer, which
+//! A backup of a running guest, beside its migration. The first sync after a write returns the page, and no later one: two threads
+//! that sync would each miss what the other one takes. So one thread syncs, and merges what it finds into a set for each consumer, which
 //! takes its set whenever it is ready for it.
 //!
 //! ```sh
