@@ -19,12 +19,13 @@ mod guest;
 
 use std::collections::VecDeque;
 use std::error::Error;
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
 use guest::{Exit, Guest, Load, Memory, Vcpu};
 use kvm_dirty_ring::error::FullError;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, GuestMap, Run, SlotId, VcpuRing};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, GuestMap, SlotId, VcpuRing};
 
 const RAM: SlotId = SlotId::new(0, 0);
 const DIMM: SlotId = SlotId::new(0, 1);
@@ -133,7 +134,7 @@ struct Source {
     /// What syncs have handed out and no chunk has brought over.
     unsent: DirtyPages,
     /// Chunks that were sent and not acknowledged.
-    in_flight: VecDeque<(u64, Run)>,
+    in_flight: VecDeque<(u64, Range<u64>)>,
     acknowledged: u64,
 }
 
@@ -145,10 +146,10 @@ impl Source {
             self.log.put_back(&self.dirty)?;
             return Err("out of memory".into());
         }
-        let chunks: Vec<Run> = self.unsent.runs().flat_map(cut).collect();
-        for (number, run) in (self.acknowledged + 1..).zip(&chunks) {
-            self.in_flight.push_back((number, *run));
-            let range = self.map.range(*run).ok_or("a slot of no map")?;
+        let pages = self.unsent.page_count();
+        let chunks = self.map.ranges(self.unsent.part(), AT_ONCE)?;
+        for (number, range) in (self.acknowledged + 1..).zip(chunks.collect::<Vec<_>>()) {
+            self.in_flight.push_back((number, range.clone()));
             let (address, bytes) = (range.start, self.memory.bytes(&range));
             link.send(Chunk {
                 number,
@@ -161,13 +162,15 @@ impl Source {
             let up_to = link.acknowledged()?;
             self.acknowledge(up_to);
         }
-        Ok(chunks.iter().map(|run| run.pages).sum())
+        Ok(pages)
     }
 
     fn acknowledge(&mut self, up_to: u64) {
         self.acknowledged = up_to;
-        while let Some((_, run)) = self.in_flight.front().filter(|sent| sent.0 <= up_to) {
-            self.unsent.remove(run.slot, run.first_page, run.pages);
+        while let Some((_, range)) = self.in_flight.front().filter(|sent| sent.0 <= up_to) {
+            for run in self.map.runs(range.clone()) {
+                self.unsent.remove(run.slot, run.first_page, run.pages);
+            }
             self.in_flight.pop_front();
         }
     }
@@ -185,12 +188,14 @@ impl Source {
         Ok(())
     }
 
-    /// Drops a slot that the log does not have any more. Its id may be another slot's soon.
-    fn drop_slot(&mut self, slot: SlotId) {
+    /// Drops a slot that the log does not have any more. Another one may have its id, or its place in the guest, soon.
+    fn drop_slot(&mut self, slot: SlotId, map: GuestMap) {
         self.dirty.clear_slot(slot);
         self.unsent.clear_slot(slot);
-        // Or an acknowledgement would take the same pages of the next slot with that id out.
-        self.in_flight.retain(|(_, run)| run.slot != slot);
+        // Or an acknowledgement would take out the same pages of that one.
+        let is_its = |range: &Range<u64>| self.map.runs(range.clone()).any(|run| run.slot == slot);
+        self.in_flight.retain(|(_, range)| !is_its(range));
+        self.map = map;
     }
 }
 
@@ -246,8 +251,7 @@ fn main() -> Outcome<()> {
     let retired = log.retire_slot(DIMM)?;
     guest.delete_slot(DIMM); // KVM_SET_USER_MEMORY_REGION of no size
     log.finish_slot(&retired)?;
-    source.drop_slot(DIMM);
-    source.map = guest::map([(0, 0, 1000)]);
+    source.drop_slot(DIMM, guest::map([(0, 0, 1000)]));
 
     // It is begun again, and finds all that has not arrived.
     for round in 0..4 {
@@ -269,17 +273,6 @@ fn main() -> Outcome<()> {
     assert!(copy.equals(&source.memory, &source.map), "the copy differs");
     println!("the copy is equal to the original, byte by byte");
     Ok(())
-}
-
-/// A run in parts of the size of a chunk.
-fn cut(run: Run) -> impl Iterator<Item = Run> {
-    let end = run.first_page + run.pages;
-    let firsts = (run.first_page..end).step_by(AT_ONCE as usize);
-    firsts.map(move |first_page| Run {
-        first_page,
-        pages: AT_ONCE.min(end - first_page),
-        ..run
-    })
 }
 
 /// A vCPU's thread.

@@ -35,6 +35,30 @@ fn regions() -> impl Strategy<Value = Vec<GuestRegion>> {
 }
 
 proptest! {
+    /// Against each page by itself.
+    #[test]
+    fn addresses_lead_to_the_pages_that_they_touch(
+        regions in regions().prop_shuffle(),
+        (first, last) in (0..80u64, 0..80u64),
+        // From a page's begin, from behind it, and from its last byte on.
+        offsets in prop::array::uniform2(prop_oneof![Just(0), Just(1), Just(page_size() - 1)]),
+    ) {
+        let map = GuestMap::new(regions).unwrap();
+        let range = first * page_size() + offsets[0]..last * page_size() + offsets[1];
+        let runs: Vec<_> = map.runs(range.clone()).collect();
+        prop_assert!(runs.iter().all(|run| run.pages > 0), "{runs:?}");
+        let found = runs.iter().flat_map(|run| {
+            (run.first_page..run.first_page + run.pages).map(move |page| (run.slot, page))
+        });
+        let is_touched = |page: &u64| {
+            let begin = page * page_size();
+            !range.is_empty() && begin < range.end && range.start < begin + page_size()
+        };
+        let touched = (0..80).filter(is_touched);
+        let expected = touched.filter_map(|page| map.locate(page * page_size()));
+        prop_assert_eq!(found.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    }
+
     #[test]
     fn it_is_as_a_table_of_all_pages(regions in regions().prop_shuffle()) {
         let map = GuestMap::new(regions.iter().copied()).unwrap();

@@ -82,9 +82,9 @@ fn full_ring(mut vcpu_fd: VcpuFd, mut ring: VcpuRing) -> Outcome {
 #[rustfmt::skip]
 fn device(log: DirtyLog, memory: GuestMemoryMmap, map: GuestMap, address: u64, bytes: [u8; 4]) -> Outcome {
     memory.write_slice(&bytes, GuestAddress(address))?;
-    // A write within one page.
-    let (slot, page) = map.locate(address).ok_or("no memory there")?;
-    log.mark_dirty(slot, page, 1)?;
+    for run in map.runs(address..address + bytes.len() as u64) {
+        log.mark_dirty(run.slot, run.first_page, run.pages)?;
+    }
 
     Ok(())
 }

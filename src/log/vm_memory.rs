@@ -47,6 +47,8 @@
 //! Methods that return a pointer or a reference mark nothing: `ptr_guard_mut`, `get_host_address`, `as_ptr`, `get_atomic_ref`,
 //! `aligned_as_mut`. Mark such a write yourself, by `Bitmap::mark_dirty` of the slice or by [`DirtyLog::mark_dirty`]. Do the same
 //! for what the kernel writes on the VMM's behalf (`io_uring`, vhost), and in a `ReadVolatile` of your own.
+//!
+//! Import from this crate by name: with `use kvm_dirty_ring::*` this module hides the crate of the same name.
 
 use core::fmt;
 

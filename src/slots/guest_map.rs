@@ -129,6 +129,53 @@ impl GuestMap {
         (page < region.pages).then_some((region.slot, page))
     }
 
+    /// Returns the pages that these guest addresses touch, as runs: one for each region, ascending by address.
+    ///
+    /// It is the reverse of [`ranges`](Self::ranges) and [`range`](Self::range). A page that is touched in part counts as
+    /// a whole. Addresses in no region are left out.
+    ///
+    /// Use it to mark what a device wrote across pages, or to take what was sent out of the pages that are
+    /// [still to be sent](crate::DirtyPages::remove).
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, GuestMap, GuestRegion, SlotId};
+    /// # let slot = SlotId::new(0, 0);
+    /// # let map = GuestMap::new([GuestRegion { slot, address: 0, pages: 256 }])?;
+    /// # let log = SimVm::new(SimConfig::default()).dirty_log();
+    /// # log.add_slot(slot, 256)?;
+    /// # let page = map.range(kvm_dirty_ring::Run { slot, first_page: 0, pages: 1 }).unwrap().end;
+    /// // A device has written two bytes: the last one of page 2, and the first one of page 3.
+    /// for run in map.runs(3 * page - 1..3 * page + 1) {
+    ///     log.mark_dirty(run.slot, run.first_page, run.pages)?;
+    /// }
+    /// let mut dirty = DirtyPages::new();
+    /// log.sync(&mut dirty)?;
+    /// assert!(dirty.pages().eq([(slot, 2), (slot, 3)]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn runs(&self, range: Range<u64>) -> impl Iterator<Item = Run> + '_ {
+        let page = page_size() as u64;
+        // None of these overflows: `new` has seen to it.
+        let is_before = |region: &GuestRegion| region.address + region.pages * page <= range.start;
+        let first = self.by_address.partition_point(is_before);
+        let end = match range.is_empty() {
+            true => 0,
+            false => range.end,
+        };
+        let touched = self.by_address[first..].iter();
+        let touched = touched.take_while(move |region| region.address < end);
+        touched.map(move |region| {
+            let first_page = range.start.saturating_sub(region.address) / page;
+            let last = (end - region.address).div_ceil(page).min(region.pages);
+            Run {
+                slot: region.slot,
+                first_page,
+                pages: last - first_page,
+            }
+        })
+    }
+
     /// Returns the guest addresses of dirty pages in the form in which they are sent: ranges of bytes, ascending,
     /// across slots that adjoin in the guest.
     ///
