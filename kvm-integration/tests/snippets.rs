@@ -217,6 +217,14 @@ fn finishing(log: DirtyLog, dirty: DirtyPages, mut last: LastPages) -> Outcome {
 }
 
 #[rustfmt::skip]
+fn a_reaper(log: DirtyLog) -> Outcome {
+    let reaper = Reaper::spawn(&log, Adaptive::default())?;
+
+    drop(reaper);
+    Ok(())
+}
+
+#[rustfmt::skip]
 fn a_map(slot: SlotId, pages: u64) -> Outcome {
     let map = GuestMap::new([GuestRegion { slot, address: 0, pages }])?;
 
