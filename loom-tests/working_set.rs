@@ -298,7 +298,7 @@ fn two_passes_over_one_page() {
     });
 }
 
-/// A page has joined by the time that the kernel learns that it stays open, whoever resets.
+/// A page is a member before any thread has its void entry reset.
 #[test]
 fn void_entries_are_of_members() {
     model(6, || {

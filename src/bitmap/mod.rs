@@ -1,8 +1,7 @@
 //! Pages as bits, and which pass holds which of them.
 //!
-//! A harvesting pass sets them in a *shard* that it holds alone ([`shard`], [`pool`]); devices set
-//! them in *shared* words ([`shared`]); a sync merges both into the bits that its caller reads
-//! ([`pages`]).
+//! A harvesting pass sets bits in a *shard* that it alone holds ([`shard`], [`pool`]). Devices set bits in *shared* words
+//! ([`shared`]). A sync merges both into the bits that its caller reads ([`pages`]).
 //!
 //! May import: ground.
 

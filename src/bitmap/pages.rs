@@ -1,4 +1,4 @@
-//! The bits of one slot in the hands of one owner.
+//! The bits of one slot, with one owner.
 
 use core::ops::Range;
 
@@ -9,15 +9,15 @@ use crate::sync::zeroed;
 /// Up to so many non-zero words of 64 are cleared one by one, more all at once.
 const FEW: u32 = 8;
 
-/// A bit a page, owned: what a sync collects and its caller reads.
+/// One bit per page: what a sync collects and its caller reads.
 ///
-/// Over the words lie two levels of summaries, so that what is clean costs nothing: an idle guest
-/// of 1 TiB is 1,024 words of the upper one.
+/// Two levels of summaries lie over the words, so that clean parts cost nothing: an idle guest of 1 TiB is 1,024 words of the upper
+/// one.
 pub(crate) struct PageBits {
     words: Lines<u64>,
-    /// A bit for each word: set if the word is not zero.
+    /// One bit per word: set if the word is not zero.
     summary: Box<[u64]>,
-    /// A bit for each word of `summary`: set if it is not zero.
+    /// One bit per word of `summary`: set if that is not zero.
     top: Box<[u64]>,
     pages: u64,
 }
@@ -42,13 +42,13 @@ impl PageBits {
         self.top[word / (64 * 64)] |= 1 << (word / 64 % 64);
     }
 
-    /// Asks for `word` and those beside it, to be written soon.
+    /// Prefetches `word` and those beside it, for a write.
     #[inline(always)]
     pub(crate) fn ask(&self, word: usize) {
         prefetch::for_write(&self.words[word]);
     }
 
-    /// Moves the bits of the lines of `source` that begin at the words `lines` here, and leaves none there.
+    /// Moves the bits of the lines of `source` that begin at the words `lines` here, and clears them there.
     pub(crate) fn take_lines(&mut self, lines: &[usize], source: &mut [u64]) {
         for &at in lines {
             let (words, source) = (&mut self.words[at..], &mut source[at..]);
@@ -60,7 +60,7 @@ impl PageBits {
                 bits.for_each(|(i, bits)| self.merge(at + i, bits));
                 continue;
             };
-            // Which words of a line have bits is not to be foreseen: all are moved, without a branch.
+            // It is unpredictable which words of a line have bits, so all are moved, without a branch.
             let mut moved = 0;
             for i in 0..LINE_WORDS {
                 words[i] |= source[i];
@@ -72,7 +72,7 @@ impl PageBits {
         }
     }
 
-    /// Shows each word that is not zero to `each`.
+    /// Passes each word that is not zero to `each`.
     pub(crate) fn for_each(&self, mut each: impl FnMut(usize, u64)) {
         let mut next = 0;
         while let Some(word) = self.next_word(next) {
@@ -81,12 +81,12 @@ impl PageBits {
         }
     }
 
-    /// Adds the bits of `from`, of as many pages.
+    /// Adds the bits of `from`, which has as many pages.
     pub(crate) fn add(&mut self, from: &Self) {
         from.for_each(|word, bits| self.merge(word, bits));
     }
 
-    /// Adds the bits of `from` that `without`, both of as many pages, does not have.
+    /// Adds the bits of `from` that are not in `without`; both have as many pages.
     pub(crate) fn add_without(&mut self, from: &Self, without: &Self) {
         from.for_each(|word, bits| {
             let bits = bits & !without.words[word];
@@ -96,7 +96,7 @@ impl PageBits {
         });
     }
 
-    /// Adds these words of `from`, of as many pages.
+    /// Adds these words of `from`, which has as many pages.
     pub(crate) fn add_words(&mut self, from: &Self, words: Range<usize>) {
         let mut next = words.start;
         while let Some(word) = from.next_word(next).filter(|word| *word < words.end) {
@@ -105,19 +105,19 @@ impl PageBits {
         }
     }
 
-    /// Takes the bits that are set in `these`, of as many pages.
+    /// Removes the bits that are set in `these`, which has as many pages.
     pub(crate) fn remove_all(&mut self, these: &Self) {
         these.for_each(|word, bits| self.clear_in(word, bits));
     }
 
-    /// Takes the bits of `first .. first + pages`, which are in the slot.
+    /// Removes the bits of `first .. first + pages`, which are in the slot.
     pub(crate) fn remove(&mut self, first: u64, pages: u64) {
         for (word, mask) in masks(first, pages) {
             self.clear_in(word, mask);
         }
     }
 
-    /// Takes `bits` of `word`.
+    /// Removes `bits` from `word`.
     fn clear_in(&mut self, word: usize, bits: u64) {
         if self.words[word] & bits == 0 {
             return;
@@ -156,15 +156,15 @@ impl PageBits {
         }
     }
 
-    /// The words; the last may have room for more pages than there are.
+    /// Returns the words; the last may have room for more pages than there are.
     pub(crate) fn words(&self) -> &[u64] {
         &self.words
     }
 
-    /// The first word at or after `from` that is not zero.
+    /// Finds the first word at or after `from` that is not zero.
     #[inline]
     pub(crate) fn next_word(&self, from: usize) -> Option<usize> {
-        // What is left of the group of 64 words, then of the groups' group, then all others.
+        // First the rest of the group of 64 words, then of the groups' group, then all others.
         let group = from / 64;
         let left = self.summary.get(group)? & (!0 << (from % 64));
         if left != 0 {
@@ -185,7 +185,7 @@ impl PageBits {
         Some((from / 64 + 1 + skipped) * 64 + bit)
     }
 
-    /// The last page whose bit is set in `words`.
+    /// Returns the last page whose bit is set in `words`.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn last_in(&self, words: Range<usize>) -> Option<u64> {
         let words = words.start..words.end.min(self.words.len());
@@ -208,7 +208,7 @@ impl PageBits {
         self.top.iter().all(|&top| top == 0)
     }
 
-    /// How many bits are set in `words`.
+    /// Counts the bits that are set in `words`.
     pub(crate) fn count(&self, words: Range<usize>) -> u64 {
         let mut count = 0;
         let mut from = words.start;

@@ -1,14 +1,13 @@
-//! Who may write which shard.
+//! Which thread may write which shard.
 
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
-/// Shards of a log: so many threads harvest at once, more wait for one of them. Each costs a bit a
-/// page, where pages are dirty.
+/// Shards of a log. So many threads harvest at once, and more wait for one of them. Each shard costs one bit per page, where pages are
+/// dirty.
 pub(crate) const MAX_SHARDS: usize = 4;
 
-/// The shards' tokens. A pass holds one from its first harvested entry until its pages are
-/// published, so the next holder of a shard finds only published pages in it, or the note
-/// of what is still to be done.
+/// The shards' tokens. A pass holds one from its first harvested entry until its pages are published. So the next holder of a shard finds
+/// only published pages in it, or the note of what is still to be done.
 pub(crate) struct ShardPool {
     tokens: Mutex<Tokens>,
     returned: Condvar,
@@ -16,24 +15,24 @@ pub(crate) struct ShardPool {
 
 struct Tokens {
     shards: Box<[Token]>,
-    /// Threads that wait for a shard: to wake nobody costs a system call, too.
+    /// Threads that wait for a shard. A wake-up that wakes no thread costs a system call, too.
     waiting: usize,
 }
 
 struct Token {
     held: bool,
-    /// Threads that wait for this shard and no other. They come first, or they might never.
+    /// Threads that wait for this shard and no other. They come first; otherwise they might never.
     wanted: usize,
     /// See [`ShardGuard`].
     has_pages: bool,
     unreset: Option<Unreset>,
 }
 
-/// What is left to do where a pass ended before its reset: its pages are in the shard, their
-/// entries are marked, but no reset that could re-protect them has completed.
+/// The work that is left where a pass ended before its reset: its pages are in the shard and their entries are marked, but no reset
+/// that could protect them has completed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Unreset {
-    /// Faulty resets there had been when the first of the entries was marked.
+    /// The number of faulty resets when the first of the entries was marked.
     pub(crate) faults: u64,
 }
 
@@ -60,7 +59,7 @@ impl ShardPool {
         lock(&self.tokens).shards.len()
     }
 
-    /// Waits for any shard, the lowest that is free: the fewer are in use, the less is merged.
+    /// Waits for any shard, and takes the lowest that is free: the fewer are in use, the less is merged.
     pub(crate) fn acquire_any(&self) -> ShardGuard<'_> {
         let mut tokens = lock(&self.tokens);
         loop {
@@ -72,7 +71,7 @@ impl ShardPool {
         }
     }
 
-    /// Waits for the shard `index`: for whichever pass holds it to end.
+    /// Waits for the shard `index`, and so for the pass that holds it to end.
     pub(crate) fn acquire(&self, index: usize) -> ShardGuard<'_> {
         let mut tokens = lock(&self.tokens);
         tokens.shards[index].wanted += 1;
@@ -106,8 +105,8 @@ impl ShardPool {
 pub(crate) struct ShardGuard<'a> {
     pool: &'a ShardPool,
     index: usize,
-    /// Whether entries were harvested since its pages were last taken; else nobody need look for any. It outlives
-    /// the guard.
+    /// Whether entries were harvested since its pages were last taken; if not, no thread need look for any. It outlives the
+    /// guard.
     pub(crate) has_pages: bool,
     /// `Some` while the shard holds pages whose reset is outstanding. It outlives the guard.
     pub(crate) unreset: Option<Unreset>,
@@ -130,7 +129,7 @@ impl Drop for ShardGuard<'_> {
         let waiting = tokens.waiting > 0;
         drop(tokens);
         if waiting {
-            // All: those that wait for one shard and those that wait for any share the condition.
+            // All, because threads that wait for one shard and those that wait for any share the condition.
             self.pool.returned.notify_all();
         }
     }

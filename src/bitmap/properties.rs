@@ -1,4 +1,4 @@
-//! All bitmaps against naive ones: a map from words to their bits.
+//! All bitmaps, compared with naive ones: maps from words to their bits.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,7 @@ enum Deed {
     Clear,
 }
 
-/// `at` among `of`: low numbers count from the begin, high ones from the end.
+/// `at` among `of`: low numbers count from the start, high ones from the end.
 fn place(at: u32, of: u64) -> u64 {
     let back = u32::MAX - at;
     match at < back {
@@ -102,7 +102,7 @@ impl Bitmaps {
                 }
             }
             Deed::TakeShard => {
-                // SAFETY: nobody else has the shard.
+                // SAFETY: no other thread has the shard.
                 unsafe { self.shard.0.take_into(&mut self.owned.0) };
                 add(&mut self.owned.1, &self.shard.1);
                 self.shard.1.clear();
@@ -130,7 +130,7 @@ impl Bitmaps {
 
     fn check(&self) {
         let mut shown = Bits::new();
-        // SAFETY: nobody else has the shard.
+        // SAFETY: no other thread has the shard.
         unsafe {
             self.shard
                 .0
@@ -206,7 +206,7 @@ fn deed() -> impl Strategy<Value = Deed> {
     ]
 }
 
-/// Many lines of a block and of many blocks, more than are asked for at once.
+/// Many lines of a block and of many blocks, more than are prefetched at once.
 #[test]
 fn lines_are_taken_however_many_there_are() {
     for pages in [64 * 700 + 5, 64 * 512 * 64 + 64 * 9 + 3] {

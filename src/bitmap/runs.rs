@@ -5,25 +5,25 @@ use core::ops::Range;
 use super::pages::PageBits;
 
 impl PageBits {
-    /// Runs of set bits in `words`, ascending.
+    /// Returns the runs of set bits in `words`, ascending.
     pub(crate) fn runs(&self, words: Range<usize>) -> BitRuns<'_> {
         BitRuns::new(self, words)
     }
 }
 
-/// Runs of set bits as half-open ranges, ascending, each as long as it can be.
+/// Runs of set bits as half-open ranges, ascending, each as long as possible.
 #[derive(Clone)]
 pub(crate) struct BitRuns<'a> {
     bits: &'a PageBits,
-    /// The words up to the last that is ours.
+    /// The words up to the last of the range.
     words: &'a [u64],
-    /// The word looked at, and what of it is left.
+    /// The current word, and the rest of it.
     at: usize,
     left: u64,
 }
 
 impl<'a> BitRuns<'a> {
-    /// The runs in `words`; one that goes on beyond is cut.
+    /// Returns the runs in `words`; a run that continues beyond is cut.
     fn new(bits: &'a PageBits, words: Range<usize>) -> Self {
         let end = words.end.min(bits.words().len());
         let mut runs = Self {
@@ -72,7 +72,7 @@ impl Iterator for BitRuns<'_> {
             self.left &= !0 << end;
             return Some(start..self.at as u64 * 64 + end);
         }
-        // The run reaches the word's end: it goes on through the ones that follow.
+        // The run reaches the word's end and continues through the words that follow.
         loop {
             self.at += 1;
             let word = self.words.get(self.at).copied().unwrap_or(0);
@@ -89,7 +89,7 @@ impl Iterator for BitRuns<'_> {
 mod tests {
     use super::*;
 
-    /// The runs among `words`, a bit at a time.
+    /// Returns the runs among `words`, one bit at a time.
     fn oracle(words: &[u64]) -> Vec<Range<u64>> {
         let bit = |page: u64| words[(page / 64) as usize] >> (page % 64) & 1 == 1;
         let pages = words.len() as u64 * 64;

@@ -1,4 +1,4 @@
-//! The bits that one harvesting thread writes without any other looking on.
+//! The bits that one harvesting thread writes while no other thread reads them.
 
 use super::pages::PageBits;
 use super::words::{BLOCK_WORDS, LINE_WORDS, Lines, ones, words_for};
@@ -9,12 +9,12 @@ use crate::sync::{Plain, PlainU8, PlainU64, lend};
 const BLOCK_FLAGS: usize = BLOCK_WORDS / LINE_WORDS;
 const _: () = assert!(BLOCK_FLAGS == 64);
 
-/// Lines that are asked for before the first of them is moved: at least a block's, and few enough for a near cache.
+/// Lines that are prefetched before the first of them is moved: at least a block's, and few enough for a near cache.
 const MOST_ASKED: usize = 2 * BLOCK_FLAGS;
 
-/// One slot's part of one shard: a bit a page, written by plain stores.
+/// One slot's part of one shard: one bit per page, written by plain stores.
 ///
-/// The holder of the shard (see [`ShardPool`](super::pool::ShardPool)) is alone with it.
+/// Only the holder of the shard (see [`ShardPool`](super::pool::ShardPool)) accesses it.
 pub(crate) struct ShardBits {
     words: Lines<PlainU64>,
     /// One for each line of whole blocks: 1 if any of its bits are set, else 0.
@@ -31,12 +31,12 @@ impl ShardBits {
         })
     }
 
-    /// The words and the touched-flags, for code that makes pointers to them.
+    /// Returns the words and the touched-flags, for pointers to them.
     pub(crate) fn parts(&self) -> (&[PlainU64], &[PlainU8]) {
         (&self.words, &self.touched)
     }
 
-    /// Whether the bit of `page`, which is in the slot, is set. For the holder of the shard.
+    /// Returns whether the bit of `page`, which is in the slot, is set. For the holder of the shard.
     pub(crate) fn contains(&self, page: u64) -> bool {
         self.words[(page / 64) as usize].load() >> (page % 64) & 1 == 1
     }
@@ -55,8 +55,8 @@ impl ShardBits {
     /// The caller holds the shard.
     pub(crate) unsafe fn take_into(&self, into: &mut PageBits) {
         let take = |touched: &mut [u8], words: &mut [u64]| {
-            // Lines are found, and asked for from wherever they are, then moved, some at a time: the processor
-            // waits for many at once, and what is to be moved next depends on nothing.
+            // Lines are found, and prefetched from wherever they are, then moved, some at a time. So the processor waits for many at once, and
+            // no move depends on another.
             let mut asked = [0; MOST_ASKED];
             let mut count = 0;
             for (group, touched) in touched.chunks_mut(64 * BLOCK_FLAGS).enumerate() {
@@ -83,7 +83,7 @@ impl ShardBits {
         unsafe { self.lend(take) }
     }
 
-    /// Shows each word that is not zero to `each`.
+    /// Passes each word that is not zero to `each`.
     ///
     /// # Safety
     /// The caller holds the shard.
@@ -110,12 +110,12 @@ impl ShardBits {
             // SAFETY: as below.
             unsafe { lend(&self.words, |words| borrower(touched, words)) }
         };
-        // SAFETY: who holds the shard is alone with its words and flags.
+        // SAFETY: only the holder of the shard accesses its words and flags.
         unsafe { lend(&self.touched, with_words) }
     }
 }
 
-/// Which blocks of up to 64 are touched, found without a branch that would depend on it.
+/// Returns which blocks of up to 64 are touched, without a branch that depends on it.
 fn touched_blocks(flags: &[u8]) -> u64 {
     let blocks = flags
         .chunks_exact(BLOCK_FLAGS)
@@ -127,9 +127,9 @@ fn touched_blocks(flags: &[u8]) -> u64 {
     blocks.fold(0, |all, block| all | block)
 }
 
-/// The lines of a block that are touched, in an order of their own.
+/// Returns the lines of a block that are touched, in an order of their own.
 fn touched_lines(flags: [u8; BLOCK_FLAGS]) -> impl Iterator<Item = usize> {
-    // A flag is the lowest bit of its byte. There is room above it for those of the other seven eights.
+    // A flag is the lowest bit of its byte. The bits above it have room for the flags of the other seven eights.
     let set = eights(&flags)
         .enumerate()
         .fold(0, |set, (i, eight)| set | eight << i);

@@ -7,7 +7,7 @@ use crate::sync::{AtomicU64, Ordering, zeroed};
 /// One slot's bits as shared atomics.
 pub(crate) struct SharedBits {
     words: Box<[AtomicU64]>,
-    /// A bit for each block of words: set if any bit of the block may be.
+    /// One bit per block of words: set if any bit of the block may be.
     touched: Box<[AtomicU64]>,
 }
 
@@ -28,27 +28,27 @@ impl SharedBits {
         }
     }
 
-    /// Adds `bits` to `word`. Which of them were set before.
+    /// Adds `bits` to `word`. Returns which of them were set before.
     pub(crate) fn merge(&self, word: usize, bits: u64) -> u64 {
-        // Release: pairs with the acquire swap in `take_into`. What the caller wrote to the pages
-        // before is seen by the thread that copies them after taking the bits.
+        // Release: pairs with the acquire swap in `take_into`. What the caller wrote to the pages before is visible to a thread that
+        // takes the bits and then copies the pages.
         let before = self.words[word].fetch_or(bits, Ordering::Release);
-        // Release: pairs with the acquire swap of the flag in `take_into`: who takes the flag sees
-        // the bits. A read-modify-write, not a store, so that the flags of several writers form
-        // one release sequence and the taker sees the bits of all of them.
+        // Release: pairs with the acquire swap of the flag in `take_into`: a thread that takes the flag sees the bits. A
+        // read-modify-write, not a store, so that the flags of several writers form one release sequence and the taker sees the
+        // bits of all of them.
         let block = word / BLOCK_WORDS;
         self.touched[block / 64].fetch_or(1 << (block % 64), Ordering::Release);
         before & bits
     }
 
-    /// Sets the bit of `page`, which is in the slot. Whether it was not set.
+    /// Sets the bit of `page`, which is in the slot. Returns whether it was not set.
     pub(crate) fn insert(&self, page: u64) -> bool {
         self.merge((page / 64) as usize, 1 << (page % 64)) == 0
     }
 
-    /// Whether the bit of `page`, which is in the slot, is set just now.
+    /// Returns whether the bit of `page`, which is in the slot, is set at this moment.
     pub(crate) fn contains(&self, page: u64) -> bool {
-        // Relaxed: pairs with nothing. It is true of a moment, and nothing is decided by it here.
+        // Relaxed: pairs with nothing. It is true of a moment, and no decision here depends on it.
         let word = self.words[(page / 64) as usize].load(Ordering::Relaxed);
         word >> (page % 64) & 1 == 1
     }
@@ -58,21 +58,21 @@ impl SharedBits {
         self.take(|word, bits| into.merge(word, bits));
     }
 
-    /// The same, into bits of the same kind, where others may set some meanwhile.
+    /// The same, into bits of the same kind, while other threads may set some.
     pub(crate) fn move_to(&self, to: &Self) {
         self.take(|word, bits| _ = to.merge(word, bits));
     }
 
-    /// Takes all bits, and shows those of each word.
+    /// Takes all bits, and passes those of each word to `each`.
     pub(crate) fn take(&self, mut each: impl FnMut(usize, u64)) {
         for (group, touched) in self.touched.iter().enumerate() {
-            // Relaxed: a flag not seen yet is seen next time; a flag that the caller is bound to
-            // see was set before (happens-before) its call.
+            // Relaxed: a flag that is not visible yet is taken next time. A flag that the caller has to see was set before
+            // (happens-before) its call.
             if touched.load(Ordering::Relaxed) == 0 {
                 continue;
             }
-            // Acquire: pairs with the release in `merge`. The flags go before the bits, so that a
-            // bit set after its word was taken leaves the flag set.
+            // Acquire: pairs with the release in `merge`. The flags are taken before the bits, so that a bit set after its word was taken
+            // leaves the flag set.
             let flags = touched.swap(0, Ordering::Acquire);
             self.for_each_word(group, flags, |at, word| {
                 // Relaxed: a bit that this misses comes with a flag that is still to be taken.
@@ -89,10 +89,10 @@ impl SharedBits {
         self.for_each(|word, bits| into.merge(word, bits));
     }
 
-    /// Shows each word that has bits, and leaves them set.
+    /// Passes each word that has bits to `each`, and leaves them set.
     pub(crate) fn for_each(&self, mut each: impl FnMut(usize, u64)) {
         for (group, touched) in self.touched.iter().enumerate() {
-            // Acquire: pairs with the release in `merge`: who sees the flag sees the bits.
+            // Acquire: pairs with the release in `merge`: a thread that sees the flag sees the bits.
             let flags = touched.load(Ordering::Acquire);
             self.for_each_word(group, flags, |at, word| {
                 // Acquire: pairs with the release in `merge`.
@@ -104,21 +104,21 @@ impl SharedBits {
         }
     }
 
-    /// Whether any may be set.
+    /// Returns whether any may be set.
     pub(crate) fn any(&self) -> bool {
         // Acquire: pairs with the release in `merge`.
         let touched = |touched: &AtomicU64| touched.load(Ordering::Acquire) != 0;
         self.touched.iter().any(touched)
     }
 
-    /// How many bits are set.
+    /// Counts the bits that are set.
     pub(crate) fn count(&self) -> u64 {
         let mut count = 0;
         self.for_each(|_, bits| count += u64::from(bits.count_ones()));
         count
     }
 
-    /// The bits of `word`.
+    /// Returns the bits of `word`.
     pub(crate) fn word(&self, word: usize) -> u64 {
         // Acquire: pairs with the release in `merge`.
         self.words[word].load(Ordering::Acquire)

@@ -1,4 +1,4 @@
-//! Pages as bits of 64-bit words: the arithmetic that every bitmap here shares.
+//! Pages as bits of 64-bit words: the arithmetic that all bitmaps share.
 
 use core::ops::{Deref, DerefMut, Range};
 
@@ -13,9 +13,9 @@ pub(crate) const LINE_WORDS: usize = 8;
 /// Words of a block, 64 lines: 4 KiB of bits, 32,768 pages, 128 MiB of guest memory.
 pub(crate) const BLOCK_WORDS: usize = 64 * LINE_WORDS;
 
-/// Memory that begins with a cache line, so that a line of words is one.
+/// Memory that starts at a cache line, so that a line of words is one.
 ///
-/// That is not asked of the allocator, which would write zeroes where it has zero pages to give.
+/// The alignment is not requested from the allocator, which would then write zeroes where it has zero pages to give.
 pub(crate) struct Lines<T> {
     memory: Box<[T]>,
     ours: Range<usize>,
@@ -26,7 +26,7 @@ impl<T: Zero> Lines<T> {
     pub(crate) fn zeroed(len: usize) -> Option<Self> {
         let spare = (LINE_BYTES / size_of::<T>()).saturating_sub(1);
         let memory: Box<[T]> = zeroed(len.checked_add(spare)?)?;
-        // What a model has in place of an integer may have no place at the begin of a line.
+        // A model's stand-in for an integer may have no place at the start of a line.
         let start = memory.as_ptr().align_offset(LINE_BYTES).min(spare);
         let ours = start..start + len;
         Some(Self { memory, ours })
@@ -65,7 +65,7 @@ pub(crate) fn block_words(block: usize, words: usize) -> Range<usize> {
     start..words.min(start + BLOCK_WORDS)
 }
 
-/// The words that `first .. first + pages` reaches into, and which of their bits.
+/// Returns the words that `first .. first + pages` reaches into, and which of their bits.
 pub(crate) fn masks(first: u64, pages: u64) -> impl Iterator<Item = (usize, u64)> {
     let end = first + pages;
     let mut next = first;
@@ -80,7 +80,7 @@ pub(crate) fn masks(first: u64, pages: u64) -> impl Iterator<Item = (usize, u64)
     })
 }
 
-/// The positions of the ones of `word`, ascending.
+/// Returns the positions of the ones of `word`, ascending.
 pub(crate) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     core::iter::from_fn(move || {
         let position = (word != 0).then(|| word.trailing_zeros() as usize)?;

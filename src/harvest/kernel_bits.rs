@@ -1,4 +1,4 @@
-//! Taking the bits that the kernel itself keeps of dirty pages.
+//! Reading the bits that the kernel itself keeps of dirty pages.
 
 use core::ops::Range;
 use std::io;
@@ -11,18 +11,18 @@ use crate::slots::table::Slot;
 use crate::slots::working_set::Terms;
 use crate::sync::{Arc, Counter, Mutex, MutexGuard, lock, zeroed};
 
-/// Who takes the kernel's bits, one at a time, and the room for them.
+/// The right to take the kernel's bits, held by one thread at a time, and the room for them.
 #[derive(Default)]
 pub(crate) struct KernelBits {
-    /// Zeroes, but while somebody takes bits.
+    /// Zeroes, except while a thread takes bits.
     words: Mutex<Box<[u64]>>,
     /// Times that the kernel had no bitmap of a slot.
     pub(crate) missing: Counter,
 }
 
 impl KernelBits {
-    /// Waits until bits that somebody else has taken are where a sync finds them: who asks the kernel
-    /// before that finds neither.
+    /// Waits until the bits that another thread has taken are where a sync finds them. Until then they are neither there nor in the
+    /// kernel.
     pub(crate) fn lock(&self) -> Taking<'_> {
         Taking {
             words: lock(&self.words),
@@ -38,7 +38,7 @@ pub(crate) struct Taking<'a> {
 }
 
 impl Taking<'_> {
-    /// Makes room for the bits of `pages` pages. False if there is no memory for it.
+    /// Makes room for the bits of `pages` pages. Returns false if there is no memory for it.
     pub(crate) fn fit(&mut self, pages: u64) -> bool {
         let len = words_for(pages);
         if self.words.len() < len {
@@ -50,11 +50,11 @@ impl Taking<'_> {
         true
     }
 
-    /// Moves the kernel's bits of `slot`, for which there is room, to its device bits: only now that
-    /// their pages are protected again, and whether or not the kernel got to its end.
+    /// Moves the kernel's bits of `slot`, for which there is room, to its device bits, once their pages are protected again, even if the
+    /// kernel failed half-way.
     ///
-    /// Where it has none, or has the slot in another size, every page is dirty, and once more when it has one
-    /// again: what was written before that is in no bitmap. But of a slot whose removal has begun it
+    /// If the kernel has no bits, or has the slot in another size, every page is dirty, and once more when it has bits again: writes
+    /// before that are in no bitmap. Exception: a slot whose removal has begun need not have any bits.
     /// need not have any bits.
     pub(crate) fn take(
         &mut self,
@@ -67,8 +67,8 @@ impl Taking<'_> {
         })
     }
 
-    /// The same, but bits of pages that stay open are left: of members, and of pages that were cleared the time before, which
-    /// join. Where the kernel can't leave bits, all are taken.
+    /// The same, but leaves the bits of pages that stay open: of members, and of pages that were cleared the time before, which join.
+    /// Where the kernel cannot leave bits, all are taken.
     pub(crate) fn take_but_members(
         &mut self,
         kernel: &dyn Kernel,
@@ -83,12 +83,12 @@ impl Taking<'_> {
                 }
                 read => read?,
             }
-            // What lies past the slot's end is seen below; the kernel would refuse to clear it.
+            // Bits past the slot's end are handled below; the kernel would refuse to clear them.
             let is_larger = has_more(words, pages);
             if is_larger {
                 return Ok(());
             }
-            // Joined before the others are cleared: should that fail, they stay open and are reported all the same.
+            // Joined before the others are cleared: if that fails, they stay open and are reported all the same.
             slot.members()
                 .keep(words, |joining| terms.lets_join(joining));
             kernel.clear_bitmap(id, pages, words)
@@ -110,7 +110,7 @@ impl Taking<'_> {
             Ok(()) => is_larger,
             Err(source) => match source.raw_os_error() {
                 Some(libc::ENOENT) if retired => {
-                    // Should it stay after all.
+                    // The removal may still be cancelled.
                     slot.note_missing(true);
                     return Ok(());
                 }
@@ -125,9 +125,9 @@ impl Taking<'_> {
         Ok(())
     }
 
-    /// Adds the kernel's bits of `slot`, for which there is room, to `into`, and leaves them where they are. All are set where
-    /// the kernel has none, or had none when somebody last tried. Where it can't leave them, they go to the device bits,
-    /// as in [`take`](Self::take).
+    /// Adds the kernel's bits of `slot`, for which there is room, to `into`, and leaves them in the kernel. All are set where the
+    /// kernel has none, or had none at the last attempt. If it cannot leave them, they go to the device bits, as in
+    /// [`take`](Self::take).
     pub(crate) fn copy(
         &mut self,
         kernel: &dyn Kernel,
@@ -161,8 +161,8 @@ impl Taking<'_> {
         Ok(())
     }
 
-    /// Adds the kernel's bits of `slot`, for which there is room, to `into`, and leaves them where they are; but those of pages
-    /// that stay open, as in [`take_but_members`](Self::take_but_members). Where they can't be left, or make no sense, they are
+    /// Adds the kernel's bits of `slot`, for which there is room, to `into`, and leaves them in the kernel, except those of pages that
+    /// stay open, as in [`take_but_members`](Self::take_but_members). If they cannot be left, or make no sense, they are
     /// [taken](Self::take).
     pub(crate) fn find(
         &mut self,
@@ -212,7 +212,7 @@ impl Taking<'_> {
         let cleared = kernel.clear_bitmap(slot.id(), slot.pages(), words);
         words[range].fill(0);
         match cleared {
-            // It is deleted already, and nobody writes to it.
+            // The slot is deleted already, so nothing writes to it.
             Err(error) if retired && error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             cleared => cleared.map_err(|source| failed(slot, source)),
         }
@@ -239,15 +239,14 @@ fn failed(slot: &Slot, source: io::Error) -> BitmapError {
     }
 }
 
-/// Whether there are bits past the end of a slot of `pages` pages: the kernel's is larger.
+/// Returns whether there are bits past the end of a slot of `pages` pages: the kernel's slot is larger.
 fn has_more(words: &[u64], pages: u64) -> bool {
     let in_last = pages % u64::from(u64::BITS);
     let last = words.last().copied().unwrap_or(0);
     in_last > 0 && last >> in_last > 0
 }
 
-/// Bits on their way to the device bits of their slot, where they go when this is dropped: by
-/// unwinding, too.
+/// Bits on their way to the device bits of their slot, where they go when this is dropped, by unwinding, too.
 struct Found<'a> {
     words: &'a mut [u64],
     slot: &'a Slot,

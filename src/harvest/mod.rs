@@ -1,5 +1,4 @@
-//! From entries to published pages: passes over rings, the resets that they share, and the bits that the kernel itself
-//! keeps.
+//! From entries to published pages: passes over rings, the resets that they share, and the bits that the kernel itself keeps.
 //!
 //! May import: ground, bitmap, ring, limit, pacing, slots.
 

@@ -18,25 +18,25 @@ use crate::slots::targets::{Misses, Setter, Targets};
 use crate::slots::working_set::Terms;
 use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
 
-/// Entries after which a pass over many rings lets a reset go first: some tenths of a millisecond. In
-/// the models, each ring.
+/// Entries after which a pass over many rings lets a reset go first: some tenths of a millisecond. In the models, after each
+/// ring.
 const MOST_MARKED: u64 = if cfg!(test) { 1 } else { 1 << 16 };
 
-/// How often a removal has resets repeated that fall short.
+/// How often a removal repeats resets that fall short.
 const RECYCLE_TRIES: usize = 4;
 
-/// Everything a pass needs.
+/// The shared state of passes.
 pub(crate) struct Harvester {
     kernel: Box<dyn Kernel>,
     pub(crate) gate: ResetGate,
     pub(crate) pool: ShardPool,
     layout: Mutex<Arc<Layout>>,
     pub(crate) counts: Counts,
-    /// What may stay open of what passes find.
+    /// Which of the pages that passes find may stay open.
     pub(crate) working_set: Terms,
 }
 
-/// What is tracked at one moment: each pass works on one such snapshot.
+/// Slots and vCPUs at one moment. Each pass uses one such snapshot.
 #[derive(Default)]
 pub(crate) struct Layout {
     pub(crate) slots: Table,
@@ -46,7 +46,7 @@ pub(crate) struct Layout {
 }
 
 impl Clone for Layout {
-    /// A copy to be changed, so without what is made of the slots.
+    /// A copy to be changed, so without what is derived from the slots.
     fn clone(&self) -> Self {
         Self {
             slots: self.slots.clone(),
@@ -57,7 +57,7 @@ impl Clone for Layout {
 }
 
 impl Layout {
-    /// Some page is written and unprotected, and nothing shows which.
+    /// Some unknown page is written and unprotected.
     fn suspect_all(&self) {
         for slot in self.slots.slots() {
             slot.suspect_all();
@@ -65,29 +65,28 @@ impl Layout {
     }
 
     fn targets(&self, held: &ShardGuard<'_>) -> &Targets {
-        // SAFETY: `self` holds both the slots and the targets, and a change of the slots
-        // throws the targets away.
+        // SAFETY: `self` holds both the slots and the targets, and each change of the slots
+        // drops the targets.
         let make = || unsafe { Targets::new(&self.slots, held.index()) };
         self.targets[held.index()].get_or_init(make)
     }
 }
 
-/// What passes found.
+/// What passes have found.
 #[derive(Default)]
 pub(crate) struct Counts {
     pub(crate) passes: Counter,
     pub(crate) entries: Counter,
     pub(crate) unknown_slot: Counter,
     pub(crate) out_of_range: Counter,
-    /// Rings that are broken.
+    /// Broken rings.
     pub(crate) overruns: Counter,
 }
 
-/// What one ring gave.
+/// The result of harvesting one ring.
 pub(crate) struct Taken {
     pub(crate) entries: u32,
-    /// Whether they were all there was: the ring is not broken, and no entry harvested before
-    /// was still waiting for its reset.
+    /// Whether there was nothing else: the ring is not broken, and no entry harvested before was still waiting for its reset.
     pub(crate) alone: bool,
 }
 
@@ -111,24 +110,23 @@ impl Harvester {
         Arc::clone(&lock(&self.layout))
     }
 
-    /// Lets `change` loose on the layout, which it leaves as it was if it fails. Passes that have
-    /// begun keep the old one.
+    /// Applies `change` to the layout, which stays unchanged if it fails. Passes that have begun keep the old one.
     pub(crate) fn change_layout<T, E>(
         &self,
         change: impl FnOnce(&mut Layout) -> Result<T, E>,
     ) -> Result<T, E> {
         let mut layout = lock(&self.layout);
-        // Copied only if a pass has it.
+        // Copied only if a pass uses it.
         let layout = Arc::make_mut(&mut layout);
         layout.targets = Default::default();
         change(layout)
     }
 
-    /// Whether a ring is broken. The kernel has overwritten entries that nobody had harvested, or whose pages it
-    /// had yet to protect, and may at any time again: so all pages of all slots are dirty from then on.
+    /// Returns whether a ring is broken. The kernel has overwritten entries that were not harvested, or whose pages it had yet to
+    /// protect, and may do so again at any time. So all pages of all slots are dirty from then on.
     pub(crate) fn any_broken(&self) -> bool {
-        // The thread that finds a ring broken holds a shard, or resets for a holder: a sync waits for the shards,
-        // and their lock orders this count.
+        // A thread that finds a ring broken holds a shard, or resets for one that does. A sync waits for the shards, and their lock
+        // orders this count.
         self.counts.overruns.get() > 0
     }
 
@@ -138,7 +136,7 @@ impl Harvester {
         }
     }
 
-    /// Pages under suspicion.
+    /// Returns the number of suspect pages.
     pub(crate) fn suspects(&self) -> u64 {
         let layout = self.layout();
         let slots = layout.slots.slots();
@@ -148,14 +146,14 @@ impl Harvester {
         }
     }
 
-    /// Waits until every pass that has begun, and so may work on an old layout, has ended.
+    /// Waits until every pass that has begun, and so may use an old layout, has ended.
     pub(crate) fn quiesce(&self) {
         for shard in 0..self.pool.len() {
             drop(self.pool.acquire(shard));
         }
     }
 
-    /// The reset gate, with what it needs to know.
+    /// Calls the reset gate.
     fn reset(&self) -> Result<u64, ResetError> {
         self.gate.reset(self.kernel(), self)
     }
@@ -181,12 +179,12 @@ impl Harvester {
         }
     }
 
-    /// A whole pass over every ring: harvest, reset, publish. Entries harvested.
+    /// Makes a whole pass over every ring: harvest, reset, publish. Returns the number of entries.
     pub(crate) fn reap(&self) -> Result<u64, ResetError> {
         self.reap_those(|_| true, |_, _| ())
     }
 
-    /// The same over those rings whose place `wanted` wants. `note` receives the place and entries of each.
+    /// The same over the rings whose place `wanted` accepts. `note` receives the place and entries of each.
     pub(crate) fn reap_those(
         &self,
         wanted: impl Fn(usize) -> bool,
@@ -198,13 +196,11 @@ impl Harvester {
         Ok(taken)
     }
 
-    /// Harvests every ring, and has the kernel recycle every entry of `slot` that anybody has marked,
-    /// whatever has become of that pass.
+    /// Harvests every ring, and has the kernel recycle every marked entry of `slot`, whatever became of the pass that marked it.
     ///
-    /// Harvested entries are not enough for the slot's id to be used again. The kernel protects pages of
-    /// one slot in batches, and forgets a whole batch for one page that the slot does not have
-    /// (`kvm_reset_dirty_gfn`): an old entry, recycled beside some of a new and smaller slot of that id,
-    /// would leave the new one's pages unprotected, and the count would be whole.
+    /// The slot's id can be used again only after that. The kernel protects pages of one slot in batches, and skips a whole batch for one
+    /// page that the slot does not have (`kvm_reset_dirty_gfn`). If an old entry were recycled beside some of a new and smaller
+    /// slot with that id, the new slot's pages would stay unprotected, and the count would be complete.
     pub(crate) fn recycle_all_of(&self, slot: SlotId) -> Result<(), ResetError> {
         if self.kernel.mode() == Mode::Bitmap {
             return Ok(());
@@ -214,9 +210,9 @@ impl Harvester {
             let mut pass = self.begin();
             pass.harvest_all();
             pass.reset_all()?.publish();
-            // Beside a broken ring none falls short: there every page is reported, whatever it was recycled with.
+            // Beside a broken ring no reset counts as short: every page is reported there, whatever was recycled with it.
             let is_whole = self.gate.faults() == faults;
-            // A void entry may be one of the slot, for a kernel that does not look.
+            // A void entry may be one of the slot, for a kernel that ignores the change.
             let awaits = |slot| self.awaits_reset_of(slot, 0);
             if is_whole || !(awaits(slot) || awaits(SlotId::from_raw(NO_SLOT))) {
                 return Ok(());
@@ -228,20 +224,19 @@ impl Harvester {
         Err(ResetError { source })
     }
 
-    /// Whether an entry waits for a reset that names page `first` of the slot or one after it.
+    /// Returns whether an entry waits for a reset that names page `first` of the slot or one after it.
     fn awaits_reset_of(&self, slot: SlotId, first: u64) -> bool {
         let layout = self.layout();
         let mut rings = layout.vcpus.iter().map(|vcpu| lock(&vcpu.ring));
         rings.any(|ring| ring.awaits_reset_of(slot.raw(), first))
     }
 
-    /// Every page of the slot is protected again, or will be before it is logged: moves those under
-    /// suspicion into `bits`.
+    /// Ends the suspicion of a slot all of whose pages are protected again, or will be before they are logged. Moves the suspect pages
+    /// into `bits`.
     ///
-    /// But as long as an entry waits for its reset that names a page past the slot's end, all of them stay
-    /// under it: the kernel will forget the batch, and what is written and harvested by then may be in it.
-    /// Who marks such entries makes the slot suspect before he gives the ring away, or the right to harvest:
-    /// so either that comes after this, or the entries are seen here.
+    /// All of them stay suspect while an entry that names a page past the slot's end waits for its reset: the kernel will skip its
+    /// batch, and pages that are written and harvested by then may be in it. A pass that marks such an entry makes the slot suspect
+    /// before it releases the ring, or the right to harvest. So either that comes after this call, or the call sees the entry.
     pub(crate) fn end_suspicion(&self, slot: &Slot, bits: &mut PageBits) {
         slot.take_suspects_into(bits);
         if self.awaits_reset_of(slot.id(), slot.pages()) {
@@ -270,7 +265,7 @@ impl Rings for Harvester {
         for vcpu in layout.vcpus.iter().filter(|vcpu| vcpu.taken() > 0) {
             let (named, page) = lock(&vcpu.ring).last();
             if named == NO_SLOT {
-                // Made void, in whatever slot it was. A kernel that does not look has it in one batch with those before.
+                // Made void, in any slot. A kernel that ignores the change has it in one batch with those before.
                 layout
                     .slots
                     .slots()
@@ -282,10 +277,10 @@ impl Rings for Harvester {
     }
 }
 
-/// A pass at `Stage`; its pages are in the shard it holds.
+/// A pass at `Stage`; its pages are in the shard that it holds.
 ///
-/// Dropped before its reset, by an error or a panic, it leaves its pages in the shard together with
-/// the note that they are yet to be reset: the shard's next holder does it.
+/// If it is dropped before its reset, by an error or a panic, its pages stay in the shard, with the note that they are yet to be
+/// reset. The shard's next holder resets them.
 #[must_use]
 pub(crate) struct Pass<'a, Stage> {
     harvester: &'a Harvester,
@@ -296,7 +291,7 @@ pub(crate) struct Pass<'a, Stage> {
     stage: Stage,
 }
 
-/// Entries are marked for reset; their pages are not protected again, so nobody may copy them yet.
+/// Entries are marked for reset. Their pages are not protected again, so they must not be copied yet.
 pub(crate) struct Harvested {
     faults: u64,
 }
@@ -305,12 +300,12 @@ pub(crate) struct Harvested {
 pub(crate) struct Reset(());
 
 impl<'a> Pass<'a, Harvested> {
-    /// Harvests every ring. Entries taken.
+    /// Harvests every ring. Returns the number of entries.
     pub(crate) fn harvest_all(&mut self) -> u64 {
         self.harvest_those(|_| true, |_, _| ())
     }
 
-    /// Harvests the rings whose place `wanted` wants. Entries taken; `note` receives those of each.
+    /// Harvests the rings whose place `wanted` accepts. Returns the number of entries; `note` receives those of each.
     fn harvest_those(
         &mut self,
         wanted: impl Fn(usize) -> bool,
@@ -319,8 +314,8 @@ impl<'a> Pass<'a, Harvested> {
         let layout = Arc::clone(&self.layout);
         let vcpus = layout.vcpus.iter().enumerate();
         let vcpus = vcpus.filter(|&(place, _)| wanted(place));
-        // Once for many rings: each entry into the gate may wait for a reset. But a thread that wants to
-        // reset waits for us.
+        // Entered once for many rings, as each entry into the gate may wait for a reset. But a thread that wants to reset waits for this
+        // pass.
         let mut marking = self.harvester.gate.harvest();
         let mut taken = 0;
         for (place, vcpu) in vcpus {
@@ -390,8 +385,7 @@ impl<'a> Pass<'a, Harvested> {
         }
     }
 
-    /// Resets what was harvested, or what an earlier holder of the shard left; nothing to reset
-    /// costs no ioctl.
+    /// Resets what was harvested, or what an earlier holder of the shard left. It makes no ioctl if there is nothing to reset.
     pub(crate) fn reset(self) -> Result<Pass<'a, Reset>, ResetError> {
         if self.shard.unreset.is_none() {
             return Ok(self.into_reset());
@@ -399,8 +393,7 @@ impl<'a> Pass<'a, Harvested> {
         self.reset_all()
     }
 
-    /// As [`reset`](Self::reset), and also waits for the reset of whatever other passes had marked
-    /// when this was called.
+    /// As [`reset`](Self::reset), and also waits for the reset of everything that other passes had marked before this call.
     pub(crate) fn reset_all(self) -> Result<Pass<'a, Reset>, ResetError> {
         let before = match self.shard.unreset {
             Some(unreset) => unreset.faults,
@@ -420,8 +413,8 @@ impl<'a> Pass<'a, Harvested> {
         self.may_join = false;
     }
 
-    /// Adds the pages of this pass, and of those before on its shard, to `dirty`, and ends it before its reset: they stay,
-    /// for the next holder of the shard. False if there is no memory for it.
+    /// Adds the pages of this pass, and of those before on its shard, to `dirty`, and ends the pass before its reset. The pages stay in
+    /// the shard for its next holder. Returns false if there is no memory for it.
     pub(crate) fn copy_into(self, dirty: &mut DirtyPages) -> bool {
         let fits = dirty.fit(&self.layout.slots);
         if fits {
@@ -445,20 +438,20 @@ impl<'a> Pass<'a, Harvested> {
 }
 
 impl Pass<'_, Reset> {
-    /// After a full exit that found less than a full ring holds: looks further for what the kernel has pushed.
+    /// After a full exit that found less than a full ring holds: looks for entries that the kernel has pushed beyond a gap.
     pub(crate) fn look_for_a_gap(&self, vcpu: &Vcpu) {
         let breaks = lock(&vcpu.ring).breaks_at_a_gap();
         self.harvester.count_broken(breaks);
     }
 
-    /// Publishes the pages: the next holder of the shard may return them.
+    /// Publishes the pages: the shard's next holder may return them.
     pub(crate) fn publish(self) {
         // Dropping the shard does it (`ShardGuard::drop` in the pool): it is given back with nothing left to reset.
         let Reset(()) = self.stage;
     }
 
-    /// Moves the pages of this pass, and of those published on its shard before, into `dirty`.
-    /// False if there is no memory for it; then they stay.
+    /// Moves the pages of this pass, and of those published on its shard before, into `dirty`. Returns false if there is no memory for
+    /// it; then they stay.
     pub(crate) fn publish_into(mut self, dirty: &mut DirtyPages) -> bool {
         let fits = dirty.fit(&self.layout.slots);
         if fits && self.shard.has_pages {

@@ -8,16 +8,16 @@ use crate::sync::{Arc, Condvar, Counter, Mutex, MutexGuard, lock, wait};
 
 /// Serialises reset ioctls, combines them, and keeps harvests out of them.
 ///
-/// An ioctl re-protects the pages of the entries that were marked before it *started*. While one is
-/// in flight no entry is marked. So the one in flight serves every pass that arrives meanwhile, and
-/// how many entries it has to recycle is known exactly: with entries being marked under it, a count
+/// An ioctl protects the pages of the entries that were marked before it *started*. While one is in flight no entry is marked. So the
+/// one in flight serves every pass that arrives meanwhile, and the number of entries that it has to recycle is exact. If entries
+/// were marked meanwhile, a short count could look complete.
 /// that fell short could look whole.
 #[derive(Default)]
 pub(crate) struct ResetGate {
     state: Mutex<State>,
     turned: Condvar,
-    /// Resets that fell short. A pass compares the number before its first mark with the number
-    /// after its reset, see [`ResetGate::reset`].
+    /// Resets that fell short. A pass compares the number before its first mark with the number after its reset, see
+    /// [`ResetGate::reset`].
     faults: Counter,
     /// Resets that may have been cut short after the last entry.
     doubts: Counter,
@@ -25,18 +25,18 @@ pub(crate) struct ResetGate {
     failures: Counter,
 }
 
-/// The rings that are reset, as far as the gate needs to know them.
+/// The rings that are reset, as the gate sees them.
 pub(crate) trait Rings {
-    /// Whether no entry of any ring waits for a reset. No entry is marked meanwhile.
+    /// Returns whether no entry of any ring waits for a reset. No entry is marked meanwhile.
     fn nothing_awaits_reset(&self) -> bool;
 
-    /// Looks for rings that the kernel is about to overrun, or has: a reset that meets a vCPU there may leave
-    /// a page unprotected, and its count is whole. No entry is marked meanwhile. True if some ring is broken:
-    /// then all pages are dirty in any case, and counts mean nothing.
+    /// Looks for rings that the kernel is about to overrun, or has: a reset that meets a vCPU there may leave a page unprotected,
+    /// with a complete count. No entry is marked meanwhile. Returns true if some ring is broken: then all pages are dirty in any
+    /// case, and counts mean nothing.
     fn look_for_overruns(&self) -> bool;
 
-    /// The last batch of some ring may be recycled and its pages not protected: which ring, the gate
-    /// cannot know. Called before anybody learns that the reset is over.
+    /// Suspects the last batch of every ring: one of them may be recycled with its pages unprotected, and the gate cannot find out
+    /// which. Called before any other thread sees that the reset is over.
     fn suspect_last_batches(&self);
 }
 
@@ -47,7 +47,7 @@ struct State {
     harvests: usize,
     /// A reset runs, or waits for the last harvest to end.
     in_flight: bool,
-    /// Threads that wait for any of this to change: to wake nobody costs a system call, too.
+    /// Threads that wait for a change. A wake-up that wakes no thread costs a system call, too.
     waiting: usize,
     started: u64,
     finished: u64,
@@ -59,7 +59,7 @@ struct State {
     recycled: u64,
 }
 
-/// How often what was done, for [`Stats`](crate::Stats).
+/// The gate's counts, for [`Stats`](crate::Stats).
 pub(crate) struct GateStats {
     pub(crate) resets: u64,
     pub(crate) short: u64,
@@ -68,13 +68,13 @@ pub(crate) struct GateStats {
 }
 
 impl ResetGate {
-    /// Faulty resets so far. Read before a pass marks its first entry: a value that is out of date
-    /// is lower, and only makes the pass more suspicious.
+    /// Returns the number of faulty resets so far. A pass reads it before it marks its first entry. A stale value is lower, and only makes
+    /// the pass more suspicious.
     pub(crate) fn faults(&self) -> u64 {
         self.faults.get()
     }
 
-    /// Entries recycled so far, of those that were marked.
+    /// Returns the number of marked entries that were recycled so far.
     pub(crate) fn recycled(&self) -> u64 {
         lock(&self.state).recycled
     }
@@ -101,15 +101,13 @@ impl ResetGate {
         }
     }
 
-    /// Returns once a reset has completed that started after the caller's last harvest, and says
-    /// how many faulty ones there have been.
+    /// Returns once a reset has completed that started after the caller's last harvest, with the number of faulty resets so far.
     ///
-    /// A faulty (short) reset leaves up to a batch of recycled entries unprotected, whichever pass
-    /// had marked them. So each pass that was under way while the number of faults changed must
-    /// treat its pages as unprotected.
+    /// A faulty (short) reset leaves up to a batch of recycled entries unprotected, of any pass. So each pass that was under way while the
+    /// number of faults changed must treat its pages as unprotected.
     pub(crate) fn reset(&self, kernel: &dyn Kernel, rings: &dyn Rings) -> Result<u64, ResetError> {
         let mut state = lock(&self.state);
-        // The one in flight, if there is one, started when our harvests had ended.
+        // The reset in flight, if there is one, started after our harvests had ended.
         let ticket = state.started + u64::from(!state.in_flight);
         loop {
             if state.succeeded >= ticket {
@@ -148,7 +146,7 @@ impl ResetGate {
         state
     }
 
-    /// Gives the state back, and wakes those that wait for a change.
+    /// Releases the state, and wakes the threads that wait for a change.
     fn wake(&self, state: MutexGuard<'_, State>) {
         let waiting = state.waiting > 0;
         drop(state);
@@ -157,7 +155,7 @@ impl ResetGate {
         }
     }
 
-    /// The ioctl; again while it falls short of `outstanding` and gets on. Entries recycled.
+    /// Makes the ioctl, and repeats it while it falls short of `outstanding` and makes progress. Returns the entries recycled.
     fn recycle(&self, kernel: &dyn Kernel, rings: &dyn Rings, outstanding: u64) -> io::Result<u64> {
         let reset = || -> io::Result<(Recycled, bool)> {
             let is_broken = rings.look_for_overruns();
@@ -174,8 +172,8 @@ impl ResetGate {
             return Ok(outstanding);
         }
         if recycled >= outstanding {
-            // `kvm_dirty_ring_reset` looks for signals once more after the last entry, and before it
-            // has protected the batch that this one ends: no count shows it.
+            // `kvm_dirty_ring_reset` looks for signals once more after the last entry, before it has protected the batch that this entry ends.
+            // No count shows it.
             if first.interrupted && recycled > 0 {
                 self.doubts.add(1);
                 rings.suspect_last_batches();
@@ -183,15 +181,15 @@ impl ResetGate {
             return Ok(recycled);
         }
         self.faults.add(1);
-        // An error here adds nothing: the entries are suspect already.
+        // An error here changes nothing: the entries are suspect already.
         while let Ok((more, _)) = reset() {
             recycled += u64::from(more.entries);
             if more.entries == 0 || recycled >= outstanding {
                 break;
             }
         }
-        // Somebody else's reset has left nothing to recycle of what we count: it
-        // would make every later reset look short. No entry is marked meanwhile.
+        // A reset by another program has left nothing to recycle of what is counted here. Every later reset would look short otherwise. No
+        // entry is marked meanwhile.
         if rings.nothing_awaits_reset() {
             recycled = recycled.max(outstanding);
         }
@@ -202,7 +200,7 @@ impl ResetGate {
 /// The right to mark entries.
 pub(crate) struct Harvest<'a> {
     gate: &'a ResetGate,
-    /// How many were.
+    /// The number of marked entries.
     pub(crate) marked: u64,
 }
 
@@ -215,7 +213,7 @@ impl Drop for Harvest<'_> {
     }
 }
 
-/// One reset in flight. Ending it, by unwinding too, lets the others go on.
+/// One reset in flight. Its end, by unwinding, too, lets the others continue.
 struct Turn<'a> {
     gate: &'a ResetGate,
     outcome: io::Result<u64>,
@@ -229,9 +227,8 @@ impl Drop for Turn<'_> {
         match core::mem::replace(&mut self.outcome, Ok(0)) {
             Ok(recycled) => {
                 state.succeeded = state.finished;
-                // What is left stays outstanding. A later reset may recycle it; written off, it
-                // would then stand in for as many entries that one has left. So would what
-                // somebody else had marked, if it counted.
+                // Entries that were left stay outstanding, as a later reset may recycle them. If they were written off, they would make up for as many
+                // entries that the later reset leaves. So would entries that another program had marked, if they counted.
                 state.recycled = (state.recycled + recycled).min(state.marked);
             }
             Err(error) => {

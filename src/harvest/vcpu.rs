@@ -1,4 +1,4 @@
-//! One vCPU's ring with its consumer token, and what is counted of it.
+//! One vCPU's ring with its consumer token, and its counts.
 
 use crossbeam_utils::CachePadded;
 
@@ -11,32 +11,31 @@ use crate::sync::{AtomicBool, AtomicU64, Counter, Mutex, Ordering, lock};
 
 /// One attached vCPU.
 pub(crate) struct Vcpu {
-    /// The name of its ring, which no other has.
+    /// The name of its ring, which no other ring has.
     pub(crate) name: String,
-    /// The lock is the consumer's token. Nobody waits for anything while holding it.
+    /// The lock is the consumer's token. No thread waits for anything while it holds it.
     pub(crate) ring: Mutex<RingView>,
-    /// The same ring, for onlookers.
+    /// The same ring, for other threads.
     memory: RingMemory,
-    /// Whether somebody has the right to run it, see [`Vcpu::hold`].
+    /// Whether a `VcpuRing` has the right to run it, see [`Vcpu::hold`].
     held: AtomicBool,
     pub(crate) counts: CachePadded<Counts>,
-    /// How much the vCPU may dirty.
+    /// The dirty limit of the vCPU.
     pub(crate) limit: Limit,
 }
 
-/// Each is written once for a pass or a full exit, never for an entry.
+/// Each is written once per pass or full exit, never per entry.
 #[derive(Default)]
 pub(crate) struct Counts {
-    /// Entries that the consumer has harvested. Written by the consumer alone;
-    /// for everybody else it is where the ring's head is.
+    /// Entries that the consumer has harvested. Only the consumer writes it; other threads find the ring's head by it.
     taken: AtomicU64,
     /// Exits for a full ring.
     pub(crate) full_exits: Counter,
     /// Nanoseconds spent on them.
     pub(crate) stall_ns: Counter,
-    /// Entries at which the vCPU stops: a prior, until a full exit has shown it.
+    /// Entries at which the vCPU stops: an estimate, until a full exit has shown it.
     pub(crate) soft_limit: Counter,
-    /// Whether one has.
+    /// Whether one has shown it.
     limit_is_shown: Counter,
     /// See [`Vcpu::note_look`].
     look: Counter,
@@ -50,7 +49,7 @@ pub(crate) struct SoftLimit {
 }
 
 impl SoftLimit {
-    /// What the kernel reports, or nearly so.
+    /// The kernel's report, or nearly so.
     pub(crate) fn supposed(entries: u64) -> Self {
         Self {
             entries,
@@ -64,14 +63,14 @@ impl SoftLimit {
 pub(crate) struct Seen {
     /// Entries taken so far.
     pub(crate) taken: u64,
-    /// Where the kernel's reset index is, as far as entries show.
+    /// The kernel's reset index, as far as entries show it.
     pub(crate) reset_index: u32,
-    /// Whether all that were taken are recycled.
+    /// Whether all taken entries are recycled.
     pub(crate) all_recycled: bool,
 }
 
 impl Vcpu {
-    /// A ring that stops its vCPU `reserved` entries before its end, or so we suppose.
+    /// For a ring that is assumed to stop its vCPU `reserved` entries before its end.
     pub(crate) fn new(memory: RingMemory, reserved: u32) -> Self {
         let name = memory.name().to_owned();
         let ring = RingView::with_reserve(memory.share(), reserved);
@@ -88,33 +87,32 @@ impl Vcpu {
         }
     }
 
-    /// Takes the right to run the vCPU, which one has at a time. False if somebody has it.
+    /// Takes the right to run the vCPU, which has one holder at a time. Returns false if it is taken.
     pub(crate) fn hold(&self) -> bool {
         // Acquire: pairs with the release in `let_go`. The ring itself is under its own lock.
         !self.held.swap(true, Ordering::Acquire)
     }
 
-    /// Whether somebody has it: true of a moment.
+    /// Returns whether the right is taken at this moment.
     pub(crate) fn is_held(&self) -> bool {
         // Relaxed: nothing is read that it would order.
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Gives it back.
+    /// Releases the right.
     pub(crate) fn let_go(&self) {
         // Release: pairs with the acquire in `hold`.
         self.held.store(false, Ordering::Release);
     }
 
-    /// Entries taken so far.
+    /// Returns the number of entries taken so far.
     pub(crate) fn taken(&self) -> u64 {
-        // Acquire: pairs with the release store in `note_taken`, so that the entries taken are seen
-        // as taken.
+        // Acquire: pairs with the release store in `note_taken`, so that the taken entries are seen as taken.
         self.counts.taken.load(Ordering::Acquire)
     }
 
-    /// Notes that the holder of the consumer's token has taken `entries` more. Before it gives the
-    /// token, or the right to harvest, away: until then an onlooker takes them for waiting.
+    /// Notes that the holder of the consumer's token has taken `entries` more. Called before it releases the token, or the right to
+    /// harvest. Until then other threads count these entries as waiting.
     pub(crate) fn note_taken(&self, entries: u32) {
         if entries > 0 {
             // Only the token's holder writes it, so nothing is lost between the two.
@@ -124,7 +122,7 @@ impl Vcpu {
         }
     }
 
-    /// How far its ring is.
+    /// Returns the state of its ring.
     pub(crate) fn seen(&self) -> Seen {
         let mut ring = lock(&self.ring);
         Seen {
@@ -134,18 +132,17 @@ impl Vcpu {
         }
     }
 
-    /// Whether the kernel has overrun its ring.
+    /// Returns whether the kernel has overrun its ring.
     pub(crate) fn is_broken(&self) -> bool {
         self.memory.is_broken()
     }
 
-    /// Whether at least `count` entries wait in the ring; any thread may ask at any time, and
-    /// nobody waits for it.
+    /// Returns whether at least `count` entries wait in the ring. Any thread may call it at any time, and no thread waits for it.
     pub(crate) fn at_least(&self, count: u32) -> bool {
         let mut taken = self.taken();
         loop {
             let at_least = self.gauge(taken).at_least(count);
-            // From a head that has moved on, what was taken long ago would count.
+            // From a head that has moved on, entries that were taken long ago would count.
             let now = self.taken();
             if now == taken {
                 return at_least;
@@ -154,13 +151,13 @@ impl Vcpu {
         }
     }
 
-    /// Entries that wait in the ring, and entries taken from it so far: together they are what the
-    /// vCPU has logged. Any thread may ask at any time, and nobody waits for it.
+    /// Returns the entries that wait in the ring, and those taken so far; the sum is what the vCPU has logged. Any thread may call it at
+    /// any time, and no thread waits for it.
     pub(crate) fn occupancy(&self) -> (u32, u64) {
         let mut taken = self.taken();
         loop {
             let waiting = self.gauge(taken).occupancy();
-            // What was taken meanwhile may have been recycled, and look like room.
+            // Entries that were taken meanwhile may have been recycled, and look like room.
             let now = self.taken();
             if now == taken {
                 return (waiting, taken);
@@ -169,16 +166,16 @@ impl Vcpu {
         }
     }
 
-    /// Notes a look at the ring, at which `waiting` entries waited behind `taken`, all of which had been recycled before
-    /// that was counted.
+    /// Notes a look at the ring, at which `waiting` entries waited behind `taken`, all of which had been recycled before that was
+    /// counted.
     fn note_look(&self, taken: u64, waiting: u32) {
-        // In one word, so that the two belong together. None is zero.
+        // In one word, so that the two belong together. Zero stands for no look.
         self.counts.look.set(taken << 32 | u64::from(waiting + 1));
     }
 
-    /// Whether the vCPU's exit, which its thread handles, saw nothing in the ring but the last `entries` that were
-    /// taken. If so many had not been logged by the last look, the vCPU left the guest after it; and by then all
-    /// before these had been recycled.
+    /// Returns whether the vCPU's exit, which its thread handles, saw nothing in the ring but the last `entries` that were taken. If so many
+    /// had not been logged by the last look, the vCPU left the guest after it; and by then all entries before these had been
+    /// recycled.
     pub(crate) fn exit_saw_only(&self, entries: u32) -> bool {
         let look = self.counts.look.get();
         let Some(waiting) = (look as u32).checked_sub(1) else {
@@ -188,13 +185,13 @@ impl Vcpu {
         since == entries && entries > waiting
     }
 
-    /// Entries that the vCPU has logged so far.
+    /// Returns the number of entries that the vCPU has logged so far.
     pub(crate) fn logged(&self) -> u64 {
         let (waiting, taken) = self.occupancy();
         taken + u64::from(waiting)
     }
 
-    /// On the vCPU's thread, out of the guest: sleeps off what it owes by its limit.
+    /// Sleeps off the vCPU's debt by its limit, on its thread, out of the guest.
     pub(crate) fn pay(&self) -> core::time::Duration {
         self.limit.pay(|| self.logged())
     }
@@ -204,7 +201,7 @@ impl Vcpu {
         Gauge::new(&self.memory, first.wrapping_add(taken as u32))
     }
 
-    /// What a pacing policy is shown.
+    /// Returns the state of the ring for a pacing policy.
     pub(crate) fn observe(&self) -> RingObservation {
         let before = self.taken();
         let all_recycled = self.gauge(before).all_recycled();
@@ -223,9 +220,9 @@ impl Vcpu {
         }
     }
 
-    /// Learns the soft limit from a full exit that found `present` entries, no others outstanding. The first
-    /// replaces what was supposed. From then on the least counts: with page-modification logging an exit finds
-    /// the limit and what the flush of the hardware's buffer has added.
+    /// Learns the soft limit from a full exit that found `present` entries, with no others outstanding. The first such exit replaces the
+    /// estimate. From then on the least counts: with page-modification logging an exit finds the limit plus what the flush of the
+    /// hardware's buffer has added.
     pub(crate) fn learn_soft_limit(&self, present: u32) {
         let SoftLimit { entries, is_shown } = self.soft_limit();
         let least = if is_shown {
@@ -257,7 +254,7 @@ mod tests {
     use super::*;
     use crate::ring::producer::Producer;
 
-    /// Entries taken are counted on for ever, the ring's indices wrap at 2^32, whatever the first.
+    /// Taken entries are counted on for ever, and the ring's indices wrap at 2^32, whatever the first index.
     #[test]
     fn an_onlooker_finds_the_head_after_any_number_of_entries() {
         for first_index in [0, 5, u32::MAX - 5] {

@@ -4,8 +4,8 @@ use kvm_bindings::KVM_DIRTY_GFN_F_MASK;
 
 use crate::sync::{AtomicU32, Ordering, Plain, PlainU32, PlainU64};
 
-// The two flags of `struct kvm_dirty_gfn` in the kernel's include/uapi/linux/kvm.h. kvm-bindings
-// carries only their mask, the shifts being macros that bindgen does not translate.
+// The two flags of `struct kvm_dirty_gfn` in the kernel's include/uapi/linux/kvm.h. kvm-bindings has only their mask, because
+// bindgen does not translate the macros of the shifts.
 const DIRTY: u32 = 1 << 0;
 const RESET: u32 = 1 << 1;
 const _: () = assert!(DIRTY | RESET == KVM_DIRTY_GFN_F_MASK);
@@ -23,8 +23,8 @@ pub(crate) const NO_SLOT: u32 = u32::MAX;
 /// | dirty | kernel, `kvm_dirty_gfn_set_dirtied` | names a page that was written |
 /// | reset | userspace | harvested; the next reset ioctl re-protects its page and frees it |
 ///
-/// `slot` and `offset` belong to the kernel while the entry is free. The kernel reads them again at reset, to know
-/// which page to protect: an entry that userspace has made void by then protects none.
+/// `slot` and `offset` belong to the kernel while the entry is free. The kernel reads them again at reset, to find the page to
+/// protect. If userspace has made the entry void by then, it protects none.
 #[repr(C)]
 pub struct Entry {
     flags: AtomicU32,
@@ -44,7 +44,7 @@ const _: () = {
 };
 
 impl Entry {
-    /// A free one.
+    /// Returns a free entry.
     pub(crate) fn free() -> Self {
         Self {
             flags: AtomicU32::new(0),
@@ -53,7 +53,7 @@ impl Entry {
         }
     }
 
-    /// Whether the entry names a written page that nobody has harvested yet.
+    /// Returns whether the entry names a written page that is not harvested yet.
     #[inline(always)]
     pub(crate) fn is_dirty(&self) -> bool {
         // Acquire: pairs with the write barrier before the flags in the kernel's
@@ -62,50 +62,50 @@ impl Entry {
         self.flags.load(Ordering::Acquire) & (DIRTY | RESET) == DIRTY
     }
 
-    /// The payload: memslot (address space in the upper half) and page inside it. Only a dirty
-    /// entry has one; the consumer reads it between `is_dirty` and `mark_reset`.
+    /// Returns the payload: memslot (address space in the upper half) and page inside it. Only a dirty entry has one; the consumer
+    /// reads it between `is_dirty` and `mark_reset`.
     #[inline(always)]
     pub(crate) fn payload(&self) -> (u32, u64) {
         (self.slot(), self.page())
     }
 
-    /// The first half of the payload.
+    /// Returns the first half of the payload.
     #[inline(always)]
     pub(crate) fn slot(&self) -> u32 {
         self.slot.load()
     }
 
-    /// The second half of the payload.
+    /// Returns the second half of the payload.
     #[inline(always)]
     pub(crate) fn page(&self) -> u64 {
         self.offset.load()
     }
 
-    /// Makes the entry name no slot, between `is_dirty` and `mark_reset`: the kernel, which reads the payload again at the
-    /// reset, recycles it and leaves its page writable (`kvm_reset_dirty_gfn` returns for an address space that no
-    /// VM has). A kernel that does not look protects the page all the same, so nothing may depend on it.
+    /// Makes the entry name no slot, between `is_dirty` and `mark_reset`. The kernel reads the payload again at the reset, recycles the
+    /// entry, and leaves its page writable (`kvm_reset_dirty_gfn` returns for an address space that no VM has). A kernel that
+    /// ignores the change protects the page all the same, so nothing may depend on it.
     #[inline(always)]
     pub(crate) fn void(&self) {
         self.slot.store(NO_SLOT);
     }
 
-    /// Gives the entry back: the kernel may re-protect its page and fill it anew.
+    /// Marks the entry for reset: the kernel may protect its page again and refill the entry.
     #[inline(always)]
     pub(crate) fn mark_reset(&self) {
-        // Release: pairs with the acquire load in the kernel's `kvm_dirty_gfn_harvested`, so that
-        // the payload was read before the kernel can overwrite it, and the kernel sees that it was made void.
+        // Release: pairs with the acquire load in the kernel's `kvm_dirty_gfn_harvested`. So the payload was read before the kernel can
+        // overwrite it, and the kernel sees that it was made void.
         self.flags.store(RESET, Ordering::Release);
     }
 
-    /// Whether the kernel may fill the entry.
+    /// Returns whether the kernel may fill the entry.
     #[inline]
     pub(crate) fn is_free(&self) -> bool {
-        // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`: a thread that
-        // sees an entry recycled also sees that the consumer's head is beyond it.
+        // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`. A thread that sees an entry recycled also
+        // sees that the consumer's head is beyond it.
         self.flags.load(Ordering::Acquire) & (DIRTY | RESET) == 0
     }
 
-    /// Whether the entry is harvested and not yet recycled.
+    /// Returns whether the entry is harvested and not yet recycled.
     #[inline]
     pub(crate) fn awaits_reset(&self) -> bool {
         // Acquire: pairs with the kernel's release store in `kvm_dirty_gfn_set_invalid`.
@@ -124,8 +124,8 @@ impl Entry {
         self.flags.store(DIRTY, Ordering::Release);
     }
 
-    /// The body of the loop of `kvm_dirty_ring_reset`: the payload of a harvested entry, which is
-    /// free from then on, or `None` where the loop ends.
+    /// The body of the loop of `kvm_dirty_ring_reset`. Returns the payload of a harvested entry, which is free from then on, or `None`
+    /// where the loop ends.
     pub(crate) fn recycle(&self) -> Option<(u32, u64)> {
         // Acquire: pairs with the release store in `mark_reset`.
         if self.flags.load(Ordering::Acquire) & RESET == 0 {

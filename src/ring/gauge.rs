@@ -1,4 +1,4 @@
-//! How full a ring is, for onlookers.
+//! How full a ring is, read by other threads than its consumer.
 
 use core::iter;
 
@@ -7,14 +7,13 @@ use super::memory::RingMemory;
 use super::reserve::half_reserve;
 use crate::kernel::RESERVED_ENTRIES;
 
-/// Looks at a ring beside its consumer: reads flags, and nothing else.
+/// Looks at a ring beside its consumer. It reads flags only.
 ///
-/// What it sees is true of some moment during the look, or, where a harvest runs meanwhile, of the
-/// ring as if none of its entries were taken yet: as if all were, if it is broken. A
-/// kernel that pushes on makes it an underestimate, by as many entries as it pushes.
+/// The result is true of some moment during the look. During a harvest it is true of the ring as if none of its entries were taken
+/// yet; in a broken ring, as if all were. If the kernel pushes meanwhile, it is too low, by as many entries as are pushed.
 pub(crate) struct Gauge<'a> {
     memory: &'a RingMemory,
-    /// Where the consumer is.
+    /// The consumer's place.
     head: u32,
 }
 
@@ -24,42 +23,40 @@ impl<'a> Gauge<'a> {
         Self { memory, head }
     }
 
-    /// Whether at least `count` entries wait: one load.
+    /// Returns whether at least `count` entries wait: one load.
     pub(crate) fn at_least(&self, count: u32) -> bool {
         count == 0 || count <= self.memory.entries() && self.is_dirty(count - 1)
     }
 
-    /// Whether all entries before the consumer are recycled: one load, as they are recycled in order.
+    /// Returns whether all entries before the consumer are recycled: one load, as they are recycled in order.
     pub(crate) fn all_recycled(&self) -> bool {
         !self.at(self.memory.entries() - 1).awaits_reset()
     }
 
-    /// How many entries wait: one load if none does, else a load for each bit of the ring's size,
-    /// and two.
+    /// Returns how many entries wait: one load if none does, else two and one for each bit of the ring's size.
     pub(crate) fn occupancy(&self) -> u32 {
         let first = self.memory.at(self.head);
         if first.is_free() {
             return 0;
         }
-        // Entries are pushed in order, so those that wait are the first so many.
+        // Entries are pushed in order, so those that wait are at the beginning.
         let waiting = self.first_not(self.memory.entries(), |ahead| self.is_dirty(ahead));
         if first.is_dirty() {
             return waiting;
         }
-        // They are harvested in order, too: a harvest has begun. No entry is recycled during one, but some
-        // may wait for a reset from before: they lie behind the head, beyond all that are free.
-        // In a broken ring both may lie anywhere: an onlooker does not guess high.
+        // They are harvested in order, too, so a harvest has begun. No entry is recycled during one, but some may wait for an earlier
+        // reset: they lie behind the head, beyond all that are free. In a broken ring both may lie anywhere, so take the low value.
         let free = self.some_free().filter(|_| !self.memory.is_broken());
         let Some(free) = free else {
             return 0;
         };
         let waiting = self.first_not(free, |ahead| !self.at(ahead).is_free());
-        // Recycled: then so may be what looked like the end of the harvest's.
+        // Recycled: then the apparent end of the harvested entries may be, too.
         if first.is_free() { 0 } else { waiting }
     }
 
-    /// A free entry. The one behind the head, unless some wait for a reset from before; then one that has
-    /// others beside it, for in a large ring not all are looked at: half as many as kernels keep in reserve.
+    /// Finds a free entry: the one behind the head, unless some wait for an earlier reset. Then it looks for one among groups of free
+    /// entries. In a large ring it does not look at all of them, but at steps of half the kernel's reserve.
     fn some_free(&self) -> Option<u32> {
         let entries = self.memory.entries();
         let closest = half_reserve(RESERVED_ENTRIES, entries);
@@ -78,7 +75,7 @@ impl<'a> Gauge<'a> {
         self.at(ahead).is_dirty()
     }
 
-    /// The first entry of which `waits` is false, at most the one at `free`, given that it is true of entry 0.
+    /// Finds the first entry for which `waits` is false, at most the one at `free`. It is true for entry 0.
     fn first_not(&self, mut free: u32, waits: impl Fn(u32) -> bool) -> u32 {
         let mut waiting = 1;
         while waiting < free {
@@ -120,8 +117,7 @@ mod tests {
         }
     }
 
-    /// Entries that wait for their reset where the head is look like a harvest that has begun. In a broken ring they
-    /// may be of any lap.
+    /// Entries at the head that wait for their reset look like a harvest that has begun. In a broken ring they may be of any lap.
     #[test]
     fn a_broken_ring_is_not_guessed_at() {
         let producer = Producer::new(8, 0);
@@ -134,7 +130,7 @@ mod tests {
         assert_eq!(gauge.occupancy(), 0);
     }
 
-    /// What waits for a reset from before does not count: during a harvest it is distinguished from what is harvested.
+    /// Entries that wait for an earlier reset do not count: during a harvest they are distinguished from what is harvested.
     #[test]
     fn what_waits_for_a_reset_does_not_count_during_a_harvest() {
         for entries in [8, 64, 256, 4096] {
@@ -145,7 +141,7 @@ mod tests {
                 entries / 2,
                 entries - 40.min(entries / 2),
             ] {
-                // With nothing from before, the ring may be filled to the last but one.
+                // With nothing from before, the ring may be filled to the last entry but one.
                 let room = if before > 0 {
                     (entries / 64).clamp(1, 32)
                 } else {
@@ -164,7 +160,7 @@ mod tests {
         }
     }
 
-    /// What was harvested and not yet reset waits no more; during a harvest it still counts.
+    /// Entries that are harvested and not yet reset do not wait any more; during a harvest they still count.
     #[test]
     fn harvested_entries_count_until_the_head_is_known_to_have_moved() {
         for first_index in [0, 5, u32::MAX - 3] {

@@ -1,4 +1,4 @@
-//! Where a ring's entries live, and for how long.
+//! The memory of a ring, and its lifetime.
 
 use core::any::Any;
 use core::fmt;
@@ -8,11 +8,11 @@ use core::ptr::NonNull;
 use super::entry::Entry;
 use crate::sync::{Arc, AtomicBool, Ordering};
 
-/// Entries that are harvested in one go: a block of 1 KiB, or the whole ring if it is smaller.
+/// Entries that are harvested at once: a block of 1 KiB, or the whole ring if it is smaller.
 pub(crate) const BLOCK: u32 = 64;
 
-/// The memory of one ring and whatever keeps it alive: a mapping of a vCPU's file descriptor, or
-/// the simulated kernel's.
+/// The memory of one ring, with its owner, which keeps it alive: a mapping of a vCPU's file descriptor, or the simulated kernel's
+/// memory.
 pub struct RingMemory {
     start: NonNull<Entry>,
     entries: u32,
@@ -32,11 +32,11 @@ unsafe impl Send for RingMemory {}
 unsafe impl Sync for RingMemory {}
 
 impl RingMemory {
-    /// The ring of `entries` entries (a power of two) that starts at `start`.
+    /// Creates the ring of `entries` entries (a power of two) that starts at `start`.
     ///
     /// # Safety
     /// For as long as `owner` lives, `start` must point to `entries` initialised entries, aligned
-    /// for [`Entry`], that nobody accesses but through `Entry`'s atomics or as the kernel does.
+    /// for [`Entry`], that are accessed only through `Entry`'s atomics, or as the kernel does.
     ///
     /// # Panics
     /// If `entries` is not a power of two.
@@ -59,8 +59,7 @@ impl RingMemory {
         }
     }
 
-    /// Ordinary memory: shared with a simulated kernel whose indices start at `first_index`, or with
-    /// nobody.
+    /// Creates a ring in ordinary memory, which a simulated kernel may share. Indices start at `first_index`.
     pub(crate) fn shared(memory: crate::sync::Arc<[Entry]>, first_index: u32) -> Self {
         let start = NonNull::from(&memory[..]).cast();
         let entries = memory.len() as u32;
@@ -72,7 +71,7 @@ impl RingMemory {
         }
     }
 
-    /// Another handle to the same ring.
+    /// Returns another handle to the same ring.
     pub(crate) fn share(&self) -> Self {
         Self {
             name: self.name.clone(),
@@ -82,7 +81,7 @@ impl RingMemory {
         }
     }
 
-    /// Gives the ring a name that others of its VM don't have, in place of its address.
+    /// Gives the ring a name that no other ring of its VM has, in place of its address.
     #[cfg(not(all(test, feature = "modelled")))]
     pub(crate) fn named(self, name: String) -> Self {
         Self { name, ..self }
@@ -92,21 +91,21 @@ impl RingMemory {
         &self.name
     }
 
-    /// Size of the ring, in entries.
+    /// Returns the size of the ring, in entries.
     pub fn entries(&self) -> u32 {
         self.entries
     }
 
-    /// Index at which both sides start: zero for every real ring.
+    /// Returns the index at which both sides start: zero for every real ring.
     pub(crate) fn first_index(&self) -> u32 {
         self.first_index
     }
 
-    /// Notes that the kernel has overrun the ring, or may have: for good, as no side knows the other's index
-    /// any more. False if that was known.
+    /// Notes that the kernel has overrun the ring, or may have. This holds for good, as neither side can find the other's index any
+    /// more. Returns false if it was noted before.
     pub(crate) fn note_broken(&self) -> bool {
-        // Relaxed: for onlookers it comes before the reset that recycles what was overrun, by the lock of the
-        // reset gate, and so before entries are seen free, which they look at first.
+        // Relaxed: the lock of the reset gate orders it before the reset that recycles what was overrun. So other threads see it before
+        // they see entries free, which they read first.
         !self.broken.swap(true, Ordering::Relaxed)
     }
 
@@ -115,7 +114,7 @@ impl RingMemory {
         self.broken.load(Ordering::Relaxed)
     }
 
-    /// Its entries in blocks.
+    /// Returns its entries in blocks.
     #[inline(always)]
     pub(crate) fn blocks(&self) -> Blocks<'_> {
         Blocks {
@@ -125,7 +124,7 @@ impl RingMemory {
         }
     }
 
-    /// The entry at `index`, which counts on for ever and wraps at 2^32.
+    /// Returns the entry at `index`, which counts on for ever and wraps at 2^32.
     #[inline(always)]
     pub(crate) fn at(&self, index: u32) -> &Entry {
         // `entries` is a power of two, so the mask keeps the position inside the ring, and stays
@@ -136,8 +135,8 @@ impl RingMemory {
     }
 }
 
-/// Where the blocks of a ring are: a copy of what is needed for that, which no store to an entry can change, as far as
-/// a compiler can see.
+/// The place of a ring's blocks: a copy of what is needed to find them. Compilers see that no store to an entry can
+/// change it.
 #[derive(Clone, Copy)]
 pub(crate) struct Blocks<'a> {
     start: NonNull<Entry>,
@@ -146,7 +145,7 @@ pub(crate) struct Blocks<'a> {
 }
 
 impl<'a> Blocks<'a> {
-    /// The entries from `index` to the end of its block: at least one, side by side.
+    /// Returns the entries from `index` to the end of its block: at least one, side by side.
     #[inline(always)]
     pub(crate) fn from(self, index: u32) -> &'a [Entry] {
         let position = index & (self.entries - 1);

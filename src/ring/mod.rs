@@ -1,7 +1,7 @@
-//! One ring of dirtied pages, which a vCPU shares with userspace.
+//! One ring of dirtied pages, shared by a vCPU's kernel side and userspace.
 //!
-//! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of
-//! the protocol; [`RingView`] is the consumer with its cached index.
+//! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of the protocol; [`RingView`] is the
+//! consumer with its cached index.
 
 // May import: ground.
 

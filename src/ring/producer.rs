@@ -4,20 +4,19 @@ use super::entry::Entry;
 use super::memory::RingMemory;
 use crate::sync::{Arc, AtomicU32, Ordering};
 
-/// What the kernel keeps of one ring: `struct kvm_dirty_ring` in the kernel's
-/// include/linux/kvm_dirty_ring.h.
+/// The kernel's state of one ring: `struct kvm_dirty_ring` in the kernel's include/linux/kvm_dirty_ring.h.
 pub(crate) struct Producer {
     entries: Arc<[Entry]>,
-    /// Where the next page is pushed; written by the vCPU alone.
+    /// The index of the next push; written by the vCPU only.
     dirty_index: AtomicU32,
-    /// The first entry not yet recycled; written by the reset alone.
+    /// The first entry not yet recycled; written by the reset only.
     reset_index: AtomicU32,
     first_index: u32,
 }
 
 impl Producer {
-    /// A ring of `entries` (a power of two) whose indices start at `first_index`, not only at
-    /// zero, so that their wrap at 2^32 can be reached.
+    /// Creates a ring of `entries` (a power of two) whose indices start at `first_index`. Values other than zero reach their wrap at
+    /// 2^32.
     pub(crate) fn new(entries: u32, first_index: u32) -> Self {
         Self {
             entries: (0..entries).map(|_| Entry::free()).collect(),
@@ -27,7 +26,7 @@ impl Producer {
         }
     }
 
-    /// The same memory as userspace maps it.
+    /// Returns the same memory as userspace maps it.
     pub(crate) fn memory(&self) -> RingMemory {
         RingMemory::shared(Arc::clone(&self.entries), self.first_index)
     }
@@ -36,7 +35,7 @@ impl Producer {
         &self.entries[index as usize & (self.entries.len() - 1)]
     }
 
-    /// Entries pushed and not yet recycled: what the kernel compares with the soft limit.
+    /// Returns the entries pushed and not yet recycled, which the kernel compares with the soft limit.
     pub(crate) fn used(&self) -> u32 {
         // Relaxed, both: `kvm_dirty_ring_used` reads them so too; a stale reset index only makes
         // the ring look fuller.
@@ -55,15 +54,15 @@ impl Producer {
             .store(index.wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// Whether entries are harvested and not recycled.
+    /// Returns whether entries are harvested and not recycled.
     pub(crate) fn awaits_reset(&self) -> bool {
         // Relaxed: as in `recycle`.
         self.at(self.reset_index.load(Ordering::Relaxed))
             .awaits_reset()
     }
 
-    /// The loop of `kvm_dirty_ring_reset`: frees harvested entries in ring order, at most `limit`,
-    /// and hands each payload to `each`. How many there were.
+    /// The loop of `kvm_dirty_ring_reset`: frees harvested entries in ring order, at most `limit`, and passes each payload to `each`.
+    /// Returns how many there were.
     pub(crate) fn recycle(&self, limit: u32, mut each: impl FnMut(u32, u64)) -> u32 {
         // Relaxed: only the reset, which its callers serialise, writes this index.
         let mut index = self.reset_index.load(Ordering::Relaxed);

@@ -1,5 +1,4 @@
-//! Rings of every size against a naive oracle whose indices never wrap, from the first index on
-//! and across 2^32.
+//! Rings of every size, compared with a naive oracle whose indices never wrap, from the first index on and across 2^32.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -12,7 +11,7 @@ use super::reserve::half_reserve;
 
 #[derive(Debug, Clone, Copy)]
 enum Deed {
-    /// The vCPU writes so many pages, or as many as there is room for.
+    /// The vCPU writes so many pages, or as many as fit.
     Push(u32),
     Harvest,
     Recycle(u32),
@@ -34,7 +33,7 @@ struct Oracle {
     entries: Vec<(State, (u32, u64))>,
     pushed: u64,
     head: u64,
-    /// What the consumer takes for the kernel's: `recycled`, as it was when it looked last.
+    /// The consumer's idea of the kernel's: `recycled`, as it was at its last look.
     reset_index: u64,
     recycled: u64,
     is_broken: bool,
@@ -103,9 +102,8 @@ impl Oracle {
         }
     }
 
-    /// The entries that a harvest took, which must be all that are dirty one after the other. Of a
-    /// ring that was overrun it may take more: blocks are looked at where they begin and end. Also whether the
-    /// harvest has broken the ring.
+    /// Returns the entries that a harvest took, which must be all that are dirty one after the other. Of a ring that was overrun it
+    /// may take more, because only the ends of blocks are checked. Also returns whether the harvest has broken the ring.
     fn harvest(&mut self, taken: u32) -> (Vec<(u32, u64)>, bool) {
         let size = self.entries.len() as u64;
         let overrun = self.is_dirty(self.head + size - 1);
@@ -138,7 +136,7 @@ impl Oracle {
     }
 }
 
-/// Does as `deeds` say, and compares all that both sides can see after each.
+/// Follows `deeds`, and compares all that both sides can see after each.
 fn run(entries: u32, first_index: u32, deeds: &[Deed], may_overrun: bool) {
     let producer = Producer::new(entries, first_index);
     let memory = producer.memory();

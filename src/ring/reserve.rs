@@ -2,8 +2,8 @@
 
 use crate::kernel::RESERVED_ENTRIES;
 
-/// Half of the entries that a kernel keeps free before a vCPU stops, for what that logs on its way out: of those
-/// that are not for the hardware's buffer, and of a small ring's share.
+/// Half of the entries that a kernel keeps free before a vCPU stops, for those that are logged on its way out: without those for the
+/// hardware's buffer, and at most a small ring's share.
 pub(super) fn half_reserve(reserved: u32, entries: u32) -> u32 {
     let kept = reserved.min(RESERVED_ENTRIES).min(entries / 32);
     (kept / 2).max(1)

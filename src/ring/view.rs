@@ -10,12 +10,12 @@ use crate::prefetch;
 /// Entries in a cache line of 64 bytes.
 pub(crate) const LINE: usize = 4;
 
-/// What is done with entries that are harvested.
+/// The treatment of entries that are harvested.
 pub(crate) trait Take {
     /// Reads the payload of each of these dirty entries, and then marks it for reset.
     fn take(&mut self, entries: &[Entry]);
 
-    /// Asks for the memory that these dirty entries will need: they are taken next.
+    /// Prefetches the memory for these dirty entries, which are taken next.
     fn ask(&mut self, entries: &[Entry]);
 }
 
@@ -29,27 +29,26 @@ impl<F: FnMut(&[Entry])> Take for F {
 
 /// The consumer of one ring.
 ///
-/// There is one for each ring: harvesting takes `&mut self`. The index of the next entry is cached
-/// here, as the kernel does not publish its own; an entry shows by itself whether it is dirty.
+/// Each ring has one: harvesting takes `&mut self`. It caches the index of the next entry, as the kernel does not publish its
+/// own; an entry's flags show whether it is dirty.
 #[derive(Debug)]
 pub struct RingView {
     pub(super) memory: RingMemory,
     /// Index of the next entry to harvest. Wraps at 2^32, as the kernel's do.
     pub(super) head: u32,
-    /// The kernel's, at the first entry that waits for its reset: as it was when somebody looked last, and as far as
-    /// anybody knows.
+    /// The kernel's reset index, at the first entry that waits for its reset, as of the last look.
     pub(super) reset_index: u32,
-    /// Half of what the kernel keeps in reserve.
+    /// Half of the kernel's reserve.
     pub(super) half_reserve: u32,
 }
 
 impl RingView {
-    /// A consumer that starts at the ring's first entry.
+    /// Creates a consumer that starts at the ring's first entry.
     pub fn new(memory: RingMemory) -> Self {
         Self::with_reserve(memory, RESERVED_ENTRIES)
     }
 
-    /// The same, of a kernel that stops a vCPU `reserved` entries before its ring's end.
+    /// The same, for a kernel that stops a vCPU `reserved` entries before its ring's end.
     pub(crate) fn with_reserve(memory: RingMemory, reserved: u32) -> Self {
         Self {
             half_reserve: half_reserve(reserved, memory.entries()),
@@ -59,34 +58,37 @@ impl RingView {
         }
     }
 
-    /// Whether the kernel has overrun the ring, or may have, as a harvest has found: entries are lost then, and may
-    /// be again.
+    /// Returns whether a harvest has found that the kernel has overrun the ring, or may have.
+    ///
+    /// Entries are lost then, and more may be.
     pub fn is_broken(&self) -> bool {
         self.memory.is_broken()
     }
 
-    /// Size of the ring, in entries.
+    /// Returns the size of the ring, in entries.
     pub fn entries(&self) -> u32 {
         self.memory.entries()
     }
 
-    /// Whether at least `count` entries wait to be harvested: one load.
+    /// Returns whether at least `count` entries wait to be harvested. It costs one load.
     pub fn at_least(&self, count: u32) -> bool {
         Gauge::new(&self.memory, self.head).at_least(count)
     }
 
-    /// How many entries wait to be harvested: a load for each bit of the ring's size, one if none
-    /// does. The vCPU may log more meanwhile.
+    /// Returns how many entries wait to be harvested.
+    ///
+    /// It costs one load per bit of the ring's size, or one load if the ring is empty. The vCPU may log more
+    /// meanwhile.
     pub fn occupancy(&self) -> u32 {
         Gauge::new(&self.memory, self.head).occupancy()
     }
 
-    /// Takes every dirty entry in ring order, hands its payload (memslot with the address space in
-    /// the upper 16 bits, page inside the memslot) to `take`, and marks it for the next reset.
-    /// Returns how many entries there were; a whole ring of them, or up to a block more, if the
-    /// kernel has overrun the ring.
+    /// Takes every dirty entry in ring order: passes its payload to `take`, and marks it for the next reset.
     ///
-    /// Nothing about a payload is checked: it is what the ring holds.
+    /// Returns the number of entries.
+    ///
+    /// The payload is the memslot, with the address space in the upper 16 bits, and the page inside the memslot. It is unchecked: the
+    /// content of the ring. If the kernel has overrun the ring, the harvest takes a whole ring, or up to a block more.
     pub fn harvest(&mut self, mut take: impl FnMut(u32, u64)) -> u32 {
         let mut each = |entries: &[Entry]| {
             for entry in entries {
@@ -99,8 +101,8 @@ impl RingView {
         self.harvest_blocks(&mut each).0
     }
 
-    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side. Also returns whether this
-    /// has found the ring broken, which it was not before; nothing may be reset meanwhile.
+    /// As [`harvest`](Self::harvest), in blocks of up to [`BLOCK`] entries side by side. Also returns whether this harvest has
+    /// found the ring broken; nothing may be reset meanwhile.
     ///
     /// [`BLOCK`]: super::memory::BLOCK
     #[inline(always)]
@@ -110,16 +112,16 @@ impl RingView {
         self.follow_reset_index();
         let taken = take_blocks(self.memory.blocks(), self.head, self.entries(), taker);
         self.head = self.head.wrapping_add(taken);
-        // A kernel that keeps its reserve never lets a whole ring wait, taken now or before: it has overrun
-        // the ring, maybe while we were at it.
+        // A kernel that keeps its reserve never lets a whole ring wait, taken now or before. So it has overrun the ring, maybe during
+        // this harvest.
         overrun |= self.all_wait();
-        // What lies behind a gap is to come with this harvest: it may be the last.
+        // Entries behind a gap must come with this harvest, which may be the last.
         overrun |= self.has_gap();
         (taken, overrun && self.memory.note_broken())
     }
 
-    /// Follows the kernel's reset index. Behind it nothing waits; what does not, up to the head, was recycled, and
-    /// maybe filled again.
+    /// Follows the kernel's reset index. Entries between it and the head wait for their reset; the others were recycled, and maybe
+    /// filled again.
     pub(super) fn follow_reset_index(&mut self) {
         if self.all_recycled() {
             self.reset_index = self.head;
@@ -129,42 +131,42 @@ impl RingView {
         }
     }
 
-    /// Whether the kernel has recycled everything that was harvested.
+    /// Returns whether the kernel has recycled everything that was harvested.
     ///
     /// It recycles in ring order, so the last harvested entry stands for all of them.
     pub(crate) fn all_recycled(&self) -> bool {
         !self.memory.at(self.head.wrapping_sub(1)).awaits_reset()
     }
 
-    /// Where the kernel's reset index is, as far as entries show.
+    /// Returns the kernel's reset index, as far as entries show it.
     pub(crate) fn reset_index(&mut self) -> u32 {
         self.follow_reset_index();
         self.reset_index
     }
 
-    /// Whether no entry at all waits for a reset, wherever somebody else may have left the indices: then
-    /// no reset will ever recycle what was harvested so far. Looks at every entry.
+    /// Returns whether no entry at all waits for a reset, wherever another program may have left the indices. If so, no reset will ever
+    /// recycle what was harvested so far. It looks at every entry.
     pub(crate) fn nothing_awaits_reset(&self) -> bool {
         (0..self.entries()).all(|index| !self.memory.at(index).awaits_reset())
     }
 
-    /// Whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever
-    /// somebody else may have left the indices. Looks at every entry.
+    /// Returns whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever another program
+    /// may have left the indices. It looks at every entry.
     pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
         let entries = (0..self.entries()).map(|index| self.memory.at(index));
-        // The payload of any other may be the vCPU's to fill just now.
+        // The vCPU may be filling the payload of any other entry.
         let waiting = entries.filter(|entry| entry.awaits_reset());
         let mut named = waiting.map(Entry::payload);
         named.any(|(named, page)| named == slot && page >= first)
     }
 
-    /// The payload of the last harvested entry, as long as the vCPU has not come round to it: slot and page.
+    /// Returns the payload of the last harvested entry, slot and page, as long as the vCPU has not come round to it.
     pub(crate) fn last(&self) -> (u32, u64) {
         self.memory.at(self.head.wrapping_sub(1)).payload()
     }
 }
 
-/// Takes what is dirty from `head` on, at most `most` entries, or up to a block more. How many entries that were.
+/// Takes dirty entries from `head` on, at most `most`, or up to a block more. Returns how many.
 #[inline(always)]
 fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) -> u32 {
     let mut taken = 0;
@@ -179,9 +181,9 @@ fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) 
             taker.take(&block[..count]);
             return taken + count as u32;
         }
-        // The next block is shown to the taker, and the one after it asked for: as far as they are complete, so that
-        // the vCPU loses no line that it has yet to fill, but for those looked at. Where the ring has few blocks, they are
-        // some that were taken, which are not dirty, or this one.
+        // The next block is passed to `ask`, and the one after it prefetched, as far as they are complete. So the vCPU loses no line that
+        // it has yet to fill, except those that are checked. Where the ring has few blocks, they are some that were taken, which
+        // are not dirty, or this one.
         let index = head.wrapping_add(taken + block.len() as u32);
         let next = blocks.from(index);
         if is_whole(next) {
@@ -198,8 +200,8 @@ fn take_blocks(blocks: Blocks<'_>, head: u32, most: u32, taker: &mut impl Take) 
     taken
 }
 
-/// Whether every entry of the block is dirty. The kernel pushes in order, so what is between two dirty entries of a lap is
-/// dirty; and the acquire load of the last one's flags orders the payloads of all.
+/// Whether every entry of the block is dirty. The kernel pushes in order, so entries between two dirty ones of a lap are dirty, too;
+/// and the acquire load of the last one's flags orders the payloads of all.
 #[inline(always)]
 fn is_whole(block: &[Entry]) -> bool {
     block[0].is_dirty() && block[block.len() - 1].is_dirty()
