@@ -1,4 +1,4 @@
-//! The reset gate alone: who is served by which ioctl.
+//! The reset gate alone: which ioctl serves which pass.
 
 use std::io;
 
@@ -105,7 +105,7 @@ fn gate_three_passes() {
     passes::<3>(3);
 }
 
-/// A reset that fails serves nobody, and nobody hangs.
+/// A reset that fails serves no pass, and no pass hangs.
 #[test]
 fn gate_failure() {
     model(3, || {

@@ -1,4 +1,4 @@
-//! Sleeps for a dirty limit. No time goes by here: who is not woken sleeps for ever, which loom
+//! Sleeps for a dirty limit. No time goes by here: a thread that is not woken sleeps for ever, which loom
 //! reports.
 
 use core::mem::ManuallyDrop;

@@ -152,7 +152,7 @@ fn failing_resets_are_reported() {
     assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
     assert!(reaper.take_error().is_none(), "the error is returned once");
     fail_once(1);
-    // It was got over: who stops the reaper after a migration that went well is not to fail for it.
+    // A later reset succeeded, so a stop after a migration that went well must not fail for it.
     reaper.stop().unwrap();
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty).unwrap();

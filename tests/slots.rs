@@ -325,7 +325,7 @@ fn a_removal_can_be_called_off() {
     let exists = log.add_slot(RAM, 10);
     assert!(matches!(exists, Err(SlotError::Exists { slot: RAM })));
 
-    // What was called off neither ends another removal nor calls it off; who begins that twice has it twice.
+    // A cancelled removal neither ends another removal nor cancels it. Beginning one twice gives it twice.
     let called_off = retired;
     let again = log.retire_slot(RAM).unwrap();
     let retired = log.retire_slot(RAM).unwrap();

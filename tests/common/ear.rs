@@ -1,4 +1,4 @@
-//! Who hears the events of a process, for tests.
+//! A subscriber for all events of a process, for tests.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! Pages: who is who, tables, and what stands around charts.
+//! Pages: the legend, tables, and what stands around charts.
 
 use plotters::style::Color;
 
@@ -55,7 +55,7 @@ impl Legend {
         swatch.unwrap_or_default() + &escaped(name)
     }
 
-    /// Who is who in the charts; each can be switched off.
+    /// The legend of the charts; each arm can be switched off.
     pub fn html(&self, title: &str) -> String {
         let mut html = format!("<fieldset class=\"legend\">\n<legend>{title}</legend>\n");
         for (number, arm) in self.arms.iter().enumerate() {

@@ -1,9 +1,9 @@
-//! Who runs the guest: KVM, or the simulated kernel.
+//! The backend that runs the guest: KVM, or the simulated kernel.
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-/// Who is to run the guest.
+/// The backends to choose from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Wanted {
     /// KVM if /dev/kvm works, else the simulated kernel

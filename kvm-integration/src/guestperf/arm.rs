@@ -14,7 +14,7 @@ pub struct Arm {
     pub leaves_open: bool,
 }
 
-/// Who knows what was written.
+/// Where the written pages are recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tracking {
     /// KVM's bitmap, by `KVM_GET_DIRTY_LOG`: no rings, no reaper, no full exits. Where pages are to stay open, by

@@ -1,4 +1,4 @@
-//! Who runs where.
+//! On which core each thread runs.
 //!
 //! Threads that are left alone may all be packed on one core, and a reaper that shares its core
 //! with a vCPU is late. So each thread gets a place to run.

@@ -1,4 +1,4 @@
-//! Who knows what a guest has written.
+//! The log that records what a guest has written.
 
 use std::io;
 use std::num::NonZeroU64;

@@ -1,4 +1,4 @@
-//! Who empties what at a full exit: the crate's way, and QEMU's.
+//! Which rings a full exit empties: the crate's way, and QEMU's.
 
 #[cfg(tiny_guest)]
 pub(crate) mod full_exit;
@@ -8,7 +8,7 @@ mod qemu_reaper;
 #[cfg(tiny_guest)]
 pub(crate) mod reaper;
 
-/// Who empties what when a vCPU stops on a full ring.
+/// Which rings are emptied when a vCPU stops on a full ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
     /// The crate's: the vCPU empties its own ring, without a lock that others wait for, and wakes

@@ -36,7 +36,7 @@ pub struct Options {
     #[arg(long, value_name = "K")]
     pub only_episode: Option<u64>,
 
-    /// Who runs the guests
+    /// The backend that runs the guests
     #[arg(long, value_enum, default_value_t = Wanted::Auto)]
     pub backend: Wanted,
 

@@ -1,4 +1,4 @@
-//! Who runs the guest.
+//! The backend that runs the guest.
 
 use anyhow::Result;
 use kvm_dirty_ring::Mode;

@@ -86,7 +86,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
 
-    /// Who runs the guest
+    /// The backend that runs the guest
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub backend: BackendChoice,
 
@@ -99,7 +99,7 @@ pub struct Options {
     pub teller: Teller,
 }
 
-/// Who is to run the guest.
+/// The backends to choose from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BackendChoice {
     /// KVM if /dev/kvm works, by dirty rings or, where it has none, by bitmaps; else the simulated

@@ -83,7 +83,7 @@ fn guest(result: &CellResult, legend: &Legend) -> Result<String, Undrawn> {
             let points = outermost(&points.collect::<Vec<_>>(), POINTS);
             (key(number), Shape::Line(points, 2))
         };
-        // Who has no reaper has no delay.
+        // An arm without a reaper has no delay.
         if arm.samples.iter().any(|sample| sample.delay > 0.0) {
             delays.push(line(&|sample| (sample.delay * 1e3).max(SHORTEST_MS)));
         }
@@ -139,7 +139,7 @@ mod tests {
         }
         let line = "<polyline fill=\"none\" stroke=\"#0001";
         assert_eq!(text.matches(line).count(), 6);
-        // Who never sleeps has no delay.
+        // A reaper that never sleeps has no delay.
         assert_eq!(drawn(750, false).matches(line).count(), 4);
         assert_eq!(drawn(0, false).matches(line).count(), 0);
     }

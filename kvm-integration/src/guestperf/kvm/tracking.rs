@@ -31,7 +31,7 @@ pub(super) struct ArmTracker {
     pub(super) pages: u64,
 }
 
-/// Who knows what was written.
+/// Where the written pages are recorded.
 enum Source {
     /// KVM: without rings.
     Bitmap(Arc<TinyVm>, Vec<SlotId>),

@@ -1,4 +1,4 @@
-//! Who may make a pass, who may harvest and who resets.
+//! The order of passes, harvests and resets.
 
 use std::collections::VecDeque;
 
@@ -30,7 +30,7 @@ impl Permits {
         free
     }
 
-    /// A pass is over. Who has its permit now.
+    /// A pass is over. The actor that has its permit now.
     pub(super) fn release(&mut self) -> Option<Actor> {
         let next = self.waiting.pop_front();
         self.free += usize::from(next.is_none());
@@ -45,7 +45,7 @@ pub(super) struct Gate {
     harvests: usize,
     /// Somebody resets, or waits for the last harvest to end to do so.
     in_flight: Option<Actor>,
-    /// Who waits for that to be over to harvest.
+    /// The actors that wait for its end to harvest.
     harvest: Vec<Actor>,
     /// The actors that it serves.
     served: Vec<Actor>,
@@ -124,7 +124,7 @@ pub(super) struct Opened {
     pub(super) recycled: Vec<usize>,
     /// Whose passes are over.
     pub(super) served: Vec<Actor>,
-    /// Who has waited to harvest.
+    /// The actors that have waited to harvest.
     pub(super) harvest: Vec<Actor>,
 }
 

@@ -1,4 +1,4 @@
-//! Who runs the guests, and what can be had of them.
+//! The backend that runs the guests, and what it offers.
 
 use anyhow::Result;
 use kvm_dirty_ring::Mode;
@@ -10,7 +10,7 @@ use kvm_integration::storm::Storm;
 
 use super::fault::Fault;
 
-/// Who runs the guests, and how it logs what they write.
+/// The backend that runs the guests, and how it logs what they write.
 #[derive(Debug)]
 pub enum Backend {
     /// KVM, which works.

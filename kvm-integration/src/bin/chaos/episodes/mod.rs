@@ -57,7 +57,7 @@ impl Chaos {
         }
     }
 
-    /// Who runs the guests.
+    /// The backend that runs the guests.
     pub fn backend(&self) -> &Backend {
         &self.backend
     }

@@ -49,7 +49,7 @@ pub struct SimWorld {
 /// The memory behind each slot.
 type Slots = RwLock<BTreeMap<SlotId, Arc<Instance>>>;
 
-/// Who writes inside resets, and where.
+/// The vCPU that writes inside resets, and its pages.
 struct InReset {
     on: bool,
     vcpus: Vec<(u32, SimVcpu)>,

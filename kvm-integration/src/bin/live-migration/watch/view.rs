@@ -48,7 +48,7 @@ impl View {
             Self::Terminal(board) => board.draw(&picture(look)),
             Self::Lines(so_far) => {
                 *so_far = look.elapsed;
-                // Who reads no stderr misses a line, and no more.
+                // Without a reader of stderr a line is missed, and no more.
                 let _ = writeln!(io::stderr(), "{}", line(look));
             }
         }
