@@ -276,7 +276,7 @@ fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outc
     let protect = |_: SlotId| io::Result::Ok(());
     let throttle_or_give_up = |_: NonZeroU64| io::Result::Ok(());
     let (mut dirty, mut unsent, mut last) = (DirtyPages::new(), DirtyPages::new(), LastPages::new());
-    let terms = Terms::new(pages_per_second, downtime);             // of the link
+    let mut terms = Terms::new(pages_per_second, downtime);         // of the link
     log.set_working_set(Some(WorkingSet::new(terms.places())));     // when the migration starts
     let mut convergence = Convergence::new();
     loop {
@@ -290,7 +290,11 @@ fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outc
         (seen.refresh.closed, seen.refresh.back) = (set.last_closed, set.back);
         seen.refresh.owed = set.refresh_owed;
         match convergence.decide(&seen) {
-            Decision::GoOn => send(dirty.others())?,                // but not dirty.members()
+            Decision::GoOn => {
+                let start = Instant::now();
+                send(dirty.others())?;                              // but not dirty.members()
+                terms.learn_run_cost(extent(dirty.others()), start.elapsed());
+            }
             Decision::Refresh => {                                  // what was found is still to be sent
                 std::mem::swap(&mut unsent, &mut dirty);
                 stop_vcpus()?;

@@ -6,8 +6,9 @@
 //! pure function of that and of the syncs before, without a clock, a thread or an allocation. A migration that leaves no page open
 //! has no members, and can use it as well.
 //!
-//! *Left* stands for others and members together, *takes* for what the link takes within the downtime. The first condition
-//! that holds is the decision:
+//! *Left* stands for others and members together, *takes* for what the link takes within the downtime. A run counts with its
+//! [cost](Terms::run_cost), which is 0 until the VMM sets it or [learns it from a round](Terms::learn_run_cost). The first
+//! condition that holds is the decision:
 //!
 //! | | if | then |
 //! |---|---|---|
