@@ -92,9 +92,8 @@ impl Link {
     }
 
     fn deliver(&mut self) -> Result<(), String> {
-        let Some(chunk) = self.on_the_way.pop_front() else {
-            return Ok(());
-        };
+        let chunk = self.on_the_way.pop_front();
+        let chunk = chunk.ok_or("no acknowledgement is to come")?;
         let times = match self.fates.pop_front().unwrap_or(Fate::Arrives) {
             Fate::Arrives => 1,
             Fate::ArrivesTwice => 2,
