@@ -6,40 +6,149 @@ use crate::ring::entry::NO_SLOT;
 use crate::sync::{Arc, lock, thread};
 use crate::{DirtyLog, DirtyPages, LastPages, Run, VcpuRing, WorkingSet};
 
-/// A machine of so many vCPUs and pages, and its log of two shards, with so many free places.
-fn machine<const N: usize>(
-    pages: usize,
-    places: u64,
-    faults: Vec<Option<Fault>>,
-) -> (Arc<Machine>, DirtyLog, [VcpuRing; N]) {
-    let machine = Machine::with_faults(N, pages, faults);
-    let log = machine.log(2);
-    let rings = core::array::from_fn(|vcpu| log.attach_ring(machine.ring(vcpu).memory()).unwrap());
-    log.set_working_set(Some(WorkingSet::new(places)));
-    (machine, log, rings)
+/// A machine, its log, and a migration of it. Threads of a scene are those of the guest, of a reaper and of a VMM.
+struct Scene {
+    machine: Arc<Machine>,
+    log: DirtyLog,
+    copy: Copy,
+    _rings: Vec<VcpuRing>,
 }
 
-/// The guest, on one vCPU: each of `writes` is a page and what is written to it.
-fn guest<const N: usize>(
-    machine: &Arc<Machine>,
-    vcpu: usize,
-    writes: [(usize, u64); N],
-) -> thread::JoinHandle<()> {
-    let machine = Arc::clone(machine);
-    thread::spawn(move || {
-        for (page, value) in writes {
-            assert!(machine.write(vcpu, page, value), "the ring is full");
+impl Scene {
+    /// With so many vCPUs, pages and free places.
+    fn new(vcpus: usize, pages: usize, places: u64, faults: Vec<Option<Fault>>) -> Self {
+        let machine = Machine::with_faults(vcpus, pages, faults);
+        let log = machine.log(2);
+        let attach = |vcpu| log.attach_ring(machine.ring(vcpu).memory()).unwrap();
+        let rings = (0..vcpus).map(attach).collect();
+        Self::over(machine, log, rings, places)
+    }
+
+    fn over(machine: Arc<Machine>, log: DirtyLog, rings: Vec<VcpuRing>, places: u64) -> Self {
+        log.set_working_set(Some(WorkingSet::new(places)));
+        Self {
+            copy: Copy::new(&machine),
+            machine,
+            log,
+            _rings: rings,
         }
-    })
+    }
+
+    /// One vCPU, which has written so many pages, all of them logged.
+    fn written(pages: usize, places: u64) -> Self {
+        Self::written_by(1, pages, places, Vec::new())
+    }
+
+    fn written_by(vcpus: usize, pages: usize, places: u64, faults: Vec<Option<Fault>>) -> Self {
+        let scene = Self::new(vcpus, pages, places, faults);
+        (0..pages).for_each(|page| assert!(scene.machine.write(0, page, 1)));
+        scene
+    }
+
+    /// The same of one page, with its entry taken: it is a member if there is a place.
+    fn taken(vcpus: usize, places: u64) -> Self {
+        let scene = Self::written_by(vcpus, 1, places, Vec::new());
+        scene.log.reap().unwrap();
+        scene
+    }
+
+    /// One page that logs into a bitmap.
+    fn bitmap() -> Self {
+        let machine = Machine::with_bitmap(1);
+        let log = machine.log(1);
+        Self::over(machine, log, Vec::new(), 0)
+    }
+
+    /// The same, and the page is a member, as it was written in two rounds.
+    fn bitmap_with_member() -> Self {
+        let mut scene = Self::bitmap();
+        for value in [1, 2] {
+            scene.machine.write_page(0, value);
+            scene.round();
+        }
+        let members = scene.log.stats().working_set.members;
+        assert_eq!(members, 1, "it has not joined");
+        scene
+    }
+
+    /// A thread that works on the machine and its log.
+    fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Machine, &DirtyLog) -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        let (machine, log) = (Arc::clone(&self.machine), self.log.clone());
+        thread::spawn(move || work(&machine, &log))
+    }
+
+    /// The guest, on one vCPU: each of `writes` is a page and what is written to it.
+    fn guest<const N: usize>(
+        &self,
+        vcpu: usize,
+        writes: [(usize, u64); N],
+    ) -> thread::JoinHandle<()> {
+        self.spawn(move |machine, _| {
+            for (page, value) in writes {
+                assert!(machine.write(vcpu, page, value), "the ring is full");
+            }
+        })
+    }
+
+    /// The guest of a machine with a bitmap writes its page.
+    fn bitmap_guest<const N: usize>(&self, values: [u64; N]) -> thread::JoinHandle<()> {
+        self.spawn(move |machine, _| {
+            for value in values {
+                machine.write_page(0, value);
+            }
+        })
+    }
+
+    /// A reaper that empties the rings once.
+    fn reaper(&self) -> thread::JoinHandle<u64> {
+        self.spawn(|_, log| log.reap().unwrap())
+    }
+
+    /// A VMM that refreshes one slot, as [`refresh`].
+    fn refresher(&self) -> thread::JoinHandle<()> {
+        self.spawn(|machine, log| assert_eq!(refresh(machine, log), 1))
+    }
+
+    /// A VMM that refreshes bits: the kernel protects their pages.
+    fn bitmap_refresher(&self) -> thread::JoinHandle<()> {
+        self.spawn(|_, log| {
+            let refreshed = log.refresh(|_| panic!("no slot needs it"));
+            assert_eq!(refreshed.unwrap(), 1);
+        })
+    }
+
+    /// A round that is not the last: members are not copied. Pages that the sync found.
+    fn round(&mut self) -> u64 {
+        let mut dirty = DirtyPages::new();
+        self.log.sync(&mut dirty).unwrap();
+        self.copy.take_runs(&self.machine, dirty.others().runs());
+        dirty.page_count()
+    }
+
+    /// The last round of a guest that has stopped. After it, the copy is whole, and what is no member is protected.
+    fn last_round(&mut self) {
+        let mut dirty = DirtyPages::new();
+        self.log.sync(&mut dirty).unwrap();
+        self.copy.take(&self.machine, &dirty);
+        self.copy.verify(&self.machine);
+        let pages = |run: Run| run.first_page..run.first_page + run.pages;
+        for page in dirty.others().runs().flat_map(pages) {
+            let state = *lock(&self.machine.pages[page as usize].state);
+            assert!(state == State::Armed, "page {page} is open");
+        }
+    }
+
+    fn last_sync(&self) -> LastPages {
+        let mut last = LastPages::new();
+        self.log.last_sync(&mut last).unwrap();
+        last
+    }
 }
 
-/// A reaper that empties the rings once.
-fn reaper(log: &DirtyLog) -> thread::JoinHandle<u64> {
-    let log = log.clone();
-    thread::spawn(move || log.reap().unwrap())
-}
-
-/// A VMM that refreshes: it closes the slot's pages, one after the other, in a way that needs no vCPU to stop.
+/// Closes the slot's pages, one after the other, in a way that needs no vCPU to stop. How many slots.
 fn refresh(machine: &Machine, log: &DirtyLog) -> usize {
     let close = |slot| {
         machine.switch(slot, State::Armed);
@@ -48,37 +157,16 @@ fn refresh(machine: &Machine, log: &DirtyLog) -> usize {
     log.refresh(close).unwrap()
 }
 
-/// A round that is not the last: members are not copied.
-fn round(copy: &mut Copy, machine: &Machine, log: &DirtyLog) {
-    let mut dirty = DirtyPages::new();
-    log.sync(&mut dirty).unwrap();
-    copy.take_runs(machine, dirty.others().runs());
-}
-
-/// The last round of a guest that has stopped. After it, the copy is whole, and what is no member is protected.
-fn last_round(copy: &mut Copy, machine: &Machine, log: &DirtyLog) {
-    let mut dirty = DirtyPages::new();
-    log.sync(&mut dirty).unwrap();
-    copy.take(machine, &dirty);
-    copy.verify(machine);
-    let pages = |run: Run| run.first_page..run.first_page + run.pages;
-    for page in dirty.others().runs().flat_map(pages) {
-        let state = *lock(&machine.pages[page as usize].state);
-        assert!(state == State::Armed, "page {page} is open");
-    }
-}
-
 /// A pass leaves a page open while a sync is in flight that may or may not see it, and the guest goes on writing to it.
 #[test]
 fn join_beside_a_sync() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        let guest = guest(&machine, 0, [(0, 1), (0, 2)]);
-        let reaper = reaper(&log);
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::new(1, 1, 1, Vec::new());
+        let guest = scene.guest(0, [(0, 1), (0, 2)]);
+        let reaper = scene.reaper();
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -88,15 +176,12 @@ fn join_beside_a_sync() {
 #[test]
 fn join_of_what_comes_again_beside_a_sync() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(1, 0, Vec::new());
-        machine.write(0, 0, 1);
-        log.reap().unwrap();
-        let guest = guest(&machine, 0, [(0, 2), (0, 3)]);
-        let reaper = reaper(&log);
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::taken(1, 0);
+        let guest = scene.guest(0, [(0, 2), (0, 3)]);
+        let reaper = scene.reaper();
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -105,10 +190,9 @@ fn join_of_what_comes_again_beside_a_sync() {
 #[test]
 fn last_round_beside_a_join() {
     model(5, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        let reaper = reaper(&log);
-        last_round(&mut Copy::new(&machine), &machine, &log);
+        let mut scene = Scene::written(1, 1);
+        let reaper = scene.reaper();
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -117,16 +201,13 @@ fn last_round_beside_a_join() {
 #[test]
 fn one_joins_and_one_does_not_beside_a_sync() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(2, 1, Vec::new());
-        machine.write(0, 0, 1);
-        machine.write(0, 1, 1);
-        let reaper = reaper(&log);
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
-        let guest = guest(&machine, 0, [(1, 2), (0, 2)]);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::written(2, 1);
+        let reaper = scene.reaper();
+        scene.round();
+        let guest = scene.guest(0, [(1, 2), (0, 2)]);
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -135,17 +216,14 @@ fn one_joins_and_one_does_not_beside_a_sync() {
 #[test]
 fn short_reset_beside_a_join() {
     model(2, || {
-        let (machine, log, _rings) = machine::<1>(2, 1, vec![Some(Fault::Short)]);
-        machine.write(0, 0, 1);
-        machine.write(0, 1, 1);
-        let reaper = reaper(&log);
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
-        let guest = guest(&machine, 0, [(1, 2), (0, 2)]);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::written_by(1, 2, 1, vec![Some(Fault::Short)]);
+        let reaper = scene.reaper();
+        scene.round();
+        let guest = scene.guest(0, [(1, 2), (0, 2)]);
+        scene.round();
         guest.join().unwrap();
-        copy.round(&machine, &log);
-        copy.verify(&machine);
+        scene.copy.round(&scene.machine, &scene.log);
+        scene.copy.verify(&scene.machine);
         reaper.join().unwrap();
     });
 }
@@ -155,21 +233,16 @@ fn short_reset_beside_a_join() {
 #[test]
 fn refresh_beside_a_join_and_a_sync() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        let reaper = reaper(&log);
-        let vmm = thread::spawn({
-            let (machine, log) = (Arc::clone(&machine), log.clone());
-            move || {
-                refresh(&machine, &log);
-                assert!(machine.write(0, 0, 2), "the ring is full");
-            }
+        let mut scene = Scene::written(1, 1);
+        let reaper = scene.reaper();
+        let vmm = scene.spawn(|machine, log| {
+            refresh(machine, log);
+            assert!(machine.write(0, 0, 2), "the ring is full");
         });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        scene.round();
         vmm.join().unwrap();
-        round(&mut copy, &machine, &log);
-        last_round(&mut copy, &machine, &log);
+        scene.round();
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -179,20 +252,14 @@ fn refresh_beside_a_join_and_a_sync() {
 #[test]
 fn refresh_beside_a_guest_and_a_sync() {
     model(4, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        log.reap().unwrap();
-        let guest = guest(&machine, 0, [(0, 2), (0, 3)]);
-        let vmm = thread::spawn({
-            let (machine, log) = (Arc::clone(&machine), log.clone());
-            move || assert_eq!(refresh(&machine, &log), 1)
-        });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::taken(1, 1);
+        let guest = scene.guest(0, [(0, 2), (0, 3)]);
+        let vmm = scene.refresher();
+        scene.round();
         guest.join().unwrap();
-        round(&mut copy, &machine, &log);
+        scene.round();
         vmm.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
     });
 }
 
@@ -200,20 +267,14 @@ fn refresh_beside_a_guest_and_a_sync() {
 #[test]
 fn refresh_beside_a_guest_a_join_and_a_sync() {
     model(2, || {
-        let (machine, log, _rings) = machine::<1>(1, 2, Vec::new());
-        machine.write(0, 0, 1);
-        log.reap().unwrap();
-        let guest = guest(&machine, 0, [(0, 2), (0, 3)]);
-        let reaper = reaper(&log);
-        let vmm = thread::spawn({
-            let (machine, log) = (Arc::clone(&machine), log.clone());
-            move || assert_eq!(refresh(&machine, &log), 1)
-        });
+        let mut scene = Scene::taken(1, 2);
+        let guest = scene.guest(0, [(0, 2), (0, 3)]);
+        let reaper = scene.reaper();
+        let vmm = scene.refresher();
         guest.join().unwrap();
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        scene.round();
         vmm.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -223,24 +284,18 @@ fn refresh_beside_a_guest_a_join_and_a_sync() {
 #[test]
 fn refresh_beside_a_member_that_is_logged_again() {
     model(2, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        log.reap().unwrap();
-        machine.ring(0).push(SLOT.raw(), 0);
-        let guest = guest(&machine, 0, [(0, 2)]);
-        let reaper = reaper(&log);
-        let vmm = thread::spawn({
-            let (machine, log) = (Arc::clone(&machine), log.clone());
-            move || assert_eq!(refresh(&machine, &log), 1)
-        });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::taken(1, 1);
+        scene.machine.ring(0).push(SLOT.raw(), 0);
+        let guest = scene.guest(0, [(0, 2)]);
+        let reaper = scene.reaper();
+        let vmm = scene.refresher();
+        scene.round();
         guest.join().unwrap();
         reaper.join().unwrap();
         vmm.join().unwrap();
-        round(&mut copy, &machine, &log);
-        assert!(machine.write(0, 0, 3), "the ring is full");
-        last_round(&mut copy, &machine, &log);
+        scene.round();
+        assert!(scene.machine.write(0, 0, 3), "the ring is full");
+        scene.last_round();
     });
 }
 
@@ -248,27 +303,21 @@ fn refresh_beside_a_member_that_is_logged_again() {
 #[test]
 fn join_before_a_refresh_returns() {
     model(5, || {
-        let (machine, log, _rings) = machine::<1>(1, 2, Vec::new());
-        machine.write(0, 0, 1);
-        log.reap().unwrap();
-        let vmm = thread::spawn({
-            let (machine, log) = (Arc::clone(&machine), log.clone());
-            move || {
-                let close = |slot| {
-                    machine.switch(slot, State::Armed);
-                    assert!(machine.write(0, 0, 2), "the ring is full");
-                    log.reap().unwrap();
-                    Ok(())
-                };
-                log.refresh(close).unwrap();
-                machine.write(0, 0, 3);
-            }
+        let mut scene = Scene::taken(1, 2);
+        let vmm = scene.spawn(|machine, log| {
+            let close = |slot| {
+                machine.switch(slot, State::Armed);
+                assert!(machine.write(0, 0, 2), "the ring is full");
+                log.reap().unwrap();
+                Ok(())
+            };
+            log.refresh(close).unwrap();
+            machine.write(0, 0, 3);
         });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        scene.round();
         vmm.join().unwrap();
-        round(&mut copy, &machine, &log);
-        last_round(&mut copy, &machine, &log);
+        scene.round();
+        scene.last_round();
     });
 }
 
@@ -276,22 +325,18 @@ fn join_before_a_refresh_returns() {
 #[test]
 fn two_passes_over_one_page() {
     model(2, || {
-        let (machine, log, _rings) = machine::<2>(1, 0, Vec::new());
-        machine.write(0, 0, 1);
-        log.reap().unwrap();
-        machine.write(0, 0, 2);
+        let mut scene = Scene::taken(2, 0);
+        scene.machine.write(0, 0, 2);
         // KVM may log an open page again.
-        machine.ring(1).push(SLOT.raw(), 0);
-        let reapers = [[true, false], [false, true]].map(|rings| {
-            let log = log.clone();
-            thread::spawn(move || log.reap_rings(&rings).unwrap())
-        });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
-        let guest = guest(&machine, 0, [(0, 3)]);
-        round(&mut copy, &machine, &log);
+        scene.machine.ring(1).push(SLOT.raw(), 0);
+        let reapers = [[true, false], [false, true]];
+        let reapers =
+            reapers.map(|rings| scene.spawn(move |_, log| log.reap_rings(&rings).unwrap()));
+        scene.round();
+        let guest = scene.guest(0, [(0, 3)]);
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         for reaper in reapers {
             reaper.join().unwrap();
         }
@@ -302,12 +347,11 @@ fn two_passes_over_one_page() {
 #[test]
 fn void_entries_are_of_members() {
     model(6, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        let pass = reaper(&log);
-        let layout = log.inner().harvester.layout();
+        let scene = Scene::written(1, 1);
+        let pass = scene.reaper();
+        let layout = scene.log.inner().harvester.layout();
         let members = layout.slots.get(SLOT.raw()).unwrap().members();
-        machine.reset_seeing(|slot, page| {
+        scene.machine.reset_seeing(|slot, page| {
             assert!(slot != NO_SLOT || members.has(page), "a page was let go");
         });
         pass.join().unwrap();
@@ -320,24 +364,17 @@ fn void_entries_are_of_members() {
 #[test]
 fn last_sync_called_off() {
     model(2, || {
-        let (machine, log, _rings) = machine::<2>(2, 1, Vec::new());
-        machine.write(0, 0, 1);
-        machine.write(0, 1, 1);
-        let reaper = reaper(&log);
-        let mut last = LastPages::new();
-        log.last_sync(&mut last).unwrap();
-        let mut copy = Copy::new(&machine);
-        copy.take_runs(&machine, last.runs());
-        copy.verify(&machine);
+        let mut scene = Scene::written_by(2, 2, 1, Vec::new());
+        let reaper = scene.reaper();
+        let last = scene.last_sync();
+        scene.copy.take_runs(&scene.machine, last.runs());
+        scene.copy.verify(&scene.machine);
 
-        let guest = guest(&machine, 1, [(0, 2), (1, 2)]);
-        let mut dirty = DirtyPages::new();
-        log.sync(&mut dirty).unwrap();
-        assert_eq!(dirty.page_count(), 2, "some were taken");
-        let mut copy = Copy::new(&machine);
-        copy.take_runs(&machine, dirty.others().runs());
+        let guest = scene.guest(1, [(0, 2), (1, 2)]);
+        scene.copy = Copy::new(&scene.machine);
+        assert_eq!(scene.round(), 2, "some were taken");
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -346,17 +383,13 @@ fn last_sync_called_off() {
 #[test]
 fn last_sync_called_off_without_members() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(1, 0, Vec::new());
-        machine.write(0, 0, 1);
-        let reaper = reaper(&log);
-        let mut last = LastPages::new();
-        log.last_sync(&mut last).unwrap();
-        assert!(last.contains(SLOT, 0), "page 0 was lost");
-        let guest = guest(&machine, 0, [(0, 2)]);
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::written(1, 0);
+        let reaper = scene.reaper();
+        assert!(scene.last_sync().contains(SLOT, 0), "page 0 was lost");
+        let guest = scene.guest(0, [(0, 2)]);
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -365,20 +398,15 @@ fn last_sync_called_off_without_members() {
 #[test]
 fn start_of_what_is_tracked_beside_a_join() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        let reaper = reaper(&log);
-        let vmm = thread::spawn({
-            let log = log.clone();
-            move || log.start_tracking(SLOT, || Ok(())).unwrap()
-        });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::written(1, 1);
+        let reaper = scene.reaper();
+        let vmm = scene.spawn(|_, log| log.start_tracking(SLOT, || Ok(())).unwrap());
+        scene.round();
         vmm.join().unwrap();
-        let guest = guest(&machine, 0, [(0, 2)]);
-        round(&mut copy, &machine, &log);
+        let guest = scene.guest(0, [(0, 2)]);
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
         reaper.join().unwrap();
     });
 }
@@ -387,65 +415,38 @@ fn start_of_what_is_tracked_beside_a_join() {
 #[test]
 fn stop_and_start_beside_a_join() {
     model(3, || {
-        let (machine, log, _rings) = machine::<1>(1, 1, Vec::new());
-        machine.write(0, 0, 1);
-        let reaper = reaper(&log);
-        let vmm = thread::spawn({
-            let (machine, log) = (Arc::clone(&machine), log.clone());
-            move || {
-                let switch = |state| {
-                    machine.switch(SLOT, state);
-                    Ok(())
-                };
-                log.stop_tracking(SLOT, || switch(State::Unlogged)).unwrap();
-                assert!(machine.write(0, 0, 2));
-                log.start_tracking(SLOT, || switch(State::Armed)).unwrap();
-                assert!(machine.write(0, 0, 3));
-            }
+        let mut scene = Scene::written(1, 1);
+        let reaper = scene.reaper();
+        let vmm = scene.spawn(|machine, log| {
+            let switch = |state| {
+                machine.switch(SLOT, state);
+                Ok(())
+            };
+            log.stop_tracking(SLOT, || switch(State::Unlogged)).unwrap();
+            assert!(machine.write(0, 0, 2));
+            log.start_tracking(SLOT, || switch(State::Armed)).unwrap();
+            assert!(machine.write(0, 0, 3));
         });
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
+        scene.round();
         vmm.join().unwrap();
-        round(&mut copy, &machine, &log);
-        last_round(&mut copy, &machine, &log);
+        scene.round();
+        scene.last_round();
         reaper.join().unwrap();
     });
-}
-
-/// A machine of one page that logs into a bitmap, and its log.
-fn bitmap() -> (Arc<Machine>, DirtyLog) {
-    let machine = Machine::with_bitmap(1);
-    let log = machine.log(1);
-    log.set_working_set(Some(WorkingSet::new(0)));
-    (machine, log)
-}
-
-/// The guest writes so many times, on whatever vCPU.
-fn bitmap_guest<const N: usize>(
-    machine: &Arc<Machine>,
-    values: [u64; N],
-) -> thread::JoinHandle<()> {
-    let machine = Arc::clone(machine);
-    thread::spawn(move || {
-        for value in values {
-            machine.write_page(0, value);
-        }
-    })
 }
 
 /// A guest writes a page in each round, which so joins, or not: its bit is left, or cleared.
 #[test]
 fn bits_are_kept_beside_a_guest() {
     model(6, || {
-        let (machine, log) = bitmap();
-        machine.write_page(0, 1);
-        let mut copy = Copy::new(&machine);
-        round(&mut copy, &machine, &log);
-        let guest = bitmap_guest(&machine, [2, 3]);
-        round(&mut copy, &machine, &log);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::bitmap();
+        scene.machine.write_page(0, 1);
+        scene.round();
+        let guest = scene.bitmap_guest([2, 3]);
+        scene.round();
+        scene.round();
         guest.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
     });
 }
 
@@ -453,23 +454,14 @@ fn bits_are_kept_beside_a_guest() {
 #[test]
 fn bits_are_cleared_beside_a_guest_and_a_sync() {
     model(5, || {
-        let (machine, log) = bitmap();
-        let mut copy = Copy::new(&machine);
-        for value in [1, 2] {
-            machine.write_page(0, value);
-            round(&mut copy, &machine, &log);
-        }
-        assert_eq!(log.stats().working_set.members, 1, "it has not joined");
-        let guest = bitmap_guest(&machine, [3, 4]);
-        let vmm = thread::spawn({
-            let log = log.clone();
-            move || log.refresh(|_| panic!("no slot needs it")).unwrap()
-        });
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::bitmap_with_member();
+        let guest = scene.bitmap_guest([3, 4]);
+        let vmm = scene.bitmap_refresher();
+        scene.round();
         guest.join().unwrap();
-        round(&mut copy, &machine, &log);
-        assert_eq!(vmm.join().unwrap(), 1);
-        last_round(&mut copy, &machine, &log);
+        scene.round();
+        vmm.join().unwrap();
+        scene.last_round();
     });
 }
 
@@ -477,23 +469,13 @@ fn bits_are_cleared_beside_a_guest_and_a_sync() {
 #[test]
 fn last_sync_of_bits_called_off() {
     model(5, || {
-        let (machine, log) = bitmap();
-        let mut copy = Copy::new(&machine);
-        for value in [1, 2] {
-            machine.write_page(0, value);
-            round(&mut copy, &machine, &log);
-        }
-        let vmm = thread::spawn({
-            let log = log.clone();
-            move || log.refresh(|_| panic!("no slot needs it")).unwrap()
-        });
-        let mut last = LastPages::new();
-        log.last_sync(&mut last).unwrap();
-        assert!(last.contains(SLOT, 0), "page 0 was lost");
-        let guest = bitmap_guest(&machine, [3]);
-        round(&mut copy, &machine, &log);
+        let mut scene = Scene::bitmap_with_member();
+        let vmm = scene.bitmap_refresher();
+        assert!(scene.last_sync().contains(SLOT, 0), "page 0 was lost");
+        let guest = scene.bitmap_guest([3]);
+        scene.round();
         guest.join().unwrap();
         vmm.join().unwrap();
-        last_round(&mut copy, &machine, &log);
+        scene.last_round();
     });
 }

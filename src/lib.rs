@@ -196,7 +196,8 @@ pub use log::vm_memory;
 pub use observe::metrics;
 pub use observe::stats::{ReaperStats, Stats, VcpuStats, WorkingSetStats};
 pub use slot_id::SlotId;
-pub use slots::dirty_pages::{DirtyPages, DirtyPart, Run};
+pub use slots::dirty_pages::DirtyPages;
+pub use slots::dirty_part::{DirtyPart, Run};
 #[cfg(not(all(test, feature = "modelled")))]
 pub use slots::guest_map::{GuestMap, GuestRegion};
 pub use slots::working_set::WorkingSet;

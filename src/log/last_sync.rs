@@ -6,7 +6,8 @@ use super::DirtyLog;
 use crate::error::SyncError;
 use crate::observe::trace;
 use crate::slot_id::SlotId;
-use crate::slots::dirty_pages::{DirtyPages, DirtyPart, Run};
+use crate::slots::dirty_pages::DirtyPages;
+use crate::slots::dirty_part::{DirtyPart, Run};
 use crate::sync::lock;
 
 /// The pages that a [last sync](DirtyLog::last_sync) found dirty.

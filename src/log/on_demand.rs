@@ -7,7 +7,8 @@ use crate::bitmap::words::words_for;
 use crate::error::SyncError;
 use crate::kernel::Mode;
 use crate::observe::trace;
-use crate::slots::dirty_pages::{DirtyPages, DirtyPart};
+use crate::slots::dirty_pages::DirtyPages;
+use crate::slots::dirty_part::DirtyPart;
 use crate::sync::lock;
 
 /// The pages that a [sync on demand](DirtyLog::sync_on_demand) found dirty, to be read chunk by chunk.

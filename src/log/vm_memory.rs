@@ -60,7 +60,7 @@ use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
 use crate::kernel::page_size;
 use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
-use crate::slots::dirty_pages::Run;
+use crate::slots::dirty_part::Run;
 use crate::slots::guest_map::GuestMap;
 use crate::sync::Arc;
 

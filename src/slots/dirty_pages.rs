@@ -5,6 +5,8 @@ use core::ops::Range;
 
 use crate::bitmap::pages::PageBits;
 use crate::slot_id::SlotId;
+use crate::slots::dirty_part::{DirtyPart, Run};
+use crate::slots::slot_pages::{Kind, Kinds, SlotPages};
 use crate::slots::table::{Slot, Table};
 use crate::sync::Arc;
 
@@ -16,74 +18,6 @@ use crate::sync::Arc;
 pub struct DirtyPages {
     /// In ascending order of slot.
     slots: Vec<SlotPages>,
-}
-
-struct SlotPages {
-    /// Not its id alone: another slot may have got the id since the last round.
-    slot: Arc<Slot>,
-    /// All dirty pages.
-    bits: PageBits,
-    /// Which of them stay open, and which do not; made when some do for the first time.
-    kinds: Option<Box<Kinds>>,
-}
-
-struct Kinds {
-    members: PageBits,
-    others: PageBits,
-}
-
-/// Which of the dirty pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    All,
-    Members,
-    Others,
-}
-
-impl SlotPages {
-    /// Returns the pages of that kind; `None` if there can be none.
-    fn of(&self, kind: Kind) -> Option<&PageBits> {
-        let kinds = self.kinds.as_deref();
-        let kinds = kinds.filter(|kinds| kind != Kind::All && !kinds.members.is_empty());
-        match (kind, kinds) {
-            (Kind::Members, kinds) => kinds.map(|kinds| &kinds.members),
-            (Kind::Others, Some(kinds)) => Some(&kinds.others),
-            (Kind::All | Kind::Others, _) => Some(&self.bits),
-        }
-    }
-
-    fn forget_kinds(&mut self) {
-        if let Some(kinds) = &mut self.kinds {
-            kinds.members.clear();
-            kinds.others.clear();
-        }
-    }
-
-    /// Makes the kinds, empty; `None` if there is no memory for them.
-    fn make_kinds(&mut self) -> Option<()> {
-        self.forget_kinds();
-        if self.kinds.is_none() {
-            let pages = self.slot.pages();
-            let (members, others) = (PageBits::new(pages)?, PageBits::new(pages)?);
-            self.kinds = Some(Box::new(Kinds { members, others }));
-        }
-        Some(())
-    }
-}
-
-/// Consecutive dirty pages of one slot.
-///
-/// The slot is the one that had the id when the sync ran. Once its removal is [finished](crate::DirtyLog::finish_slot),
-/// another slot may have the id, with other memory or another size, and nothing in a run shows it. So before you finish a
-/// removal, copy all runs of the slot, or [clear](DirtyPages::clear_slot) them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Run {
-    /// The memslot.
-    pub slot: SlotId,
-    /// The first page, in base pages of the host from the slot's start.
-    pub first_page: u64,
-    /// The number of pages, at least one.
-    pub pages: u64,
 }
 
 impl DirtyPages {
@@ -168,11 +102,7 @@ impl DirtyPages {
     }
 
     fn whole(&self, kind: Kind) -> DirtyPart<'_> {
-        DirtyPart {
-            slots: &self.slots,
-            words: 0..usize::MAX,
-            kind,
-        }
+        DirtyPart::new(&self.slots, kind)
     }
 
     /// Removes pages `first_page .. first_page + pages` of `slot`, for example because they were sent.
@@ -362,14 +292,8 @@ impl DirtyPages {
             let have = self.slot(slot.slot.id());
             have.is_none_or(|have| slot.slot.is_later_than(&have.slot))
         };
-        let new = from.slots.iter().filter(is_new).map(|slot| {
-            let bits = PageBits::new(slot.slot.pages())?;
-            Some(SlotPages {
-                slot: Arc::clone(&slot.slot),
-                bits,
-                kinds: None,
-            })
-        });
+        let new = from.slots.iter().filter(is_new);
+        let new = new.map(|slot| SlotPages::new(&slot.slot));
         let Some(mut new) = new.collect::<Option<Vec<_>>>() else {
             return false;
         };
@@ -397,15 +321,10 @@ impl DirtyPages {
         for slot in table.slots() {
             let have = self.slot(slot.id());
             if !have.is_some_and(|have| Arc::ptr_eq(&have.slot, slot)) {
-                let Some(bits) = PageBits::new(slot.pages()) else {
+                let Some(pages) = SlotPages::new(slot) else {
                     return false;
                 };
-                let slot = Arc::clone(slot);
-                new.push(SlotPages {
-                    slot,
-                    bits,
-                    kinds: None,
-                });
+                new.push(pages);
             }
         }
         self.slots.retain(|have| table.holds(&have.slot));
@@ -430,126 +349,6 @@ impl DirtyPages {
         self.slots
             .iter_mut()
             .map(|slot| (&*slot.slot, &mut slot.bits))
-    }
-}
-
-/// A part of the dirty pages, for one thread.
-///
-/// ```
-/// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
-/// # use kvm_dirty_ring::{DirtyPages, SlotId};
-/// # let vm = SimVm::new(SimConfig::default());
-/// # let log = vm.dirty_log();
-/// # let ram = SlotId::new(0, 0);
-/// # log.add_slot(ram, 100_000)?;
-/// log.mark_dirty(ram, 10, 70_000)?;
-/// let mut dirty = DirtyPages::new();
-/// log.sync(&mut dirty)?;
-/// let (left, right) = dirty.part().split();
-/// let right = right.expect("more than one word");
-/// let sent: u64 = std::thread::scope(|scope| {
-///     let send = |part: kvm_dirty_ring::DirtyPart<'_>| part.runs().map(|run| run.pages).sum::<u64>();
-///     let left = scope.spawn(move || send(left));
-///     send(right) + left.join().unwrap()
-/// });
-/// assert_eq!(sent, 70_000);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone)]
-pub struct DirtyPart<'a> {
-    slots: &'a [SlotPages],
-    /// The words of each of these slots; all of them, if there is more than one slot.
-    words: Range<usize>,
-    kind: Kind,
-}
-
-impl<'a> DirtyPart<'a> {
-    /// Splits the part into two that have no page in common and together have all of its pages.
-    ///
-    /// A small part is returned whole, with `None`.
-    ///
-    /// Parts are halved by memory, not by dirty pages, so split into more parts than there are threads. The signature is that of
-    /// rayon's `split`.
-    pub fn split(self) -> (Self, Option<Self>) {
-        if self.slots.len() > 1 {
-            let (left, right) = self.slots.split_at(self.slots.len() / 2);
-            let part = |slots| Self {
-                slots,
-                words: self.words.clone(),
-                kind: self.kind,
-            };
-            return (part(left), Some(part(right)));
-        }
-        let len = self.slots.first().map_or(0, |slot| slot.bits.words().len());
-        let words = self.words.start..self.words.end.min(len);
-        if words.len() < 2 {
-            return (self, None);
-        }
-        let middle = words.start + words.len() / 2;
-        let part = |words| Self {
-            slots: self.slots,
-            words,
-            kind: self.kind,
-        };
-        (part(words.start..middle), Some(part(middle..words.end)))
-    }
-
-    /// Returns the pages of the part as runs, ascending by slot, then by page.
-    ///
-    /// A run ends at the part's end even if the next part continues it.
-    pub fn runs(&self) -> impl Iterator<Item = Run> + use<'a> {
-        let words = self.words.clone();
-        let kind = self.kind;
-        let slots = self
-            .slots
-            .iter()
-            .filter_map(move |slot| Some((slot, slot.of(kind)?)));
-        slots.flat_map(move |(slot, bits)| {
-            let id = slot.slot.id();
-            bits.runs(words.clone()).map(move |run| Run {
-                slot: id,
-                first_page: run.start,
-                pages: run.end - run.start,
-            })
-        })
-    }
-
-    /// Returns the runs of one slot, as pages.
-    #[cfg(not(all(test, feature = "modelled")))]
-    pub(crate) fn runs_of(&self, slot: SlotId) -> impl Iterator<Item = Range<u64>> + use<'a> {
-        let place = self.slots.binary_search_by_key(&slot, |s| s.slot.id());
-        let bits = place.ok().and_then(|place| self.slots[place].of(self.kind));
-        let words = self.words.clone();
-        bits.into_iter()
-            .flat_map(move |bits| bits.runs(words.clone()))
-    }
-
-    /// Returns the last page of each slot that has any, as a run.
-    #[cfg(not(all(test, feature = "modelled")))]
-    pub(crate) fn last_runs(&self) -> impl Iterator<Item = Run> + '_ {
-        self.slots.iter().filter_map(|slot| {
-            let page = slot.of(self.kind)?.last_in(self.words.clone())?;
-            Some(Run {
-                slot: slot.slot.id(),
-                first_page: page,
-                pages: 1,
-            })
-        })
-    }
-
-    /// Returns the number of dirty pages in the part.
-    pub fn page_count(&self) -> u64 {
-        let bits = self.slots.iter().filter_map(|slot| slot.of(self.kind));
-        bits.map(|bits| bits.count(self.words.clone())).sum()
-    }
-}
-
-impl fmt::Debug for DirtyPart<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DirtyPart")
-            .field("slots", &self.slots.len())
-            .field("pages", &self.page_count())
-            .finish()
     }
 }
 

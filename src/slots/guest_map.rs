@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::error::GuestMapError;
 use crate::kernel::page_size;
 use crate::slot_id::{MAX_SLOT_PAGES, SlotId};
-use crate::slots::dirty_pages::{DirtyPart, Run};
+use crate::slots::dirty_part::{DirtyPart, Run};
 
 /// One slot's place in guest memory, as given to `KVM_SET_USER_MEMORY_REGION`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
