@@ -249,11 +249,50 @@ fn recordings_are_simulated() {
     assert!(ran.stderr.contains("`many` is no number"), "{}", ran.stderr);
 }
 
+/// What it wrote of the migrations of one guest by the four arms, of which none has missed a page.
+fn migrations(args: &str) -> Value {
+    let (ran, report) = report(&format!("--migrations {args}"));
+    assert!(ran.stdout.contains("### Targets: "), "{}", ran.stdout);
+    assert_eq!(report["missed_pages"], 0);
+    let guests = report["guests"].as_array().expect("guests");
+    let [guest] = &guests[..] else {
+        panic!("one guest was asked for: {report}")
+    };
+    let arms = guest["arms"].as_array().expect("arms");
+    let names: Vec<&str> = arms.iter().filter_map(|arm| arm["arm"].as_str()).collect();
+    assert_eq!(names, ["rings", "bitmap", "rings+ws", "bitmap+ws"]);
+    for arm in arms {
+        assert!(number(arm, "rounds") >= 1.0, "{arm}");
+        // All of the guest at least.
+        assert!(number(arm, "pages_sent") >= 8192.0, "{arm}");
+        let has_rings = arm["arm"].as_str().unwrap().starts_with("rings");
+        assert_eq!(arm["entries"].is_u64(), has_rings, "{arm}");
+    }
+    report
+}
+
+fn simulated_migrations_repeat_themselves() {
+    let [first, second] = [0; 2].map(|_| migrations("--sim --workload moving"));
+    assert_eq!(first, second);
+    assert!(first["last_sync"].is_null());
+    let targets = first["targets"].as_array().expect("targets");
+    assert!(!targets.is_empty());
+}
+
+fn kvm_no_page_is_missed_by_a_migration() {
+    migrations("--quick --workload hot-and-cold");
+}
+
 fn nonsense_is_refused_with_what_is_allowed() {
     for (args, allowed) in [
         ("--workload stroll", "choose one of constant, trickle"),
         ("--sim --workload stroll", "choose one of idle, constant"),
         ("--workload sliced", "choose one of constant, trickle"),
+        (
+            "--migrations --workload idle",
+            "choose one of hot-set, hot-and-cold",
+        ),
+        ("--migrations --arm adaptive", "cannot be used with"),
         ("--vcpus 33", "at most 32, or --sim"),
         ("--vcpus 1025", "1..=1024"),
         ("--ring-entries 1000", "power of two"),
@@ -276,6 +315,7 @@ fn main() -> ExitCode {
     let everywhere = tests![
         one_signal_ends_a_simulation,
         simulations_repeat_themselves,
+        simulated_migrations_repeat_themselves,
         recordings_are_simulated,
         numbers_are_justified,
         nonsense_is_refused_with_what_is_allowed,
@@ -285,6 +325,7 @@ fn main() -> ExitCode {
         kvm_more_vcpus_than_cores,
         kvm_whoever_logs_nothing_needs_no_pass,
         kvm_a_page_is_drawn,
+        kvm_no_page_is_missed_by_a_migration,
         kvm_one_signal_ends_it,
     ];
     program::test("pacing-lab", &everywhere, &on_kvm)

@@ -68,6 +68,11 @@ impl SimSlot {
         }
     }
 
+    pub(super) fn is_armed(&self, page: u64) -> Option<bool> {
+        // Acquire: pairs with the release in `arm`.
+        Some(self.page(page)?.armed.load(Ordering::Acquire))
+    }
+
     /// Arms every page, and forgets which were logged.
     pub(super) fn rearm(&self) {
         self.take_logged(u64::MAX).for_each(drop);

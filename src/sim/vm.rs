@@ -106,6 +106,12 @@ impl SimVm {
         }
     }
 
+    /// Whether the next write of a vCPU to the page faults, and is logged if its slot is. Returns `None` if there is no
+    /// such page.
+    pub fn is_protected(&self, slot: SlotId, page: u64) -> Option<bool> {
+        self.slot(slot)?.is_armed(page)
+    }
+
     /// Writes a page as a device does: no vCPU logs it. Returns false if there is no such page.
     pub fn device_write(&self, slot: SlotId, page: u64) -> bool {
         self.slot(slot).is_some_and(|slot| slot.write(page))

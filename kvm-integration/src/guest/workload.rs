@@ -120,7 +120,8 @@ fn draw(rng: &mut SplitMix64, pages: u64, vcpu: u32, vcpus: u32, length: usize) 
     list
 }
 
-fn address(regions: &[Region], mut index: u64) -> u64 {
+/// The guest-physical address of page `index` of all regions.
+pub(crate) fn address(regions: &[Region], mut index: u64) -> u64 {
     for region in regions {
         if index < region.pages {
             return region.gpa + index * PAGE_SIZE;

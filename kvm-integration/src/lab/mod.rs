@@ -4,6 +4,7 @@
 pub mod arm;
 pub mod cell;
 pub mod measure;
+pub mod migrations;
 pub mod pattern;
 pub mod result;
 pub mod rhythm;

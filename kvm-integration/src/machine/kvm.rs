@@ -1,18 +1,21 @@
 //! The tiny guest on KVM.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvm_dirty_ring::{Awake, DirtyLog, SlotId, VcpuRing};
+use kvm_dirty_ring::{Awake, DirtyLog, RingEntries, SlotId, VcpuRing};
 use kvm_ioctls::Kvm;
 
 use super::rate::{Dormitory, Throttle};
 use super::vcpus::Vcpus;
-use super::{Guest, GuestSlot, Kick, Machine, Setup, unattached};
+use super::{Guest, GuestSlot, Kick, Machine, Setup, Writes, regions, unattached};
 use crate::guest::program::Exit;
 use crate::guest::program::{Load, Mode};
 use crate::guest::thread::{Action, VcpuThread};
 use crate::guest::vm::TinyVm;
+use crate::host::cpu_time::cpu_time;
 
 /// How KVM is to log what the guest writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,11 +42,29 @@ pub struct KvmMachine {
 impl KvmMachine {
     /// Makes it and lets it run.
     pub fn start(kvm: &Kvm, setup: &Setup, logging: Logging) -> Result<Self> {
-        let vm = TinyVm::with_capacity(kvm, setup.vcpus, setup.list_length())?;
+        Self::with(
+            kvm,
+            logging,
+            setup.ring_entries,
+            setup.pages,
+            setup.writes(),
+        )
+    }
+
+    /// The same with a vCPU for each of `writes`, and so many pages.
+    pub fn with(
+        kvm: &Kvm,
+        logging: Logging,
+        ring_entries: RingEntries,
+        pages: u64,
+        writes: Vec<Writes>,
+    ) -> Result<Self> {
+        let longest = writes.iter().map(|writes| writes.list.len()).max();
+        let vm = TinyVm::with_capacity(kvm, writes.len() as u32, longest.unwrap_or(0))?;
         let log = match logging {
-            Logging::Rings => DirtyLog::enable(vm.vm_fd(), setup.ring_entries),
+            Logging::Rings => DirtyLog::enable(vm.vm_fd(), ring_entries),
             Logging::Bitmap => DirtyLog::enable_bitmap(vm.vm_fd()),
-            Logging::Auto => DirtyLog::enable_auto(vm.vm_fd(), setup.ring_entries),
+            Logging::Auto => DirtyLog::enable_auto(vm.vm_fd(), ring_entries),
         };
         let mut this = Self {
             vm,
@@ -53,7 +74,7 @@ impl KvmMachine {
             dormitory: Arc::default(),
             awake: None,
         };
-        for (id, region) in setup.regions() {
+        for (id, region) in regions(pages) {
             let slot = GuestSlot::new(id, region)?;
             // Before KVM has it, so that no entry can name a slot which the log doesn't know.
             this.log.add_slot(id, region.pages)?;
@@ -61,21 +82,42 @@ impl KvmMachine {
             this.vm.add_slot(id.raw(), region.gpa, memory, true)?;
             this.slots.push(slot);
         }
-        let chunk = setup.chunk();
         let mut vcpus = Vec::new();
-        for index in 0..setup.vcpus {
-            let load = Load::new(Mode::Native, setup.list(index)).chunk(chunk);
+        for (index, writes) in (0..).zip(writes) {
+            let (chunk, per_second) = (writes.chunk(), writes.per_second);
+            let load = Load::new(Mode::Native, writes.list).chunk(chunk);
             let vcpu = this.vm.create_vcpu(index, &load)?;
             let ring = this.log.attach_vcpu(vcpu.fd());
             let ring = ring.with_context(|| unattached(index))?;
-            vcpus.push((vcpu, ring));
+            vcpus.push((vcpu, ring, per_second, chunk));
         }
-        for (vcpu, ring) in vcpus {
-            let throttle = setup.throttle(&this.dormitory);
+        for (vcpu, ring, per_second, chunk) in vcpus {
+            let throttle = Throttle::new(per_second, &this.dormitory);
             let thread = VcpuThread::spawn(vcpu, handler(ring, throttle, chunk.into()))?;
             this.vcpus.0.push(thread);
         }
         Ok(this)
+    }
+
+    /// Starts or stops the log of all slots, while the guest runs.
+    pub fn set_tracked(&self, tracked: bool) -> Result<()> {
+        for slot in &self.slots {
+            let switch = || {
+                let set = self.vm.set_logged(slot.id.raw(), tracked);
+                set.map_err(io::Error::other)
+            };
+            match tracked {
+                true => self.log.start_tracking(slot.id, switch)?,
+                false => self.log.stop_tracking(slot.id, switch)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Page stores of a vCPU so far, and CPU time of its thread.
+    pub fn progress(&self, vcpu: usize) -> Result<(u64, Duration)> {
+        let thread = &self.vcpus.0[vcpu];
+        Ok((thread.progress(), cpu_time(thread.tid())?))
     }
 }
 

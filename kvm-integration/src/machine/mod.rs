@@ -7,8 +7,11 @@ pub mod rate;
 mod sim;
 #[cfg(tiny_guest)]
 pub(crate) mod vcpus;
+mod writes;
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use kvm_dirty_ring::{DirtyLog, RingEntries, SlotId};
@@ -20,6 +23,7 @@ use crate::guest::workload::{Region, Workload};
 pub use kvm::{KvmMachine, Logging};
 use rate::{Dormitory, Throttle};
 pub use sim::SimMachine;
+pub use writes::Writes;
 
 /// Where the two slots begin: below a hole, and far above it, as on a PC.
 const SLOT_GPAS: [u64; 2] = [1 << 30, 256 << 30];
@@ -27,11 +31,6 @@ const SLOT_GPAS: [u64; 2] = [1 << 30, 256 << 30];
 pub const MAX_PAGES: u64 = 1 << 26;
 /// Entries of all vCPUs' lists together: 128 MiB of them.
 const MAX_LIST_ENTRIES: usize = 1 << 24;
-/// How often a second a vCPU with a limited write rate looks whether it is too fast. On `kvm_pvm`
-/// an exit costs a native guest 57 µs, so that this costs it half a percent.
-const LOOKS_PER_SECOND: f64 = 100.0;
-/// The most stores between two of these looks.
-const MAX_CHUNK: f64 = 4096.0;
 
 /// A guest whose vCPUs run from its making until it is paused or dropped.
 pub trait Guest {
@@ -52,6 +51,16 @@ pub trait Guest {
 
     /// Protects all pages of a slot anew, those too that KVM takes for protected. The vCPUs are paused.
     fn protect(&mut self, slot: SlotId) -> Result<()>;
+
+    /// The time. A simulated guest may have a clock of its own.
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    /// Lets time go by until then; the guest runs meanwhile, unless it is paused.
+    fn wait_until(&mut self, until: Instant) {
+        thread::sleep(until.saturating_duration_since(Instant::now()));
+    }
 }
 
 /// A guest with a dirty log.
@@ -78,11 +87,25 @@ pub struct GuestSlot {
 }
 
 impl GuestSlot {
-    fn new(id: SlotId, region: Region) -> Result<Self> {
+    pub(crate) fn new(id: SlotId, region: Region) -> Result<Self> {
         let memory = GuestMemory::new(region.pages);
         let memory = Arc::new(memory.context("no memory for the guest: make it smaller")?);
         Ok(Self { id, region, memory })
     }
+}
+
+/// The two slots of a guest of so many pages. They differ in size, so that mistaking one for the other cannot go unnoticed.
+pub(crate) fn regions(pages: u64) -> [(SlotId, Region); 2] {
+    let lower = pages / 4;
+    let sizes = [lower, pages - lower];
+    // Slot 0 is the tiny guest's own.
+    [0, 1].map(|n| {
+        let region = Region {
+            gpa: SLOT_GPAS[n],
+            pages: sizes[n],
+        };
+        (SlotId::new(0, n as u16 + 1), region)
+    })
 }
 
 fn unattached(index: u32) -> String {
@@ -107,26 +130,24 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// The two slots. They differ in size, so that mistaking one for the other cannot go unnoticed.
+    /// The two slots.
     pub fn regions(&self) -> [(SlotId, Region); 2] {
-        let lower = self.pages / 4;
-        let sizes = [lower, self.pages - lower];
-        // Slot 0 is the tiny guest's own.
-        [0, 1].map(|n| {
-            let region = Region {
-                gpa: SLOT_GPAS[n],
-                pages: sizes[n],
-            };
-            (SlotId::new(0, n as u16 + 1), region)
-        })
+        regions(self.pages)
     }
 
     /// Stores between two looks at the throttle; 0: never.
     pub fn chunk(&self) -> u32 {
-        match self.stores_per_second() {
-            0.0 => 0,
-            rate => (rate / LOOKS_PER_SECOND).clamp(1.0, MAX_CHUNK) as u32,
-        }
+        writes::chunk(self.stores_per_second())
+    }
+
+    /// What each vCPU writes.
+    #[cfg(tiny_guest)]
+    fn writes(&self) -> Vec<Writes> {
+        let writes = |vcpu| Writes {
+            list: self.list(vcpu),
+            per_second: self.stores_per_second(),
+        };
+        (0..self.vcpus).map(writes).collect()
     }
 
     /// How many entries each vCPU's list has: every page is in one of them, unless the guest is so

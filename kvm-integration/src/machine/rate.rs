@@ -19,18 +19,14 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A budget that begins now. `None` for 0, which stands for no limit.
-    pub fn new(per_second: f64) -> Option<Self> {
-        let paid = Instant::now();
+    /// A budget that begins `now`. `None` for 0, which stands for no limit.
+    pub fn new(per_second: f64, now: Instant) -> Option<Self> {
+        let paid = now;
         (per_second > 0.0).then_some(Self { per_second, paid })
     }
 
     /// Takes `units`, and says until when to wait before taking more.
-    pub fn take(&mut self, units: u64) -> Option<Instant> {
-        self.take_at(Instant::now(), units)
-    }
-
-    fn take_at(&mut self, now: Instant, units: u64) -> Option<Instant> {
+    pub fn take(&mut self, now: Instant, units: u64) -> Option<Instant> {
         let oldest = now.checked_sub(CREDIT).unwrap_or(now);
         let cost = Duration::try_from_secs_f64(units as f64 / self.per_second);
         // A wait beyond what Instant can say is one for ever; a day will do for that.
@@ -92,14 +88,18 @@ impl Throttle {
     /// So many stores a second, 0 for any number. It sleeps in `dormitory`.
     pub fn new(stores_per_second: f64, dormitory: &Arc<Dormitory>) -> Self {
         Self {
-            bucket: TokenBucket::new(stores_per_second),
+            bucket: TokenBucket::new(stores_per_second, Instant::now()),
             dormitory: Arc::clone(dormitory),
         }
     }
 
     /// Pays for stores that were done: sleeps if they came too fast.
     pub fn pay(&mut self, stores: u64) {
-        if let Some(until) = self.bucket.as_mut().and_then(|bucket| bucket.take(stores)) {
+        if let Some(until) = self
+            .bucket
+            .as_mut()
+            .and_then(|bucket| bucket.take(Instant::now(), stores))
+        {
             self.dormitory.sleep_until(until);
         }
     }
@@ -111,12 +111,12 @@ mod tests {
 
     #[test]
     fn holds_the_rate_however_late_sleeps_end() {
-        let mut bucket = TokenBucket::new(1000.0).unwrap();
+        let mut bucket = TokenBucket::new(1000.0, Instant::now()).unwrap();
         let start = bucket.paid;
         let (mut now, mut taken) = (start, 0);
         while now < start + Duration::from_secs(10) {
             taken += 5;
-            if let Some(until) = bucket.take_at(now, 5) {
+            if let Some(until) = bucket.take(now, 5) {
                 // Late by 3 ms each time.
                 now = until + Duration::from_millis(3);
             }
@@ -126,18 +126,18 @@ mod tests {
 
     #[test]
     fn idle_time_is_not_saved_up() {
-        let mut bucket = TokenBucket::new(1000.0).unwrap();
+        let mut bucket = TokenBucket::new(1000.0, Instant::now()).unwrap();
         let later = bucket.paid + Duration::from_secs(5);
-        assert_eq!(bucket.take_at(later, 20), None);
-        let until = bucket.take_at(later, 100).unwrap();
+        assert_eq!(bucket.take(later, 20), None);
+        let until = bucket.take(later, 100).unwrap();
         assert_eq!(until, later + Duration::from_millis(100));
     }
 
     #[test]
     fn no_rate_is_no_limit_and_a_tiny_one_no_overflow() {
-        assert!(TokenBucket::new(0.0).is_none());
-        let mut bucket = TokenBucket::new(1e-30).unwrap();
-        assert!(bucket.take(u64::MAX).is_some());
+        assert!(TokenBucket::new(0.0, Instant::now()).is_none());
+        let mut bucket = TokenBucket::new(1e-30, Instant::now()).unwrap();
+        assert!(bucket.take(Instant::now(), u64::MAX).is_some());
     }
 
     #[test]

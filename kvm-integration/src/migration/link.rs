@@ -1,7 +1,6 @@
 //! The way to the copy, and the copy.
 
 use std::sync::atomic::AtomicBool;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -10,8 +9,8 @@ use kvm_dirty_ring::{Run, SlotId};
 use super::outcome::Observer;
 use crate::cli::interrupt::go_on;
 use crate::guest::memory::{GuestMemory, MemoryError, PAGE_SIZE};
-use crate::machine::GuestSlot;
 use crate::machine::rate::TokenBucket;
+use crate::machine::{Guest, GuestSlot};
 
 /// Pages sent between two looks at the clock and at whether to go on.
 const PIECE: u64 = 64;
@@ -58,6 +57,7 @@ impl<'a> Link<'a> {
         slots: &[GuestSlot],
         destination: &'a Destination,
         bandwidth_mib: u64,
+        now: Instant,
         interrupted: &'a AtomicBool,
         observer: &'a mut dyn Observer,
     ) -> Self {
@@ -65,7 +65,7 @@ impl<'a> Link<'a> {
         Self {
             slots: slots.to_vec(),
             copies: &destination.0,
-            bucket: TokenBucket::new(pages_per_second),
+            bucket: TokenBucket::new(pages_per_second, now),
             interrupted,
             observer,
         }
@@ -86,15 +86,16 @@ impl<'a> Link<'a> {
         self.observer.stop();
     }
 
-    /// Sends the runs, `pages` pages in all. How long it took.
+    /// Sends the runs, `pages` pages in all, by the guest's clock. How long it took.
     pub(super) fn send(
         &mut self,
+        guest: &mut (impl Guest + ?Sized),
         round: usize,
         pages: u64,
         running: bool,
         runs: impl Iterator<Item = Run>,
     ) -> Result<Duration> {
-        let start = Instant::now();
+        let start = guest.now();
         self.observer.begin(round, pages, running);
         for run in runs {
             let at = self.slots.iter().position(|slot| slot.id == run.slot);
@@ -105,20 +106,21 @@ impl<'a> Link<'a> {
                 let memory = &self.slots[at].memory;
                 memory.copy_run(first, pages, &self.copies[at]);
                 self.observer.sent(pages);
-                self.keep_pace(pages)?;
+                self.keep_pace(guest, pages)?;
             }
         }
-        Ok(start.elapsed())
+        Ok(guest.now() - start)
     }
 
-    fn keep_pace(&mut self, pages: u64) -> Result<()> {
-        let until = self.bucket.as_mut().and_then(|bucket| bucket.take(pages));
+    fn keep_pace(&mut self, guest: &mut (impl Guest + ?Sized), pages: u64) -> Result<()> {
+        let bucket = self.bucket.as_mut();
+        let until = bucket.and_then(|bucket| bucket.take(guest.now(), pages));
         loop {
             go_on(self.interrupted)?;
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            match left {
-                None | Some(Duration::ZERO) => return Ok(()),
-                Some(left) => thread::sleep(left.min(LONGEST_SLEEP)),
+            let now = guest.now();
+            match until.filter(|&until| until > now) {
+                None => return Ok(()),
+                Some(until) => guest.wait_until(until.min(now + LONGEST_SLEEP)),
             }
         }
     }

@@ -50,20 +50,20 @@ pub fn migrate(
 ) -> Result<Outcome> {
     let slots = guest.slots();
     let bandwidth = limits.bandwidth_mib;
-    let mut link = Link::new(slots, destination, bandwidth, interrupted, observer);
+    let now = guest.now();
+    let mut link = Link::new(slots, destination, bandwidth, now, interrupted, observer);
     let pages_total = slots.iter().map(|slot| slot.memory.pages()).sum();
     let stores = guest.stores();
     let mut steering = Steering::new(limits);
     tracker.set_working_set(steering.working_set());
-    let mut pending = Pending::new(slots, tracker);
-    let start = pending.start;
+    let mut pending = Pending::new(slots, tracker, now);
 
     // All memory is sent anyway: what counts are writes that come after this.
-    let mut round = pending.sync()?;
+    let mut round = pending.sync(guest)?;
     pending.clear();
     (round.pages, round.written_in) = (pages_total, None);
     steering.begin(pages_total);
-    round.send = link.send(0, pages_total, true, link.whole().into_iter())?;
+    round.send = link.send(guest, 0, pages_total, true, link.whole().into_iter())?;
     steering.measured(pages_total, round.send);
     pending.tracker.set_working_set(steering.working_set());
     let mut rounds = vec![round];
@@ -73,7 +73,7 @@ pub fn migrate(
 
     let converged = loop {
         guest.check()?;
-        let mut round = pending.sync()?;
+        let mut round = pending.sync(guest)?;
         rearms += u32::from(rearm(guest, pending.tracker)?);
         let decision = steering.decide(round.pages, &pending.tracker.open());
         if decision == Decision::Finish {
@@ -105,34 +105,40 @@ pub fn migrate(
             Decision::GoOn | Decision::Finish => {}
         }
         round.limit = limit;
-        round.send = link.send(rounds.len(), round.pages, true, pending.pages.runs())?;
+        round.send = link.send(guest, rounds.len(), round.pages, true, pending.pages.runs())?;
         pending.clear();
         rounds.push(round);
     };
 
     link.stop();
-    let stop = Instant::now();
+    let stop = guest.now();
     guest.pause()?;
-    let stopping = stop.elapsed();
+    let stopping = guest.now() - stop;
     pending.tracker.quiesce()?;
-    let mut round = pending.last_sync()?;
-    round.send = link.send(rounds.len(), round.pages, false, pending.pages.runs())?;
+    let mut round = pending.last_sync(guest)?;
+    round.send = link.send(
+        guest,
+        rounds.len(),
+        round.pages,
+        false,
+        pending.pages.runs(),
+    )?;
     round.limit = limit;
     rounds.push(round);
-    let (downtime, total) = (stop.elapsed(), start.elapsed());
+    let end = guest.now();
 
     let (mismatched_pages, first_mismatch) = link.compare()?;
     Ok(Outcome {
         rounds,
-        start,
+        start: now,
         rearms,
         refreshes,
         refreshing,
         converged,
         hopeless,
         stopping,
-        downtime,
-        total,
+        downtime: end - stop,
+        total: end - now,
         pages_total,
         stores: guest.stores() - stores,
         mismatched_pages,
@@ -154,7 +160,7 @@ fn rearm(guest: &mut (impl Guest + ?Sized), tracker: &mut dyn Tracker) -> Result
 
 /// Closes all that stays open. For how long the guest was stopped for it.
 fn refresh(guest: &mut (impl Guest + ?Sized), tracker: &mut dyn Tracker) -> Result<Duration> {
-    let stop = Instant::now();
+    let stop = guest.now();
     let is_to_stop = tracker.refresh_stops_the_guest();
     if is_to_stop {
         guest.pause()?;
@@ -164,7 +170,7 @@ fn refresh(guest: &mut (impl Guest + ?Sized), tracker: &mut dyn Tracker) -> Resu
         return Ok(Duration::ZERO);
     }
     guest.resume();
-    Ok(stop.elapsed())
+    Ok(guest.now() - stop)
 }
 
 /// What is to be sent next.
@@ -178,8 +184,7 @@ struct Pending<'a> {
 }
 
 impl<'a> Pending<'a> {
-    fn new(slots: &[GuestSlot], tracker: &'a mut dyn Tracker) -> Self {
-        let start = Instant::now();
+    fn new(slots: &[GuestSlot], tracker: &'a mut dyn Tracker, start: Instant) -> Self {
         Self {
             tracker,
             pages: PageSet::new(slots),
@@ -191,25 +196,25 @@ impl<'a> Pending<'a> {
 
     /// Adds what was written since the last sync, but for what stays open. The round that sends it all,
     /// before that.
-    fn sync(&mut self) -> Result<Round> {
-        let begin = Instant::now();
+    fn sync(&mut self, guest: &(impl Guest + ?Sized)) -> Result<Round> {
+        let begin = guest.now();
         self.tracker.sync(&mut self.pages)?;
         Ok(Round {
             members: self.tracker.open().members,
-            ..self.round(begin, true)
+            ..self.round(begin, guest.now(), true)
         })
     }
 
     /// The same with what stays open, once the guest has stopped.
-    fn last_sync(&mut self) -> Result<Round> {
-        let begin = Instant::now();
+    fn last_sync(&mut self, guest: &(impl Guest + ?Sized)) -> Result<Round> {
+        let begin = guest.now();
         self.tracker.last_sync(&mut self.pages)?;
-        Ok(self.round(begin, false))
+        Ok(self.round(begin, guest.now(), false))
     }
 
-    /// After a sync that began then.
-    fn round(&mut self, begin: Instant, running: bool) -> Round {
-        self.synced = Instant::now();
+    /// After a sync between these.
+    fn round(&mut self, begin: Instant, end: Instant, running: bool) -> Round {
+        self.synced = end;
         Round {
             pages: self.pages.count(),
             members: 0,

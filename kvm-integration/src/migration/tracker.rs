@@ -132,8 +132,16 @@ impl Rings {
     /// With a reaper of one's own.
     pub fn with(log: &DirtyLog, reaper: Reaper) -> Self {
         Self {
-            log: log.clone(),
             reaper: Some(reaper),
+            ..Self::without_reaper(log)
+        }
+    }
+
+    /// Without one: vCPUs empty their rings when these are full.
+    pub fn without_reaper(log: &DirtyLog) -> Self {
+        Self {
+            log: log.clone(),
+            reaper: None,
             found: DirtyPages::new(),
             last: LastPages::new(),
         }

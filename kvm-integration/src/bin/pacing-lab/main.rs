@@ -1,9 +1,11 @@
-//! Compares pacing policies side by side: `cargo run --release --bin pacing-lab -- --help`.
+//! Compares pacing policies side by side, and migrations with and without a working set:
+//! `cargo run --release --bin pacing-lab -- --help`.
 //!
-//! Exit status: 0 if it ran, 2 for a usage error or where something that is needed is missing, 130
+//! Exit status: 0 if it ran, 1 if a migration has missed a page, 2 for a usage error or where something that is needed is missing, 130
 //! if interrupted.
 
 mod html;
+mod migrations;
 mod options;
 #[cfg_attr(
     not(tiny_guest),
@@ -37,6 +39,9 @@ use simulated::{SimPlan, simulate};
 fn main() -> ExitCode {
     let options = Options::parse();
     output::run(|interrupted| {
+        if options.migrations {
+            return migrations::run(&options, interrupted);
+        }
         run(&options, interrupted)?;
         Ok(ExitCode::SUCCESS)
     })

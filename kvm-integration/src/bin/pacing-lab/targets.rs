@@ -219,7 +219,7 @@ impl Judge<'_> {
 }
 
 impl Bound {
-    fn holds(self, figure: f64) -> bool {
+    pub fn holds(self, figure: f64) -> bool {
         match self {
             Self::AtMost(most) => figure <= most,
             Self::AtLeast(least) => figure >= least,
