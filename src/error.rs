@@ -501,6 +501,28 @@ pub enum ReaperError {
     /// The reaper's thread panicked and has ended. Full exits and syncs still empty the rings.
     #[error("the reaper panicked and has ended: drop it and spawn another")]
     Panicked,
+    /// The timer of an [`EventReaper`](crate::EventReaper) could not be made or armed: a seccomp filter, or no descriptors are
+    /// left.
+    #[error("{call} failed for the reaper's timer")]
+    Timer {
+        /// The call.
+        call: &'static str,
+        /// The kernel's error.
+        #[source]
+        source: Arc<io::Error>,
+    },
+}
+
+/// Why a VM was given no name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NameError {
+    /// It has one.
+    #[error("the VM is called {name:?} already: a log is given one name, once")]
+    Named {
+        /// The name that it keeps.
+        name: String,
+    },
 }
 
 /// A dirty limit that was refused. No limit has changed.

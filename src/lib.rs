@@ -202,6 +202,8 @@ pub use slots::dirty_part::{DirtyPart, Run};
 pub use slots::guest_map::{GuestMap, GuestRegion};
 pub use slots::working_set::WorkingSet;
 #[cfg(not(all(test, feature = "modelled")))]
+pub use threads::event_reaper::EventReaper;
+#[cfg(not(all(test, feature = "modelled")))]
 pub use threads::limiter::Limiter;
 #[cfg(not(all(test, feature = "modelled")))]
 pub use threads::reaper::{Reaper, ReaperBuilder};

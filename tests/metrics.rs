@@ -9,7 +9,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kvm_dirty_ring::metrics::{describe, publish};
+use kvm_dirty_ring::metrics::{describe, publish, publish_named};
 use kvm_dirty_ring::pacing::Fixed;
 use kvm_dirty_ring::sim::ResetFault;
 use kvm_dirty_ring::{Reaper, Stats};
@@ -226,6 +226,16 @@ fn what_is_published_is_what_stats_say() {
     let mut both = expected(&stats, "a");
     both.append(&mut expected(&nothing, "b"));
     assert_eq!(board.values(), both);
+
+    // The same under the name that the log was given.
+    let board_of_named = Board::default();
+    let named = Machine::new().log;
+    with_local_recorder(&board_of_named, || publish_named(&named.stats()));
+    assert_eq!(board_of_named.values(), expected(&named.stats(), ""));
+    let board_of_named = Board::default();
+    named.set_name("c").unwrap();
+    with_local_recorder(&board_of_named, || publish_named(&named.stats()));
+    assert_eq!(board_of_named.values(), expected(&named.stats(), "c"));
 
     // Gauges fall, counters don't.
     machine.rearm();

@@ -352,6 +352,62 @@ fn the_life_of_a_reaper_is_told() {
     listening.wait_for_state("end");
 }
 
+/// Events of two VMs in one process have two names, whatever thread they come from.
+#[test]
+fn each_event_has_the_name_of_its_vm() {
+    let listening = Listening::new();
+    let mut machine = Machine::new();
+    machine.sync();
+    let nameless = listening.take();
+    assert!(
+        nameless.iter().all(|told| !told.fields.contains_key("vm")),
+        "{nameless:?}"
+    );
+    machine.log.set_name("vm-7").unwrap();
+    let refused = machine.log.set_name("vm-8").unwrap_err();
+    assert!(refused.to_string().contains("vm-7"), "{refused}");
+    assert_eq!(machine.log.stats().vm.as_deref(), Some("vm-7"));
+
+    let reaper = Reaper::spawn(&machine.log, Sleepy).unwrap();
+    listening.wait_for_state("wakeup");
+    machine.write([3]);
+    machine.ring.on_full().unwrap();
+    reaper.pause();
+    reaper.resume();
+    reaper.set_policy(Wrong);
+    listening.wait_for("an error", |told| {
+        told.name == "kvm_dirty_ring_reaper_error"
+    });
+    reaper.stop().unwrap();
+    machine.vm.inject([ResetFault::Short { after: 1 }]);
+    machine.write(0..10);
+    machine.log.reap().unwrap();
+    machine.sync();
+    machine.rearm();
+    machine
+        .log
+        .refresh(|slot| {
+            machine.vm.rearm_slot(slot);
+            Ok(())
+        })
+        .unwrap();
+    let told = listening.take();
+    for told in &told {
+        let vm = told.fields.get("vm").map(String::as_str);
+        assert_eq!(vm, Some("vm-7"), "{told:?}");
+    }
+    let mut kinds = names(&told);
+    kinds.sort_unstable();
+    kinds.dedup();
+    // The reaper's four, and what a pass, a sync, a full exit, a fault and its end tell.
+    assert!(kinds.len() >= 10, "{kinds:?}");
+
+    let other = Machine::new();
+    other.log.set_name("vm-8").unwrap();
+    other.log.reap().unwrap();
+    assert_eq!(listening.take()[0].fields["vm"], "vm-8");
+}
+
 /// Under its whole name, or in a row of such as begin alike.
 #[test]
 fn each_event_is_in_the_guide() {

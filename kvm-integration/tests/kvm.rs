@@ -27,6 +27,7 @@ mod kvm {
     mod guest;
     mod held_call;
     mod hotplug;
+    mod kick;
     mod limit;
     mod machine;
     mod order;
@@ -54,6 +55,7 @@ mod kvm {
                 refusals::tests(),
                 absent::tests(),
                 full::tests(),
+                kick::tests(),
                 limit::tests(),
                 rings::tests(),
                 order::tests(),

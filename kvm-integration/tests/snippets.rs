@@ -7,15 +7,15 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_dirty_ring::convergence::{self, Convergence, Decision, Extent, Terms};
-use kvm_dirty_ring::error::ResetError;
-use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacer, Pacing, RingObservation};
+use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacing};
 use kvm_dirty_ring::{
-    DirtyLog, DirtyPages, DirtyPart, GuestMap, GuestRegion, LastPages, Limiter, Priority, Reaper,
-    RingEntries, SlotId, VcpuRing, WorkingSet,
+    DirtyLog, DirtyPages, DirtyPart, EventReaper, GuestMap, GuestRegion, LastPages, Limiter,
+    Priority, Reaper, RingEntries, SlotId, VcpuRing, WorkingSet,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -101,23 +101,15 @@ impl Pacing for ThreeQuarters {
     }
 }
 
-/// Call it when the timer fires and, with `woken` set, when a vCPU's ring was full.
-fn turn(
-    log: &DirtyLog,
-    pacer: &mut Pacer,
-    rings: &mut Vec<RingObservation>,
-    start: Instant,
-    woken: bool,
-) -> Result<Duration, ResetError> {
-    log.observe(rings);
-    if let Err(error) = pacer.look(start.elapsed(), woken, rings) {
-        eprintln!("{error}: once a second from now on");
-    }
-    if !pacer.reap().is_empty() {
-        let entries = log.reap_rings(pacer.reap())?;
-        pacer.passed(start.elapsed(), entries);
-    }
-    Ok(pacer.due()) // when to look again, counted from `start`
+#[rustfmt::skip]
+fn event_loop(log: DirtyLog) -> Outcome {
+    let epoll_add = |_: BorrowedFd<'_>| io::Result::Ok(());
+    let mut reaper = EventReaper::new(&log, Adaptive::default())?;
+    epoll_add(reaper.as_fd())?;
+    // Whenever it is readable:
+    if let Err(error) = reaper.tick() { eprintln!("{error}"); } // the reaper goes on
+
+    Ok(())
 }
 
 #[rustfmt::skip]

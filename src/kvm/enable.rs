@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use kvm_bindings::{
@@ -95,6 +95,17 @@ impl HostSupport {
                 source: error,
             },
         })?;
+        Self::query_fd(&kvm)
+    }
+
+    /// As [`query`](Self::query), of a `/dev/kvm` that is open already: in a jail that has no such file, and is given a
+    /// descriptor.
+    ///
+    /// # Errors
+    /// Why dirty rings cannot be had here; [`HostError::Kvm`] with `KVM_GET_API_VERSION` if the descriptor is none of
+    /// `/dev/kvm`.
+    pub fn query_fd(kvm: impl AsFd) -> Result<Self, HostError> {
+        let kvm = kvm.as_fd();
         let failed = |call| move |source| HostError::Kvm { call, source };
         let version = ioctl::value(&kvm, ioctl::GET_API_VERSION, 0);
         let version = version.map_err(failed("KVM_GET_API_VERSION"))?;

@@ -118,9 +118,14 @@ impl Vm {
 
 /// Returns a descriptor of our own for the VM behind `vm_fd`.
 fn duplicate(vm_fd: &impl AsRawFd) -> Result<OwnedFd, EnableError> {
-    // SAFETY: the caller's object keeps the descriptor open while we borrow it.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(vm_fd.as_raw_fd()) };
     let call = "duplicating the VM's file descriptor";
-    let fd = borrowed.try_clone_to_owned();
-    fd.map_err(|source| EnableError::Kvm { call, source })
+    let failed = |source| EnableError::Kvm { call, source };
+    let number = vm_fd.as_raw_fd();
+    if number < 0 {
+        // No descriptor, and no value of `BorrowedFd`.
+        return Err(failed(io::Error::from_raw_os_error(libc::EBADF)));
+    }
+    // SAFETY: the caller's object keeps the descriptor open while we borrow it.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    borrowed.try_clone_to_owned().map_err(failed)
 }

@@ -1,6 +1,6 @@
 //! Enabling the log of a KVM virtual machine, and mapping the rings of its vCPUs.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use super::DirtyLog;
 use super::vcpu_ring::VcpuRing;
@@ -102,5 +102,58 @@ impl DirtyLog {
         };
         let memory = memory.map_err(AttachError::Map)?;
         self.attach_ring(memory.ok_or(AttachError::HasRing)?)
+    }
+}
+
+/// The same for borrowed descriptors.
+///
+/// A type that implements [`AsRawFd`] alone, as those of kvm-ioctls do, promises nothing about its number. One that implements
+/// [`AsFd`], as [`OwnedFd`](std::os::fd::OwnedFd) and [`File`](std::fs::File) do, has the descriptor open for as long as it is
+/// borrowed, and the compiler checks that.
+///
+/// ```no_run
+/// use kvm_dirty_ring::{DirtyLog, HostSupport, RingEntries};
+/// use std::os::fd::OwnedFd;
+///
+/// /// All that a jailed process was given.
+/// fn start(kvm: OwnedFd, vm: OwnedFd, vcpu: OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
+///     let largest = HostSupport::query_fd(&kvm)?.max_entries;
+///     let log = DirtyLog::enable_fd(&vm, RingEntries::new(largest.min(4096))?)?;
+///     let ring = log.attach_vcpu_fd(&vcpu)?;
+/// #   drop(ring);
+///     Ok(())
+/// }
+/// ```
+impl DirtyLog {
+    /// As [`enable`](Self::enable).
+    ///
+    /// # Errors
+    /// As [`enable`](Self::enable).
+    pub fn enable_fd(vm: impl AsFd, entries: RingEntries) -> Result<Self, EnableError> {
+        Self::enable(&vm.as_fd(), entries)
+    }
+
+    /// As [`enable_bitmap`](Self::enable_bitmap).
+    ///
+    /// # Errors
+    /// As [`enable_bitmap`](Self::enable_bitmap).
+    pub fn enable_bitmap_fd(vm: impl AsFd) -> Result<Self, EnableError> {
+        Self::enable_bitmap(&vm.as_fd())
+    }
+
+    /// As [`enable_auto`](Self::enable_auto).
+    ///
+    /// # Errors
+    /// As [`enable_auto`](Self::enable_auto).
+    pub fn enable_auto_fd(vm: impl AsFd, entries: RingEntries) -> Result<Self, EnableError> {
+        Self::enable_auto(&vm.as_fd(), entries)
+    }
+
+    /// As [`attach_vcpu`](Self::attach_vcpu).
+    ///
+    /// # Errors
+    /// As [`attach_vcpu`](Self::attach_vcpu).
+    pub fn attach_vcpu_fd(&self, vcpu: impl AsFd) -> Result<VcpuRing, AttachError> {
+        self.attach_vcpu(&vcpu.as_fd())
     }
 }

@@ -95,9 +95,9 @@ impl DirtyLog {
     /// As [`sync`](Self::sync), but no reset can fail, as none is made. `last` may hold some of the pages then, and must not be
     /// used.
     pub fn last_sync(&self, last: &mut LastPages) -> Result<(), SyncError> {
-        let started = trace::flush();
+        let started = trace::flush(&self.inner().name);
         let synced = self.copy_all(&mut last.pages);
-        trace::flushed(started, || last.page_count());
+        trace::flushed(&self.inner().name, started, || last.page_count());
         self.inner.emit_faults();
         synced
     }

@@ -24,13 +24,13 @@ mod working_set;
 use core::fmt;
 
 use crate::bitmap::pool::MAX_SHARDS;
-use crate::error::{ResetError, SlotError};
+use crate::error::{NameError, ResetError, SlotError};
 use crate::harvest::kernel_bits::KernelBits;
 use crate::harvest::pass::Harvester;
 use crate::kernel::{Kernel, Mode};
 use crate::limit::account::Limits;
 use crate::observe::stats::{ReaperCounts, Stats};
-use crate::observe::trace::{self, Emitted, Faults, PerRing, Started};
+use crate::observe::trace::{self, Emitted, Faults, Name, PerRing, Started};
 use crate::pacing::RingObservation;
 use crate::pacing::alarm::Alarm;
 use crate::slot_id::SlotId;
@@ -67,6 +67,7 @@ pub(crate) struct Inner {
     pub(crate) slot_change: Mutex<()>,
     pub(crate) limits: Limits,
     emitted: Emitted,
+    pub(crate) name: Name,
 }
 
 impl Inner {
@@ -96,7 +97,7 @@ impl Inner {
             }
         };
         let suspects = || self.harvester.suspects();
-        self.emitted.emit(faults, suspects);
+        self.emitted.emit(&self.name, faults, suspects);
     }
 }
 
@@ -125,6 +126,7 @@ impl DirtyLog {
             reaper_counts: ReaperCounts::default(),
             slot_change: Mutex::default(),
             emitted: Emitted::default(),
+            name: Name::default(),
             limits: Limits::default(),
         };
         Self {
@@ -140,6 +142,28 @@ impl DirtyLog {
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
+    }
+
+    /// Gives the VM a name, once: every event has it from then on, as the field `vm`, and so have [`Stats::vm`] and
+    /// what `metrics::publish_named` publishes.
+    ///
+    /// ```
+    /// # let log = kvm_dirty_ring::sim::SimVm::new(Default::default()).dirty_log();
+    /// log.set_name("vm-7")?;
+    /// assert_eq!(log.name(), Some("vm-7"));
+    /// # Ok::<(), kvm_dirty_ring::error::NameError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`NameError::Named`]: it has one, which it keeps.
+    pub fn set_name(&self, name: &str) -> Result<(), NameError> {
+        let set = self.inner.name.set(name);
+        set.map_err(|name| NameError::Named { name: name.into() })
+    }
+
+    /// The VM's [name](Self::set_name), if it was given one.
+    pub fn name(&self) -> Option<&str> {
+        self.inner.name.get()
     }
 
     /// Returns how the kernel logs what vCPUs write: into rings or bitmaps.
@@ -221,7 +245,12 @@ impl DirtyLog {
         let started = Started::now();
         let mut per_ring = PerRing::new(|| harvester.layout().vcpus.len());
         let taken = harvester.reap_those(wanted, |place, entries| per_ring.note(place, entries));
-        trace::reap(started, taken.as_ref().map_or(0, |&taken| taken), &per_ring);
+        trace::reap(
+            &self.inner().name,
+            started,
+            taken.as_ref().map_or(0, |&taken| taken),
+            &per_ring,
+        );
         self.inner.emit_faults();
         taken
     }
@@ -267,7 +296,13 @@ impl DirtyLog {
     /// Returns a snapshot of everything that is counted.
     pub fn stats(&self) -> Stats {
         let missing = self.inner.kernel_bits.missing.get();
-        Stats::read(&self.inner.harvester, missing, &self.inner.reaper_counts)
+        let vm = self.inner.name.shared();
+        Stats::read(
+            vm,
+            &self.inner.harvester,
+            missing,
+            &self.inner.reaper_counts,
+        )
     }
 }
 

@@ -70,9 +70,9 @@ impl DirtyLog {
             self.sync(&mut found.found)?;
             return Ok(found);
         }
-        let started = trace::flush();
+        let started = trace::flush(&self.inner().name);
         let collected = self.find(&mut found);
-        trace::flushed(started, || found.found.page_count());
+        trace::flushed(&self.inner().name, started, || found.found.page_count());
         self.inner().emit_faults();
         collected.map(|()| found)
     }

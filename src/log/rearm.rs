@@ -38,7 +38,7 @@ impl DirtyLog {
             slot.members().end_into(bits)
         })?;
         drop(pending);
-        trace::rearmed(slot.raw());
+        trace::rearmed(&self.inner().name, slot.raw());
         Ok(())
     }
 
@@ -133,7 +133,7 @@ impl DirtyLog {
             // A slot that is not tracked must not become logged by this.
             let concerned = concerned(slot) && slot.is_tracked();
             if concerned && self.protect_anew(slot, protect)? {
-                trace::rearmed(slot.id().raw());
+                trace::rearmed(&self.inner().name, slot.id().raw());
                 rearmed += 1;
             }
         }

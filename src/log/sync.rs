@@ -53,9 +53,9 @@ impl DirtyLog {
     /// A reset or the reading of the kernel's bitmaps failed, or there is no memory. `dirty` is empty then, and the pages come with
     /// the next sync.
     pub fn sync(&self, dirty: &mut DirtyPages) -> Result<(), SyncError> {
-        let started = trace::flush();
+        let started = trace::flush(&self.inner().name);
         let synced = self.replace(dirty);
-        trace::flushed(started, || dirty.page_count());
+        trace::flushed(&self.inner().name, started, || dirty.page_count());
         self.inner.emit_faults();
         synced
     }

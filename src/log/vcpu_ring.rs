@@ -120,7 +120,7 @@ impl VcpuRing {
         let result = self.make_room(&mut entries);
         let stall = start.elapsed().as_nanos() as u64;
         self.vcpu.counts.stall_ns.add(stall);
-        trace::full(self.index, entries, stall);
+        trace::full(&self.inner.name, self.index, entries, stall);
         self.inner.emit_faults();
         // Return a failure at once, not after a sleep.
         if result.is_ok() {

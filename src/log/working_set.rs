@@ -90,7 +90,7 @@ impl DirtyLog {
         let ns = start.elapsed().as_nanos() as u64;
         let terms = &self.inner().harvester.working_set;
         terms.note_refresh(closed, ns, refreshed.is_ok());
-        trace::refreshed(closed, ns);
+        trace::refreshed(&self.inner().name, closed, ns);
         self.inner().emit_faults();
         refreshed
     }

@@ -189,3 +189,15 @@ pub fn publish(stats: &Stats, vm: &str) {
         VCPU.iter().for_each(|metric| metric.publish(vcpu, &labels));
     }
 }
+
+/// As [`publish`], under the name that the log was [given](crate::DirtyLog::set_name); the label is empty if there is none.
+///
+/// ```
+/// # let log = kvm_dirty_ring::sim::SimVm::new(Default::default()).dirty_log();
+/// log.set_name("vm-7")?;
+/// kvm_dirty_ring::metrics::publish_named(&log.stats());
+/// # Ok::<(), kvm_dirty_ring::error::NameError>(())
+/// ```
+pub fn publish_named(stats: &Stats) {
+    publish(stats, stats.vm.as_deref().unwrap_or_default());
+}

@@ -5,7 +5,7 @@ use core::num::NonZeroU64;
 
 use crate::harvest::pass::Harvester;
 use crate::harvest::vcpu::Vcpu;
-use crate::sync::Counter;
+use crate::sync::{Arc, Counter};
 
 /// Counts since the log was enabled.
 ///
@@ -49,6 +49,8 @@ pub struct Stats {
     pub reaper: ReaperStats,
     /// The working set: what stays open, and what was closed.
     pub working_set: WorkingSetStats,
+    /// The VM's [name](crate::DirtyLog::set_name).
+    pub vm: Option<Arc<str>>,
 }
 
 /// Counts of the writable working set, see [`DirtyLog::set_working_set`](crate::DirtyLog::set_working_set).
@@ -182,7 +184,12 @@ impl Stats {
         self.vcpus.iter().map(|vcpu| vcpu.full_exits).sum()
     }
 
-    pub(crate) fn read(harvester: &Harvester, missing_bitmaps: u64, reaper: &ReaperCounts) -> Self {
+    pub(crate) fn read(
+        vm: Option<Arc<str>>,
+        harvester: &Harvester,
+        missing_bitmaps: u64,
+        reaper: &ReaperCounts,
+    ) -> Self {
         let counts = &harvester.counts;
         let gate = harvester.gate.stats();
         let layout = harvester.layout();
@@ -201,6 +208,7 @@ impl Stats {
             vcpus: layout.vcpus.iter().map(|v| VcpuStats::read(v)).collect(),
             reaper: reaper.read(),
             working_set: WorkingSetStats::read(harvester),
+            vm,
         }
     }
 }
@@ -247,6 +255,9 @@ impl ReaperCounts {
 /// one.
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(vm) = &self.vm {
+            write!(f, "{vm}: ")?;
+        }
         write!(
             f,
             "{} passes, {} entries, {} resets of {:.1} entries, {} full exits of {} in all",

@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use crate::sync::{Mutex, lock};
+use crate::sync::{Arc, Mutex, OnceLock, lock};
 
 #[cfg(all(feature = "tracing", not(all(test, feature = "modelled"))))]
 mod on {
@@ -23,14 +23,14 @@ mod on {
     }
 
     macro_rules! event {
-        ($level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
+        ($vm:ident, $level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
             $crate::observe::trace::on::quietly(|| {
                 // Values are computed only if a subscriber wants the event.
                 tracing::event!(
                     name: $name,
                     target: "kvm_dirty_ring",
                     tracing::Level::$level,
-                    { $($field = $value),* },
+                    { vm = $vm.get() $(, $field = $value)* },
                     $name
                 )
             })
@@ -52,8 +52,9 @@ mod on {
 #[cfg(not(all(feature = "tracing", not(all(test, feature = "modelled")))))]
 mod on {
     macro_rules! event {
-        ($level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
+        ($vm:ident, $level:ident, $name:literal $(, $field:ident = $value:expr)*) => {
             let _ = || {
+                let _ = $vm;
                 $(let _ = $value;)*
             };
         };
@@ -69,6 +70,26 @@ mod on {
 }
 
 use on::{event, wanted};
+
+/// The VM's name, which each event carries as its field `vm` once it was given.
+#[derive(Default)]
+pub(crate) struct Name(OnceLock<Arc<str>>);
+
+impl Name {
+    /// Gives it, once and for all. The name that is there, if there is one.
+    pub(crate) fn set(&self, name: &str) -> Result<(), &str> {
+        let refused = self.0.set(Arc::from(name)).is_err();
+        self.get().filter(|_| refused).map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn get(&self) -> Option<&str> {
+        self.0.get().map(|name| &**name)
+    }
+
+    pub(crate) fn shared(&self) -> Option<Arc<str>> {
+        self.0.get().cloned()
+    }
+}
 
 /// The start of something, if a subscriber wants its duration.
 #[derive(Clone, Copy)]
@@ -108,8 +129,9 @@ impl PerRing {
 
 /// A full exit has ended; `entries` were taken from the vCPU's own ring.
 #[inline]
-pub(crate) fn full(vcpu: usize, entries: u32, ns: u64) {
+pub(crate) fn full(vm: &Name, vcpu: usize, entries: u32, ns: u64) {
     event!(
+        vm,
         DEBUG,
         "kvm_dirty_ring_full",
         vcpu = vcpu as u64,
@@ -120,9 +142,10 @@ pub(crate) fn full(vcpu: usize, entries: u32, ns: u64) {
 
 /// A pass over several rings has ended.
 #[inline]
-pub(crate) fn reap(started: Started, entries: u64, rings: &PerRing) {
+pub(crate) fn reap(vm: &Name, started: Started, entries: u64, rings: &PerRing) {
     for &(vcpu, entries) in &rings.0 {
         event!(
+            vm,
             TRACE,
             "kvm_dirty_ring_reap_vcpu",
             vcpu = vcpu as u64,
@@ -130,6 +153,7 @@ pub(crate) fn reap(started: Started, entries: u64, rings: &PerRing) {
         );
     }
     event!(
+        vm,
         DEBUG,
         "kvm_dirty_ring_reap",
         entries = entries,
@@ -139,15 +163,16 @@ pub(crate) fn reap(started: Started, entries: u64, rings: &PerRing) {
 
 /// A sync begins.
 #[inline]
-pub(crate) fn flush() -> Started {
-    event!(DEBUG, "kvm_dirty_ring_flush", finished = false);
+pub(crate) fn flush(vm: &Name) -> Started {
+    event!(vm, DEBUG, "kvm_dirty_ring_flush", finished = false);
     Started::now()
 }
 
 /// A sync has ended, and has found `pages`.
 #[inline]
-pub(crate) fn flushed(started: Started, pages: impl Fn() -> u64) {
+pub(crate) fn flushed(vm: &Name, started: Started, pages: impl Fn() -> u64) {
     event!(
+        vm,
         DEBUG,
         "kvm_dirty_ring_flush",
         finished = true,
@@ -158,8 +183,9 @@ pub(crate) fn flushed(started: Started, pages: impl Fn() -> u64) {
 
 /// A slot's suspects are protected again.
 #[inline]
-pub(crate) fn rearmed(slot: u32) {
+pub(crate) fn rearmed(vm: &Name, slot: u32) {
     event!(
+        vm,
         INFO,
         "kvm_dirty_ring_rearmed",
         slot = slot & 0xffff,
@@ -169,25 +195,26 @@ pub(crate) fn rearmed(slot: u32) {
 
 /// A refresh has closed `pages` members.
 #[inline]
-pub(crate) fn refreshed(pages: u64, ns: u64) {
-    event!(INFO, "kvm_dirty_ring_refreshed", pages = pages, ns = ns);
+pub(crate) fn refreshed(vm: &Name, pages: u64, ns: u64) {
+    event!(vm, INFO, "kvm_dirty_ring_refreshed", pages = pages, ns = ns);
 }
 
 /// The reaper begins, ends, pauses, continues, or has another policy.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
-pub(crate) fn reaper(state: &str) {
-    event!(DEBUG, "kvm_dirty_ring_reaper", state = state);
+pub(crate) fn reaper(vm: &Name, state: &str) {
+    event!(vm, DEBUG, "kvm_dirty_ring_reaper", state = state);
 }
 
 /// The reaper has looked at the rings, because of `kick` or in its own time, has had these emptied, and will sleep.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
-pub(crate) fn look(kick: Option<&str>, emptied: &[bool], delay_ns: u64) {
+pub(crate) fn look(vm: &Name, kick: Option<&str>, emptied: &[bool], delay_ns: u64) {
     if let Some(reason) = kick {
-        event!(DEBUG, "kvm_dirty_ring_reaper_kick", reason = reason);
+        event!(vm, DEBUG, "kvm_dirty_ring_reaper_kick", reason = reason);
     }
     event!(
+        vm,
         TRACE,
         "kvm_dirty_ring_reaper",
         state = "wakeup",
@@ -199,8 +226,9 @@ pub(crate) fn look(kick: Option<&str>, emptied: &[bool], delay_ns: u64) {
 /// The reaper has met an error.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
-pub(crate) fn reaper_error(error: &crate::error::ReaperError) {
+pub(crate) fn reaper_error(vm: &Name, error: &crate::error::ReaperError) {
     event!(
+        vm,
         WARN,
         "kvm_dirty_ring_reaper_error",
         error = error.to_string().as_str()
@@ -231,7 +259,7 @@ pub(crate) struct Emitted {
 impl Emitted {
     /// Emits an event for each kind of fault that came since, and one with the number of pages that are suspect then.
     #[inline]
-    pub(crate) fn emit(&self, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
+    pub(crate) fn emit(&self, vm: &Name, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
         if !wanted!(WARN) {
             return;
         }
@@ -242,7 +270,7 @@ impl Emitted {
         macro_rules! emit {
             ($($name:literal, $count:ident;)*) => {$(
                 if new.$count > 0 {
-                    event!(WARN, $name, count = new.$count);
+                    event!(vm, WARN, $name, count = new.$count);
                 }
             )*};
         }
@@ -256,7 +284,7 @@ impl Emitted {
             "kvm_dirty_ring_missing_bitmap", missing_bitmaps;
             "kvm_dirty_ring_useless_working_set", useless_working_sets;
         }
-        event!(WARN, "kvm_dirty_ring_suspects", pages = suspects());
+        event!(vm, WARN, "kvm_dirty_ring_suspects", pages = suspects());
     }
 
     fn news(&self, read: impl Fn() -> Faults) -> Faults {

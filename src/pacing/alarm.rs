@@ -1,7 +1,7 @@
 //! How the reaper sleeps, and what wakes it.
 
 #[cfg(not(all(test, feature = "modelled")))]
-use {crate::sync::PoisonError, core::time::Duration, std::time::Instant};
+use {crate::sync::PoisonError, core::time::Duration, std::io, std::time::Instant};
 
 use crate::sync::{Condvar, Mutex, lock};
 
@@ -23,7 +23,22 @@ struct Rung {
     command: bool,
     /// Whether a thread waits that a full exit may wake. A wake-up that wakes no thread costs a system call, too.
     listening: bool,
+    /// What wakes an event loop, where no thread waits.
+    #[cfg(not(all(test, feature = "modelled")))]
+    remote: Option<Remote>,
 }
+
+/// An event loop that waits for a timer.
+#[cfg(not(all(test, feature = "modelled")))]
+struct Remote {
+    arm: Arm,
+    /// When a full exit is to wake it.
+    at: Instant,
+}
+
+/// Has an event loop wake up at a time, in place of the one before.
+#[cfg(not(all(test, feature = "modelled")))]
+pub(crate) type Arm = Box<dyn Fn(Instant) -> io::Result<()> + Send>;
 
 /// What ended a wait.
 #[cfg(not(all(test, feature = "modelled")))]
@@ -55,8 +70,50 @@ impl Alarm {
         let mut rung = lock(&self.rung);
         rung.full = true;
         if core::mem::take(&mut rung.listening) {
+            #[cfg(not(all(test, feature = "modelled")))]
+            if let Some(remote) = &rung.remote {
+                // If the timer can't be armed, the loop learns that when it arms it the next time.
+                let _ = (remote.arm)(remote.at);
+                return;
+            }
             self.bell.notify_all();
         }
+    }
+
+    /// From now on full exits wake an event loop, by `arm`; or, again, the thread that waits here.
+    #[cfg(not(all(test, feature = "modelled")))]
+    pub(crate) fn set_remote(&self, arm: Option<Arm>) {
+        let at = Instant::now();
+        *lock(&self.rung) = Rung {
+            remote: arm.map(|arm| Remote { arm, at }),
+            ..Rung::default()
+        };
+    }
+
+    /// In an event loop that has woken up: what there was to hear.
+    #[cfg(not(all(test, feature = "modelled")))]
+    pub(crate) fn heard(&self) -> Heard {
+        let mut rung = lock(&self.rung);
+        rung.listening = false;
+        match core::mem::take(&mut rung.full) {
+            true => Heard::Full,
+            false => Heard::Nothing,
+        }
+    }
+
+    /// In an event loop that is about to sleep until `until`: a full exit wakes it from `deaf` on, also one that came since it
+    /// has [heard](Self::heard).
+    #[cfg(not(all(test, feature = "modelled")))]
+    pub(crate) fn listen(&self, deaf: Instant, until: Instant) -> io::Result<()> {
+        let mut rung = lock(&self.rung);
+        rung.listening = !rung.full;
+        let full = rung.full;
+        let Some(remote) = &mut rung.remote else {
+            return Ok(());
+        };
+        remote.at = deaf.min(until);
+        // Under the lock: a full exit arms it only after this, and never is its wake-up put off.
+        (remote.arm)(if full { remote.at } else { until })
     }
 
     /// The owner has a command, which ends any wait at once.

@@ -1,19 +1,17 @@
 //! The thread that empties the rings at the pace of a policy.
 
-use core::time::Duration;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
-use std::time::Instant;
 
-use super::backoff::Backoff;
 use super::scheduling::{Priority, prepare};
+use super::turns::Turns;
 use crate::error::ReaperError;
 use crate::log::DirtyLog;
 use crate::observe::stats::ReaperStats;
 use crate::observe::trace;
-use crate::pacing::alarm::{DEAF, Heard};
-use crate::pacing::{Pacer, Pacing};
+use crate::pacing::Pacing;
+use crate::pacing::alarm::Heard;
 use crate::sync::{Arc, Condvar, Mutex, Ordering, lock, thread as threads, wait};
 
 /// A running reaper: the thread that empties the rings. It stops when this is dropped.
@@ -76,10 +74,9 @@ impl core::fmt::Debug for Orders {
 }
 
 impl Control {
-    fn report(&self, error: impl Into<ReaperError>) {
-        let error = error.into();
+    fn report(&self, log: &DirtyLog, error: ReaperError) {
         *lock(&self.error) = Some(error.clone());
-        trace::reaper_error(&error);
+        trace::reaper_error(&log.inner().name, &error);
     }
 
     /// Gives an order.
@@ -149,16 +146,16 @@ impl ReaperBuilder {
             if !runs {
                 return;
             }
-            let work = || run(&log, Pacer::new(policy), &control);
+            let work = || run(&log, policy, &control);
             if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
                 // Its drop may panic, too.
                 core::mem::forget(panic);
-                control.report(ReaperError::Panicked);
+                control.report(&log, ReaperError::Panicked);
             }
             log.inner().reaper_counts.rest();
             // No thread may wait for it any longer.
             control.idle();
-            trace::reaper("end");
+            trace::reaper(&log.inner().name, "end");
         };
         // If this fails, dropping `reaper` frees the log for another.
         let thread = threads::Builder::new().name(name).spawn(body);
@@ -261,18 +258,12 @@ impl Drop for Reaper {
 }
 
 /// The reaper's life.
-fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
-    let counts = &log.inner().reaper_counts;
+fn run(log: &DirtyLog, policy: impl Pacing + 'static, control: &Control) {
     let alarm = &log.inner().alarm;
-    let start = Instant::now();
-    let mut rings = Vec::new();
-    let mut load = Load::default();
-    let mut backoff = Backoff::default();
-    let mut due = pacer.due();
-    let mut deaf = start;
+    let mut turns = Turns::new(policy);
     let mut heard = Heard::Nothing;
     let mut pauses = false;
-    trace::reaper("init");
+    trace::reaper(&log.inner().name, "init");
     loop {
         let mut orders = lock(&control.orders);
         if orders.stop {
@@ -284,88 +275,23 @@ fn run(log: &DirtyLog, mut pacer: Pacer, control: &Control) {
         // The policy before may do anything when it is dropped.
         drop(orders);
         if let Some(policy) = policy {
-            pacer.set_policy(policy);
-            trace::reaper("policy");
+            turns.set_policy(log, policy);
         }
         if paused {
             control.obeyed.notify_all();
-            pacer.restart();
-            load = Load::default();
-            counts.rest();
+            turns.restart();
+            log.inner().reaper_counts.rest();
             if !core::mem::replace(&mut pauses, true) {
-                trace::reaper("pause");
+                trace::reaper(&log.inner().name, "pause");
             }
             alarm.wait_for_command();
             heard = Heard::Command;
             continue;
         }
         if core::mem::take(&mut pauses) {
-            trace::reaper("resume");
+            trace::reaper(&log.inner().name, "resume");
         }
-
-        let now = start.elapsed();
-        log.observe(&mut rings);
-        counts.looks.add(1);
-        match heard {
-            Heard::Nothing => {
-                let late = now.saturating_sub(due);
-                counts.lateness_ns.set(late.as_nanos() as u64);
-            }
-            Heard::Full => counts.woken.add(1),
-            Heard::Command => {}
-        }
-        if let Err(error) = pacer.look(now, heard != Heard::Nothing, &mut rings) {
-            control.report(error);
-        }
-        let decided = start.elapsed();
-        let mut took = Duration::ZERO;
-        if !pacer.reap().is_empty() {
-            let taken = log.reap_rings(pacer.reap()).map_err(|error| {
-                control.report(error);
-            });
-            backoff.note(taken.ok());
-            let entries = taken.unwrap_or(0);
-            let end = start.elapsed();
-            pacer.passed(end, entries);
-            took = end - decided;
-            counts.passes.add(1);
-            counts.entries.add(entries);
-            counts.pass_ns.add(took.as_nanos() as u64);
-        }
-        let asleep = start.elapsed();
-        // A full ring must not wake it sooner either, as it could not empty that.
-        let patient = asleep + backoff.delay();
-        due = pacer.due().max(patient);
-        deaf = deaf.max(start + patient);
-        let delay_ns = due.saturating_sub(asleep).as_nanos() as u64;
-        counts.delay_ns.set(delay_ns);
-        trace::look(heard.kick(), pacer.reap(), delay_ns);
-        heard = alarm.wait(deaf, start + due);
-        let awake = start.elapsed();
-        if heard == Heard::Full {
-            deaf = start + awake + DEAF;
-        }
-        let is_heavy = load.is_heavy(took, awake - asleep);
-        counts.saturated.set(is_heavy.into());
-    }
-}
-
-/// The share of its time that the reaper spends on passes.
-#[derive(Default)]
-struct Load {
-    busy: f64,
-    idle: f64,
-}
-
-impl Load {
-    /// Adds one turn. Returns whether most of the recent time went into passes.
-    fn is_heavy(&mut self, busy: Duration, idle: Duration) -> bool {
-        /// Seconds after which a turn has half its weight.
-        const HALF_LIFE: f64 = 0.25;
-        let (busy, idle) = (busy.as_secs_f64(), idle.as_secs_f64());
-        let weight = (-(busy + idle) / HALF_LIFE).exp2();
-        self.busy = self.busy * weight + busy;
-        self.idle = self.idle * weight + idle;
-        self.busy > 0.5 * (self.busy + self.idle)
+        turns.turn(log, heard, |error| control.report(log, error));
+        heard = alarm.wait(turns.deaf(), turns.due());
     }
 }

@@ -1,61 +1,16 @@
-//! How a vCPU is made to leave `KVM_RUN`: a flag that keeps it from entering, and a signal that
-//! throws it out.
+//! How a vCPU is made to leave `KVM_RUN`: as in the example `vcpu_thread`, by the same file.
 
-use std::io;
-use std::mem::offset_of;
-use std::os::fd::AsRawFd;
+#[path = "../../../examples/kick/signal.rs"]
+mod signal;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::kvm_run;
-use memmap2::{MmapOptions, MmapRaw};
-use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
+pub(crate) use signal::{ImmediateExit, kick_signal, let_through};
 
 use super::parking::Barrier;
 
-/// `kvm_run.immediate_exit` of one vCPU: while it is set, `KVM_RUN` returns EINTR at once.
-///
-/// This is a second mapping of the run page. So any thread may write the flag while the vCPU's own
-/// thread holds the reference to the first mapping that kvm-ioctls makes of it.
-#[derive(Debug)]
-pub(crate) struct ImmediateExit(MmapRaw);
-
-impl ImmediateExit {
-    /// Maps `run_size` bytes of a vCPU's fd.
-    pub(crate) fn map(vcpu: &impl AsRawFd, run_size: usize) -> io::Result<Self> {
-        assert!(
-            run_size >= size_of::<kvm_run>(),
-            "KVM's run page is shorter than its header"
-        );
-        MmapOptions::new()
-            .len(run_size)
-            .map_raw(vcpu.as_raw_fd())
-            .map(Self)
-    }
-}
-
 impl Barrier for Arc<ImmediateExit> {
-    /// It is the thread's lock that orders this with the thread that asked; the kernel reads the flag
-    /// once on its way in, so Relaxed is enough.
     fn set(&self, closed: bool) {
-        // SAFETY: map() mapped all of kvm_run, and the mapping lives as long as `self`. One byte
-        // is always aligned. All of this process's accesses through this mapping are atomic.
-        let flag = unsafe {
-            AtomicU8::from_ptr(self.0.as_mut_ptr().add(offset_of!(kvm_run, immediate_exit)))
-        };
-        flag.store(u8::from(closed), Ordering::Relaxed);
+        ImmediateExit::set(self, closed);
     }
-}
-
-/// The signal that throws a vCPU out of `KVM_RUN`. Its handler does nothing.
-pub fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN()
-}
-
-/// Has the calling thread interrupted by it, whatever mask the thread was born with, and nothing else:
-/// its handler does nothing, and without `SA_RESTART` interrupting is all that it is for.
-pub(crate) fn let_through() -> io::Result<()> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(kick_signal(), nothing)?;
-    unblock_signal(kick_signal()).map_err(|error| io::Error::other(error.to_string()))
 }

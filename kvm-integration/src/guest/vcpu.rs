@@ -70,7 +70,7 @@ impl TinyVcpu {
             .create_vcpu(index.into())
             .map_err(failed("KVM_CREATE_VCPU"))?;
         set_up(&fd)?;
-        let immediate_exit = ImmediateExit::map(&fd, vm.fd.run_size())
+        let immediate_exit = ImmediateExit::map(&fd)
             .map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(0)))
             .map_err(failed("mmap"))?;
         Ok(Self {

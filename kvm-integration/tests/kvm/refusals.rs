@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::slice::from_ref;
 use std::sync::Arc;
 
@@ -26,6 +27,7 @@ use super::machine::{
 tests![
     ring_sizes,
     no_vm,
+    by_borrowed_descriptors,
     twice,
     twice_takes_no_entries,
     after_a_vcpu,
@@ -126,6 +128,38 @@ fn no_vm() -> Outcome {
     refused(DirtyLog::enable(&File::open("/dev/null")?, entries()));
     refused(DirtyLog::enable(&kvm_available()?, entries()));
     refused(DirtyLog::enable(vcpu(&vm()?)?.fd(), entries()));
+    Ok(Completed)
+}
+
+/// As a jail has them: descriptors that were opened elsewhere.
+fn by_borrowed_descriptors() -> Outcome {
+    let kvm = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")?;
+    assert_eq!(HostSupport::query_fd(&kvm)?, HostSupport::query()?);
+    let tiny = vm()?;
+    // SAFETY: `tiny` has it open until the end.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(tiny.vm_fd().as_raw_fd()) };
+    let owned = borrowed.try_clone_to_owned()?;
+    // A VM is no host, and a host no VM.
+    assert!(HostSupport::query_fd(&owned).is_err());
+    let refused = DirtyLog::enable_fd(&kvm, entries());
+    assert!(matches!(refused, Err(EnableError::NotAVm)), "{refused:?}");
+    let log = DirtyLog::enable_fd(&owned, entries())?;
+    // The log has a descriptor of its own.
+    drop(owned);
+    let vcpu = vcpu(&tiny)?;
+    // SAFETY: as above, for `vcpu`.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(vcpu.fd().as_raw_fd()) };
+    let ring = log.attach_vcpu_fd(borrowed)?;
+    assert_eq!(ring.occupancy(), 0);
+    drop((ring, log, vcpu));
+    let tiny = vm()?;
+    // SAFETY: as above.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(tiny.vm_fd().as_raw_fd()) };
+    let log = DirtyLog::enable_bitmap_fd(borrowed)?;
+    assert_eq!(log.mode(), kvm_dirty_ring::Mode::Bitmap);
     Ok(Completed)
 }
 

@@ -3,7 +3,6 @@
 //! A call that is not in the filter kills the process; so it is another process, this suite run
 //! again, that installs it.
 
-use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io;
@@ -16,15 +15,12 @@ use std::time::Duration;
 
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Adaptive, Fixed};
-use kvm_dirty_ring::{DirtyLog, HostSupport, Limiter, Priority, Reaper, RingEntries};
+use kvm_dirty_ring::{DirtyLog, EventReaper, HostSupport, Limiter, Priority, Reaper, RingEntries};
 use kvm_integration::{Action, Exit, TinyVm, VcpuThread, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
-use seccompiler::SeccompCmpArgLen::Dword;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    apply_filter,
-};
+use seccompiler::{BpfMap, BpfProgram, apply_filter, compile_from_json};
+use serde_json::{Map, Value, json};
 
 use super::harness::Outcome;
 use super::machine::{
@@ -40,282 +36,125 @@ tests![
 /// Marks the process that is to install the filter, and names a call to leave out, if any.
 const WITHOUT: &str = "KVM_FILTER_WITHOUT";
 
-/// A row of the table in SECURITY.md: when, and which calls.
-#[derive(Clone, Copy)]
-struct Row {
-    when: &'static str,
-    calls: &'static [Call],
-}
+/// The rows of the table in SECURITY.md, by what they are for: a filter each, in seccompiler's form. Each call that has a
+/// value to look at carries that value's name as a comment.
+const FILTERS: &str = include_str!("../../../docs/seccomp.json");
 
-/// A system call, by whatever arguments or by one value of one of them.
-struct Call {
-    symbol: &'static str,
-    number: libc::c_long,
-    argument: Option<Argument>,
-}
+/// A row's name.
+type Row = &'static str;
 
-struct Argument {
-    place: u8,
-    name: &'static str,
-    value: u64,
-}
-
-mod numbers {
-    pub use libc::*;
-
-    /// There the C library reads links by a call that takes a directory, too.
-    #[cfg(target_arch = "aarch64")]
-    #[allow(non_upper_case_globals)]
-    pub const SYS_readlink: c_long = SYS_readlinkat;
-}
-
-macro_rules! calls {
-    (@) => { None };
-    (@ $place:literal $name:ident $value:literal) => {
-        Some(Argument { place: $place, name: stringify!($name), value: $value })
-    };
-    ($($call:ident $(($place:literal: $name:ident = $value:literal))?),* $(,)?) => {
-        &[$(Call {
-            symbol: stringify!($call),
-            number: numbers::$call,
-            argument: calls!(@ $($place $name $value)?),
-        }),*]
-    };
-}
-
-/// What the standard library, the C library and its allocator may do in any call.
-const ANY: Row = Row {
-    when: "any call",
-    calls: calls![
-        SYS_futex,
-        SYS_restart_syscall,
-        SYS_clock_gettime,
-        SYS_brk,
-        SYS_mmap,
-        SYS_munmap,
-        SYS_mremap,
-        SYS_mprotect,
-        SYS_madvise,
-    ],
-};
-
-const QUERY: Row = Row {
-    when: "query the host",
-    calls: calls![
-        SYS_openat,
-        SYS_ioctl(1: KVM_GET_API_VERSION = 0xae00),
-        SYS_ioctl(1: KVM_CHECK_EXTENSION = 0xae03),
-        SYS_close,
-    ],
-};
-
-const ENABLE: Row = Row {
-    when: "enable",
-    calls: calls![
-        SYS_fcntl(1: F_DUPFD_CLOEXEC = 1030),
-        SYS_ioctl(1: KVM_GET_API_VERSION = 0xae00),
-        SYS_ioctl(1: KVM_CHECK_EXTENSION = 0xae03),
-        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
-        SYS_ioctl(1: KVM_SET_USER_MEMORY_REGION = 0x4020_ae46),
-        SYS_ioctl(1: KVM_ENABLE_CAP = 0x4068_aea3),
-        SYS_mmap,
-        SYS_munmap,
-        SYS_openat,
-        SYS_statx,
-        SYS_read,
-        SYS_close,
-    ],
-};
-
-const ENABLE_BITMAP: Row = Row {
-    when: "enable bitmaps",
-    calls: calls![
-        SYS_fcntl(1: F_DUPFD_CLOEXEC = 1030),
-        SYS_ioctl(1: KVM_GET_API_VERSION = 0xae00),
-        SYS_ioctl(1: KVM_CHECK_EXTENSION = 0xae03),
-        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
-        SYS_ioctl(1: KVM_ENABLE_CAP = 0x4068_aea3),
-        SYS_close,
-    ],
-};
-
-const ATTACH: Row = Row {
-    when: "attach a vCPU",
-    calls: calls![
-        SYS_mmap,
-        SYS_munmap,
-        SYS_madvise,
-        SYS_readlink,
-        SYS_openat,
-        SYS_statx,
-        SYS_read,
-        SYS_close,
-    ],
-};
-
-const PASS: Row = Row {
-    when: "pass",
-    calls: calls![
-        SYS_rt_sigprocmask,
-        SYS_getrusage,
-        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
-        SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
-    ],
-};
-
-const BITMAP: Row = Row {
-    when: "take bitmaps",
-    calls: calls![
-        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
-        SYS_ioctl(1: KVM_CLEAR_DIRTY_LOG = 0xc018_aec0),
-    ],
-};
-
-const THREAD: Row = Row {
-    when: "start and end a thread",
-    calls: calls![
-        SYS_clone3,
-        SYS_clone,
-        SYS_sched_yield,
-        SYS_set_robust_list,
-        SYS_rseq,
-        SYS_rt_sigprocmask,
-        SYS_sigaltstack,
-        SYS_sched_getaffinity,
-        SYS_gettid,
-        SYS_prctl(0: PR_SET_NAME = 15),
-        SYS_exit,
-    ],
-};
-
-const REAPER: Row = Row {
-    when: "reaper",
-    calls: calls![
-        SYS_rt_sigprocmask,
-        SYS_getrusage,
-        SYS_prctl(0: PR_SET_TIMERSLACK = 29),
-        SYS_ioctl(1: KVM_GET_DIRTY_LOG = 0x4010_ae42),
-        SYS_ioctl(1: KVM_RESET_DIRTY_RINGS = 0xaec7),
-    ],
-};
-
-const LIMITER: Row = Row {
-    when: "limiter",
-    calls: calls![
-        SYS_rt_sigprocmask,
-        SYS_prctl(0: PR_SET_TIMERSLACK = 29),
-    ],
-};
-
-/// The kick that this test gives a limiter: the VMM's own.
-const KICK: Row = Row {
-    when: "",
-    calls: calls![SYS_getpid, SYS_tgkill],
-};
-
-const CPUS: Row = Row {
-    when: "reaper with `cpus`",
-    calls: calls![SYS_sched_setaffinity],
-};
-
-const NICE: Row = Row {
-    when: "reaper with `Priority::Nice`",
-    calls: calls![SYS_setpriority],
-};
-
-const FIFO: Row = Row {
-    when: "reaper with `Priority::Fifo`",
-    calls: calls![SYS_sched_setscheduler],
-};
-
-const DROP: Row = Row {
-    when: "drop the last handle",
-    calls: calls![SYS_munmap, SYS_close],
-};
-
-const TABLE: [Row; 14] = [
-    ANY,
-    QUERY,
-    ENABLE,
-    ENABLE_BITMAP,
-    ATTACH,
-    PASS,
-    BITMAP,
-    THREAD,
-    REAPER,
-    LIMITER,
-    CPUS,
-    NICE,
-    FIFO,
-    DROP,
-];
+const ANY: Row = "any call";
+const QUERY: Row = "query the host";
+const ENABLE: Row = "enable";
+const ENABLE_BITMAP: Row = "enable bitmaps";
+const ATTACH: Row = "attach a vCPU";
+const PASS: Row = "pass";
+const BITMAP: Row = "take bitmaps";
+const THREAD: Row = "start and end a thread";
+const REAPER: Row = "reaper";
+const MAKE_EVENT_REAPER: Row = "make an event reaper";
+const EVENT_REAPER: Row = "event reaper";
+const LIMITER: Row = "limiter";
+const CPUS: Row = "reaper with `cpus`";
+const NICE: Row = "reaper with `Priority::Nice`";
+const FIFO: Row = "reaper with `Priority::Fifo`";
+const DROP: Row = "drop the last handle";
 
 /// What this test itself does on threads with a filter: print a failure, end the thread, hand over
-/// results; not the log's business, so not in SECURITY.md.
-const TEST: Row = Row {
-    when: "",
-    calls: calls![
-        SYS_write,
-        SYS_sched_yield,
-        SYS_rt_sigprocmask,
-        SYS_sigaltstack,
-        SYS_exit,
-    ],
-};
-
+/// results; not the log's business, so not in that file.
+const TEST: Row = "this test";
 /// The same on a vCPU's thread.
-const VCPU: Row = Row {
-    when: "",
-    calls: calls![SYS_ioctl(1: KVM_RUN = 0xae80), SYS_rt_sigreturn],
-};
-
+const VCPU: Row = "this test's vCPU";
+/// The kick that this test gives a limiter: the VMM's own.
+const KICK: Row = "this test's kick";
 /// With debug assertions, the standard library looks at each descriptor that it is to close.
-const DEBUG: Row = Row {
-    when: "",
-    calls: if cfg!(debug_assertions) {
-        calls![SYS_fcntl(1: F_GETFD = 1)]
-    } else {
-        &[]
-    },
-};
+const DEBUG: Row = "debug assertions";
 
-impl Call {
-    /// As it is written in SECURITY.md.
-    fn text(&self) -> String {
-        let name = self.symbol.trim_start_matches("SYS_");
-        match &self.argument {
-            None => name.into(),
-            Some(argument) if argument.value < 1 << 12 => {
-                format!("{name}({} = {})", argument.name, argument.value)
-            }
-            Some(argument) => format!("{name}({} = {:#x})", argument.name, argument.value),
+/// The file's filters.
+fn filters() -> Result<Map<String, Value>, Failed> {
+    Ok(serde_json::from_str(FILTERS)?)
+}
+
+/// What a row lets pass.
+fn rules(row: Row) -> Result<Vec<Value>, Failed> {
+    let plain = |calls: &[&str]| {
+        calls
+            .iter()
+            .map(|call| json!({ "syscall": call }))
+            .collect()
+    };
+    let with = |call: &str, name: &str, value: u64| {
+        let argument =
+            json!({ "index": 1, "type": "dword", "op": "eq", "val": value, "comment": name });
+        json!({ "syscall": call, "args": [argument] })
+    };
+    Ok(match row {
+        TEST => plain(&[
+            "write",
+            "sched_yield",
+            "rt_sigprocmask",
+            "sigaltstack",
+            "exit",
+        ]),
+        VCPU => vec![
+            with("ioctl", "KVM_RUN", 0xae80),
+            json!({ "syscall": "rt_sigreturn" }),
+        ],
+        KICK => plain(&["getpid", "tgkill"]),
+        DEBUG if cfg!(debug_assertions) => vec![with("fcntl", "F_GETFD", 1)],
+        DEBUG => Vec::new(),
+        _ => {
+            let filters = filters()?;
+            let rules = filters
+                .get(row)
+                .and_then(|filter| filter["filter"].as_array());
+            let rules = rules.ok_or_else(|| format!("docs/seccomp.json has no {row:?}"))?;
+            rules.clone()
         }
-    }
+    })
+}
 
-    /// The conditions under which a filter lets it pass: none, or one.
-    fn rule(&self) -> Result<Option<SeccompRule>, seccompiler::BackendError> {
-        let Some(argument) = &self.argument else {
-            return Ok(None);
-        };
-        let equals = SeccompCmpOp::Eq;
-        let condition = SeccompCondition::new(argument.place, Dword, equals, argument.value)?;
-        SeccompRule::new(vec![condition]).map(Some)
+/// A rule as it is written in SECURITY.md.
+fn text(rule: &Value) -> String {
+    let call = rule["syscall"].as_str().unwrap_or("no call");
+    let Some(argument) = rule["args"].get(0) else {
+        return call.into();
+    };
+    let name = argument["comment"].as_str().unwrap_or("no name");
+    match argument["val"].as_u64() {
+        None => format!("{call}({name} = no number)"),
+        Some(value) if value < 1 << 12 => format!("{call}({name} = {value})"),
+        Some(value) => format!("{call}({name} = {value:#x})"),
     }
+}
+
+/// Programs by name.
+fn compiled(filters: &str) -> Result<BpfMap, Failed> {
+    // There the C library reads links by a call that takes a directory, too.
+    let filters = match env::consts::ARCH {
+        "aarch64" => filters.replace("\"readlink\"", "\"readlinkat\""),
+        _ => filters.into(),
+    };
+    let architecture = env::consts::ARCH.try_into()?;
+    Ok(compile_from_json(filters.as_bytes(), architecture)?)
 }
 
 /// A filter that lets pass what is in `rows`, but for the call that is to be left out, and kills
 /// the process for any other.
 fn filter(rows: &[Row]) -> Result<BpfProgram, Failed> {
     let left_out = env::var(WITHOUT)?;
-    let calls = rows.iter().flat_map(|row| row.calls);
-    // No rule at all lets a call pass whatever its arguments.
-    let mut rules = BTreeMap::<i64, Vec<SeccompRule>>::new();
-    for call in calls.filter(|call| call.text() != left_out) {
-        rules.entry(call.number).or_default().extend(call.rule()?);
+    let mut allowed = Vec::new();
+    for row in rows {
+        allowed.extend(rules(row)?);
     }
-    let (refused, allowed) = (SeccompAction::KillProcess, SeccompAction::Allow);
-    let filter = SeccompFilter::new(rules, refused, allowed, env::consts::ARCH.try_into()?)?;
-    Ok(filter.try_into()?)
+    allowed.retain(|rule| text(rule) != left_out);
+    let filter = json!({
+        "mismatch_action": "kill_process",
+        "match_action": "allow",
+        "filter": allowed,
+    });
+    let mut compiled = compiled(&json!({ "thread": filter }).to_string())?;
+    Ok(compiled.remove("thread").ok_or("no filter")?)
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -371,7 +210,7 @@ fn spawn_confined(machine: Machine, index: u32) -> Result<(Machine, VcpuThread),
     };
     let (vcpu, ring) = Confined::to(&[ANY, ATTACH])?.run(attach);
     let mut ring = ring?;
-    let mut to_install = Some(filter(&[ANY, PASS, VCPU, TEST, DEBUG])?);
+    let mut to_install = Some(filter(&[ANY, PASS, EVENT_REAPER, VCPU, TEST, DEBUG])?);
     let handler = move |exit| {
         if let Some(filter) = to_install.take() {
             apply_filter(&filter).expect("a filter for the vCPU's thread");
@@ -485,6 +324,7 @@ fn confined() -> Outcome {
         }
     }
 
+    tick(&log, &vcpus)?;
     limit(&log, &vcpus)?;
 
     // The last sync, and the end of all.
@@ -506,6 +346,28 @@ fn confined() -> Outcome {
     let maps = fs::read_to_string("/proc/self/maps")?;
     assert!(!maps.contains("kvm-vcpu"), "rings are mapped:\n{maps}");
     Ok(Completed)
+}
+
+/// A reaper in an event loop, which full exits wake.
+fn tick(log: &DirtyLog, vcpus: &[VcpuThread]) -> Result<(), Failed> {
+    let looping = Confined::to(&[ANY, PASS, MAKE_EVENT_REAPER, EVENT_REAPER])?;
+    let theirs = log.clone();
+    let mut reaper = looping.run(move || EventReaper::new(&theirs, Fixed::default()))?;
+    let woken = log.stats().reaper.woken;
+    let mut rounds = 0;
+    while log.stats().reaper.woken < woken + 3 {
+        rounds += 1;
+        assert!(rounds < 1000, "full exits do not wake it");
+        run_passes(vcpus, 1)?;
+        let (same, ticked) = looping.run(move || {
+            let ticked = reaper.tick();
+            (reaper, ticked)
+        });
+        reaper = same;
+        ticked?;
+    }
+    looping.run(move || drop(reaper));
+    Ok(())
 }
 
 /// A limiter, and vCPUs that sleep and are woken.
@@ -636,9 +498,13 @@ fn a_call_left_out_is_missed() -> Outcome {
         "sched_setaffinity",
         "sched_setscheduler",
         "setpriority",
+        "timerfd_settime",
     ] {
-        let known = TABLE.iter().flat_map(|row| row.calls);
-        assert!(known.map(Call::text).any(|text| text == call), "{call}");
+        let filters = filters()?;
+        let rules = filters
+            .values()
+            .flat_map(|filter| filter["filter"].as_array());
+        assert!(rules.flatten().any(|rule| text(rule) == call), "{call}");
         let child = in_a_process(call)?;
         let (status, said) = (child.status, said(&child));
         let by_sigsys = status.signal() == Some(libc::SIGSYS);
@@ -647,18 +513,32 @@ fn a_call_left_out_is_missed() -> Outcome {
     Ok(Completed)
 }
 
-/// The table that VMMs read and the one above, call by call.
+/// The table that people read and the file that seccompiler reads, call by call.
 fn security_md_has_the_same_calls() -> Outcome {
-    let text = include_str!("../../../SECURITY.md");
-    for row in TABLE {
-        let start = format!("| {} |", row.when);
-        let line = text.lines().find(|line| line.starts_with(&start));
-        let line = line.ok_or_else(|| format!("no row in SECURITY.md starts with {start:?}"))?;
+    let filters = filters()?;
+    assert_eq!(compiled(FILTERS)?.len(), filters.len());
+    let text_of = include_str!("../../../SECURITY.md");
+    let section = text_of
+        .split("## System calls, for a seccomp filter")
+        .nth(1);
+    let section = section.and_then(|rest| rest.split("\n## ").next());
+    let rows = section.unwrap_or_default().lines();
+    let rows: Vec<&str> = rows.filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert_eq!(rows.len(), filters.len(), "rows of SECURITY.md");
+    for (row, (when, filter)) in rows.iter().zip(&filters) {
+        let start = format!("| {when} |");
+        assert!(
+            row.starts_with(&start),
+            "{row:?} does not start with {start:?}"
+        );
         // The last column; what stands in backticks there is a call.
-        let last = line.trim_end_matches(" |").rsplit(" | ").next();
+        let last = row.trim_end_matches(" |").rsplit(" | ").next();
         let calls = last.unwrap_or_default().split('`').skip(1).step_by(2);
-        let expected: Vec<String> = row.calls.iter().map(Call::text).collect();
-        assert_eq!(calls.collect::<Vec<_>>(), expected, "row {:?}", row.when);
+        let rules = filter["filter"].as_array().ok_or("no rules")?;
+        let expected: Vec<String> = rules.iter().map(text).collect();
+        assert_eq!(calls.collect::<Vec<_>>(), expected, "row {when:?}");
+        assert_eq!(filter["mismatch_action"], "kill_process", "{when:?}");
+        assert_eq!(filter["match_action"], "allow", "{when:?}");
     }
     Ok(Completed)
 }

@@ -1,0 +1,238 @@
+//! The thread of a vCPU, whole, for kvm-ioctls: other threads park it, let it go on, and kick it. To be copied;
+//! `signal.rs` goes with it.
+//!
+//! A thread that wants the vCPU out of the guest writes down what it wants, sets `immediate_exit`, and sends a signal, in
+//! this order. The thread clears `immediate_exit` only under the lock, and only when it is wanted to run. So no kick is lost:
+//! before `KVM_RUN` the flag keeps the vCPU out, inside the signal throws it out, and after it the flag is still set.
+
+mod signal;
+
+use std::error::Error;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
+use kvm_dirty_ring::{Awake, DirtyLog, VcpuRing};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use signal::{ImmediateExit, kick_signal, let_through};
+
+pub type Failure = Box<dyn Error + Send + Sync>;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Want {
+    Run,
+    Park,
+    Stop,
+}
+
+struct State {
+    want: Want,
+    /// The acknowledgement: the thread is out of `KVM_RUN`, and stays out while `want` is `Park`.
+    parked: bool,
+    /// The thread, from when it begins to when it ends.
+    thread: Option<libc::pthread_t>,
+    ended: bool,
+}
+
+/// What the thread and all others share.
+struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+    immediate_exit: ImmediateExit,
+}
+
+impl Control {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is one step, so a panic leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the vCPU leave `KVM_RUN`, or not enter it.
+    fn kick(&self, state: &State) {
+        self.immediate_exit.set(true);
+        if let Some(thread) = state.thread {
+            // SAFETY: the thread has not ended, and can't while the state is locked: it takes its id back first.
+            unsafe { libc::pthread_kill(thread, kick_signal()) };
+        }
+    }
+
+    fn want(&self, want: Want) {
+        let mut state = self.lock();
+        state.want = want;
+        match want {
+            // The thread opens the door itself.
+            Want::Run => self.changed.notify_all(),
+            Want::Park | Want::Stop => {
+                self.kick(&state);
+                self.changed.notify_all();
+            }
+        }
+    }
+
+    /// On the vCPU's thread, after `KVM_RUN` has returned EINTR: waits while it is to be parked. False if it is to stop.
+    fn may_run(&self) -> bool {
+        let mut state = self.lock();
+        while state.want == Want::Park {
+            state.parked = true;
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.parked = false;
+        if state.want == Want::Run {
+            self.immediate_exit.set(false);
+        }
+        state.want == Want::Run
+    }
+}
+
+/// A vCPU that runs on a thread of its own. Dropping it stops it.
+pub struct VcpuThread {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<Result<(VcpuFd, VcpuRing), Failure>>>,
+}
+
+impl VcpuThread {
+    /// Runs the vCPU. `on_exit` gets each exit of the guest's but full rings, on the vCPU's thread; an error of it ends the
+    /// thread.
+    pub fn spawn(
+        fd: VcpuFd,
+        ring: VcpuRing,
+        on_exit: impl FnMut(VcpuExit<'_>) -> Result<(), Failure> + Send + 'static,
+    ) -> io::Result<Self> {
+        let state = State {
+            want: Want::Run,
+            parked: false,
+            thread: None,
+            ended: false,
+        };
+        let control = Arc::new(Control {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            immediate_exit: ImmediateExit::map(&fd)?,
+        });
+        let theirs = Arc::clone(&control);
+        let body = move || {
+            let ending = Ending(theirs);
+            let_through()?;
+            // SAFETY: it takes nothing, and names the calling thread.
+            ending.0.lock().thread = Some(unsafe { libc::pthread_self() });
+            run(&ending.0, fd, ring, on_exit)
+        };
+        Ok(Self {
+            control,
+            thread: Some(Builder::new().name("vcpu".into()).spawn(body)?),
+        })
+    }
+
+    /// For `Limiter::spawn`: makes the vCPU leave the guest once, and call `VcpuRing::throttle`.
+    pub fn kicker(&self) -> impl Fn() + Send + 'static {
+        let control = Arc::clone(&self.control);
+        move || control.kick(&control.lock())
+    }
+
+    /// Has the vCPU parked, and does not wait for it.
+    pub fn request_park(&self) {
+        self.control.want(Want::Park);
+    }
+
+    /// Waits until it is parked, after a request; false if its thread has ended instead, which is just as quiet.
+    pub fn wait_parked(&self) -> bool {
+        let mut state = self.control.lock();
+        while !(state.ended || state.parked && state.want == Want::Park) {
+            let woken = self.control.changed.wait(state);
+            state = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        !state.ended
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.control.want(Want::Run);
+    }
+
+    /// Stops the vCPU, parked or not, and gives it back, or the error that has ended its thread. Where there are limits, call
+    /// `DirtyLog::keep_awake` before.
+    pub fn stop(mut self) -> Result<(VcpuFd, VcpuRing), Failure> {
+        self.control.want(Want::Stop);
+        let thread = self.thread.take().expect("it is joined once");
+        thread
+            .join()
+            .unwrap_or_else(|_| Err("the vCPU's thread panicked".into()))
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.control.want(Want::Stop);
+        if let Some(thread) = self.thread.take() {
+            // What has ended it was for `stop` to return.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// All vCPUs parked, and none asleep for its limit. Dropping it lets them go on.
+#[must_use = "the vCPUs go on as soon as it is dropped"]
+pub struct Parked<'a> {
+    vcpus: &'a [VcpuThread],
+    _awake: Awake,
+}
+
+/// Parks all vCPUs, which takes as long as the slowest: before the last sync, a `rearm`, a `refresh`. An error if one has
+/// ended: `VcpuThread::stop` returns why.
+pub fn park_all<'a>(log: &DirtyLog, vcpus: &'a [VcpuThread]) -> Result<Parked<'a>, Failure> {
+    let parked = Parked {
+        // A vCPU that sleeps for its limit would be parked when it has slept: in seconds.
+        _awake: log.keep_awake(),
+        vcpus,
+    };
+    vcpus.iter().for_each(VcpuThread::request_park);
+    match vcpus.iter().position(|vcpu| !vcpu.wait_parked()) {
+        Some(ended) => Err(format!("the thread of vCPU {ended} has ended").into()),
+        None => Ok(parked),
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        self.vcpus.iter().for_each(VcpuThread::resume);
+    }
+}
+
+/// Marks the thread as ended, also if it panics.
+struct Ending(Arc<Control>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        (state.thread, state.ended) = (None, true);
+        self.0.changed.notify_all();
+    }
+}
+
+fn run(
+    control: &Control,
+    mut fd: VcpuFd,
+    mut ring: VcpuRing,
+    mut on_exit: impl FnMut(VcpuExit<'_>) -> Result<(), Failure>,
+) -> Result<(VcpuFd, VcpuRing), Failure> {
+    loop {
+        match fd.run() {
+            // kvm-ioctls has no name of its own for it.
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => ring.on_full()?,
+            // Only here, where the guest's last access to a device is complete, is the vCPU parked or stopped.
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                if !control.may_run() {
+                    return Ok((fd, ring));
+                }
+                ring.throttle();
+            }
+            Ok(exit) => on_exit(exit)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
