@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Draining a guest of 64 GiB into runs, a sync.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Harvesting a ring that another core has filled, an entry.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A piece of work for callgrind to count: `instructions CASE COUNT` does it COUNT times.
 //!
 //! Counted for two COUNTs, the difference is the work's own, free of what starting up costs.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A sync of an idle guest: what it costs to find nothing.
 
 use criterion::{BenchmarkId, Criterion};

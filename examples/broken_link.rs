@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A migration whose link breaks, again and again. What was sent is not what was received, and what was received is not what
 //! was acknowledged. So:
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A pacing policy of one's own: when the reaper empties the rings. It is shown beside two of the
 //! crate's, under the same load.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Writes of the VMM's own devices, which KVM does not log: each is followed by `mark_dirty`, and a
 //! copy that follows the syncs is always current.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How fast a guest dirties its memory, vCPU by vCPU and all together, second by second: what a VMM
 //! wants to know before it begins a migration.
 //!

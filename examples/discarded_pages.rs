@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that change and are not written: a balloon gives them back to the host, and they read as zeroes from then on. KVM
 //! logs nothing of it, so the VMM marks what it has discarded.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VMM with one epoll loop and no thread for the reaper: `EventReaper`'s descriptor is one of those that the loop waits for.
 //!
 //! ```sh

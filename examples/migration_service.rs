@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A live migration as a VMM with several connections makes it: rounds of guest-address ranges, which sender threads take from
 //! one iterator; a device with a log of its own, by guest address, as those of vhost and VFIO; `Convergence` says when to stop.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A live migration by pre-copy: send all memory, then in rounds what was written meanwhile; when
 //! the rest can be sent within the downtime, stop the guest and send it.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The whole of the crate in one page: enable the log, add a slot, attach the vCPUs, start a
 //! reaper, let the guest write, and ask which pages it has written.
 //!

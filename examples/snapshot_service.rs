@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Snapshots of a microVM, as a VMM makes them on request: one of all memory, then *diffs*, each of what was written since the
 //! one before. The guest is paused while one is written.
 //!

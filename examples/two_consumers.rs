@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A backup of a running guest, beside its migration. The first sync after a write returns the page, and no later one: two threads
 //! that sync would each miss what the other one takes. So one thread syncs, and merges what it finds into a set for each consumer, which
 //! takes its set whenever it is ready for it.

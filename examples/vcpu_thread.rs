@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A vCPU's thread for kvm-ioctls, whole: full rings, kicks, limits, and all vCPUs parked for the last sync.
 //!
 //! ```sh

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Sets `tiny_guest` where there is a guest for the processor at hand, so that the sources don't repeat for which ones;
 //! and the size of its pages, `TINY_GUEST_PAGE_KIB`, where the machine that will run it has other ones than 4 KiB.
 

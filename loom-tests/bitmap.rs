@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bitmap mode: the kernel's bits are taken by several at once.
 
 use super::kernel::{Copy, Machine, SLOT};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Writes that no vCPU logs.
 
 use super::kernel::{Copy, Machine, SLOT};

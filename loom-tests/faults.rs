@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Resets that go wrong, with others under way.
 
 use super::kernel::{Copy, Fault, Machine};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reset gate alone: which ioctl serves which pass.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel and the guest as the models see them, those in `shuttle-tests/` included.
 
 use core::ops::Range;

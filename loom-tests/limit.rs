@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Sleeps for a dirty limit. No time goes by here: a thread that is not woken sleeps for ever, which loom
 //! reports.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest that writes, others that harvest, a migration that copies: nothing may be lost.
 
 use super::kernel::{Copy, Machine};

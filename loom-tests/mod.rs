@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Models of the crate's own code: every interleaving of a few threads with so many preemptions as the
 //! model says, and every value that a weakly ordered load may return.
 //!

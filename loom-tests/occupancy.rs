@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Onlookers see how full a ring is, and nobody notices them.
 
 use super::kernel::{Copy, Machine};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Slots that come and go while passes run.
 
 use super::kernel::{ENTRIES, Machine, SLOT};

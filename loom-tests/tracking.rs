@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Slots whose tracking starts and stops while the guest runs.
 
 use super::kernel::{Copy, Machine, SLOT, State};

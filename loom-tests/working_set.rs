@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that stay open: what a migration copies is whole though it copies members in its last round alone.
 
 use super::kernel::{Copy, Fault, Machine, SLOT, State};

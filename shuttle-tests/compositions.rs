@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests, devices, reapers, migrations and a VMM at once: nothing may be lost.
 
 use core::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine with its log, and the threads that are at work on it.
 
 use core::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Larger compositions of the crate's own code than loom can exhaust, in random interleavings.
 //!
 //! Shuttle runs all threads of a schedule on one and chooses at each atomic access, lock and wait

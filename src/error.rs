@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Errors, one type for each family of calls.
 //!
 //! None of them means a lost page. Each message says what happened, why, and what to do. A call that failed in the kernel

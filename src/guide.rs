@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 // The pages of docs/, for readers of the documentation. They link to each other by reference (`[text][label]`).
 // Markdown takes a label's first definition, so rustdoc.links, which stands before each page, leads to rustdoc's pages
 // in place of the page's own files. `kvm-integration/tests/links.rs` compares the two.

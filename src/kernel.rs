@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the crate needs from a kernel.
 
 use core::fmt;

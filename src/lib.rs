@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Track the memory that a KVM guest dirties, through its vCPUs' dirty rings, and lose no page.
 //!
 //! A VMM that migrates a running virtual machine, or takes snapshots of it, needs the pages that the guest

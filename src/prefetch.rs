@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Prefetching memory.
 
 /// Prefetches the cache line at `address`, for a write.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The name of a memslot, and its largest size.
 
 use core::fmt;

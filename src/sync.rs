@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The only file that names atomics, locks and threads, except for parts that are not modelled: the simulated kernel, and the
 //! channels through which the crate's own threads start.
 //!

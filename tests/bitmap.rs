@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's own bits, without rings and beside them, on the simulated kernel.
 
 #[path = "common/over.rs"]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Overruns that meet a reset at one entry: the kernel recycles it while the vCPU fills it.
 //!
 //! The simulated vCPU pushes an entry whole, as a kernel does whose vCPU is not stopped half-way. This one

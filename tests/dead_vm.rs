@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VM that KVM has declared dead: every call about it fails with EIO, for ever.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is no descriptor of KVM's is refused by a typed error, by whatever it is borrowed.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What exists with the feature `test-utils` alone says so in its documentation, which is made with all features.
 
 use std::fs;

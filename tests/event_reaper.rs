@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reaper of an event loop: when its descriptor is readable, and what a tick does.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What goes wrong, one scenario each: what is reported, what is counted, and that no page is lost.
 
 #[path = "common/scenario.rs"]

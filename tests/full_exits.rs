@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Full exits that make room, and those that do not.
 
 #[allow(dead_code, reason = "what other scenarios need, too")]

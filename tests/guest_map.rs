@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guest addresses of slots' pages, against a map that has every page.
 
 use std::collections::{BTreeMap, BTreeSet};

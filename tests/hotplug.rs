@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! vCPUs that are unplugged and plugged in again, on the simulated kernel.
 
 #[allow(dead_code, reason = "what other scenarios need, too")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Dirty limits with real threads, on the simulated kernel. Nothing here asserts how long something
 //! takes: limits are such that a sleep would outlast the test, or none is due.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the feature `metrics` publishes: that it is what stats say, described, and in the guide.
 
 #[path = "common/scenario.rs"]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings that the kernel fills past their end: noticed, and broken for good. Nothing is lost, and every call ends.
 
 #[allow(dead_code, reason = "what other scenarios need, too")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Random scripts against naive oracles, on the simulated kernel. `fuzz/` runs such scripts, too.
 
 mod common;

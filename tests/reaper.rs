@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reaper's thread: when it reaps, how it ends, what it says when something goes wrong.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Kernels that keep their reserve: no ring of theirs is overrun.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What calls about slots refuse, and that a refused call changes nothing.
 
 use std::env;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Real threads: passes beside each other, and a whole migration at full speed.
 
 #[path = "common/over.rs"]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Events of the feature `tracing`: which there are, what they say, and that a subscriber which is
 //! slow, panics or asks back harms nobody.
 

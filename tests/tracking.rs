@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tracking that stops and starts, on the simulated kernel: what is reported when.
 
 #[allow(dead_code, reason = "what other scenarios need, too")]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The inventory of `unsafe` in SECURITY.md against the sources.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Writes through the crate `vm-memory`: all of them are reported, each after it has been done.
 
 #[path = "common/over.rs"]

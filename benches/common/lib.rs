@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the benchmarks share: rings that another core fills, patterns of pages, medians.
 
 use kvm_dirty_ring::{DirtyLog, SlotId, VcpuRing};

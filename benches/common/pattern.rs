@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which pages a guest dirties, in which order.
 
 /// Pages in a GiB.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings, and a thread on another core that fills them as a vCPU would.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From a bitmap to ranges of pages, the bitmap empty again.
 
 use std::num::NonZeroUsize;

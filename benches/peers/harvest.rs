@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From a ring that another core has filled into a bitmap.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! This crate beside what its users could take instead.
 //!
 //! `cargo bench --bench peers` prints a table; `-- --quick` takes less than a minute,

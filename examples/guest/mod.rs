@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The simulated guest of the examples: all that KVM and the guest's own code do under a real VMM.
 //!
 //! Nothing here is for copying. Each function names the system call that a VMM makes in its place.

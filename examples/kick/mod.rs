@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread of a vCPU, whole, for kvm-ioctls: other threads park it, let it go on, and kick it. To be copied;
 //! `signal.rs` goes with it.
 //!

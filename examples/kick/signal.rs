@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How a vCPU is made to leave `KVM_RUN`: a flag that keeps it from entering, and a signal that
 //! throws it out.
 

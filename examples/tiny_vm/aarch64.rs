@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The vCPU on arm64: at EL1, with the MMU on, so that it sees memory through the caches, as the VMM does.
 
 use kvm_bindings::kvm_vcpu_init;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A small virtual machine on KVM, for examples that need a real one: one memslot, and vCPUs that write to page after
 //! page, each in a share of its own. Nothing here is for copying.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The vCPU on x86-64: in protected mode without paging, in flat segments.
 
 use kvm_bindings::kvm_regs;

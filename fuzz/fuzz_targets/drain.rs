@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares what a sync returns with a set of pages.
 #![no_main]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Arbitrary scripts against the truth of the simulated kernel.
 #![no_main]
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Every policy under arbitrary observations.
 #![no_main]
 

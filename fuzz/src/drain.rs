@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares what a sync returns, through each of its views, with a set of pages.
 
 use std::collections::{BTreeMap, BTreeSet};

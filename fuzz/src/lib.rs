@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the fuzz targets are made of: inputs and their decoding, kernels, oracles.
 //!
 //! Each target is a `Script`, decoded from bytes, and a `run` that panics if the script shows that

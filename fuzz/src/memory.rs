@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A ring's memory as bytes of our own.
 
 use std::ptr::NonNull;

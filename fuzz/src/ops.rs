@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Arbitrary scripts on the simulated kernel, which knows the truth about every write.
 //!
 //! The machine, the scripts and their judges are those of the property tests.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Every policy under arbitrary observations, alone and in the hands of a pacer.
 
 use core::time::Duration;

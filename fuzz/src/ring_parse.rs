@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Anything at all as ring memory, and a kernel that changes it under the reader.
 //!
 //! What is in the rings, what resets do to them and what they say is all up to the script. The

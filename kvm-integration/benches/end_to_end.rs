@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an entry costs from a full ring to protected pages, on real KVM: the crate's share of it,
 //! harvesting, and the kernel's, the reset ioctl.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What it costs to start and to stop tracking, and what tracking costs the guest, on real KVM.
 //!
 //! `cargo bench --bench switching`. A native guest of one vCPU stores to page after page of 1 GiB, and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A tiny guest on real KVM, for the integration suite and the programs of this workspace.
 //!
 //! [`TinyVm`] is a virtual machine without devices, firmware or operating system. Each of its

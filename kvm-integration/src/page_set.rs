@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which pages are yet to be sent: a bit a page, slot by slot.
 
 use kvm_dirty_ring::{DirtyPages, Run, SlotId};

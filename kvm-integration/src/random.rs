@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steele, Lea and Flood's SplitMix64: random numbers that are the same each time.
 
 /// A stream of them, with its state.

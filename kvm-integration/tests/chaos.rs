@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `chaos`, run as a user runs it: a few episodes of it. How many faults of each kind there
 //! are in so few is for chance to say; that no page is missed is not.
 

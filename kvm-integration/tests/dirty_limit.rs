@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `dirty-limit`, run as a user runs it. How well limits hold is for people to read off
 //! its output; here is that there is one.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The suite on real KVM: `cargo test -p kvm-integration --test kvm`.
 //!
 //! Where KVM can't be had every test is ignored and one line on stderr says why, or, with

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Links of the documents resolve: in a checkout, in the package, and in rustdoc.
 //!
 //! Pages that rustdoc shows (src/guide.rs) link to other files by reference alone. docs/rustdoc.links stands before each

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `live-migration`, run as a user runs it.
 //!
 //! Tests on KVM are ignored where it can't be had, and one line on stderr says why; with

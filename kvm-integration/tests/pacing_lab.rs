@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `pacing-lab`, run as a user runs it. No figure of time is asserted: what is, holds
 //! on any machine.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Properties that pacing policies have, whatever the guest does: in simulation, and of single
 //! decisions.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Rust of README.md and of the pages in docs/, so that it compiles: each paragraph of theirs is to be found
 //! in a function here, line by line. That it does what they say is for the other tests.
 

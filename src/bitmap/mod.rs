@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages as bits, and which pass holds which of them.
 //!
 //! A harvesting pass sets bits in a *shard* that it alone holds ([`shard`], [`pool`]). Devices set bits in *shared* words

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bits of one slot, with one owner.
 
 use core::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which thread may write which shard.
 
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! All bitmaps, compared with naive ones: maps from words to their bits.
 
 use std::collections::BTreeMap;

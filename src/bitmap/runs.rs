@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bits as runs of bits.
 
 use core::ops::Range;

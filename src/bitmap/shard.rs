@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The bits that one harvesting thread writes while no other thread reads them.
 
 use super::pages::PageBits;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bits that any thread may set at any time: the writes of devices, and the pages under suspicion.
 
 use super::pages::PageBits;

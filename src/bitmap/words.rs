@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages as bits of 64-bit words: the arithmetic that all bitmaps share.
 
 use core::ops::{Deref, DerefMut, Range};

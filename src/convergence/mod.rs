@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Convergence of a migration: what to do after each sync of a pre-copy.
 //!
 //! Pages that the guest writes all the time can be left open: they are neither protected nor sent before the last round. These

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whatever it is shown, it keeps to what it promises.
 
 use core::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The decision after each sync.
 
 use core::num::NonZeroU64;

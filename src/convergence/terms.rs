@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The terms of the last round, and what fits into it.
 
 use core::time::Duration;

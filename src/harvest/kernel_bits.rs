@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reading the bits that the kernel itself keeps of dirty pages.
 
 use core::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A pass over rings: harvested, then reset, then published, each a type of its own.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reset gate: one reset ioctl at a time, shared by every pass that it can serve.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One vCPU's ring with its consumer token, and its counts.
 
 use crossbeam_utils::CachePadded;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The dirty bitmaps that KVM keeps of a VM's slots.
 
 use core::ptr;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host's support for dirty rings, and how they are enabled.
 
 use std::fs;

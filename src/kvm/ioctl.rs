@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! KVM's ioctls: their numbers, from the kernel's include/uapi/linux/kvm.h, and the calls.
 
 use std::io;

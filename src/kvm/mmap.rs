@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The mapping of a vCPU's ring, or its stand-in: the only file that maps one.
 
 use core::ptr::NonNull;

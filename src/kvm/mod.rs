@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The real kernel: the only room that makes system calls about a VM.
 //!
 //! May import: ground, ring.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Blocking signals during a call that would lose pages if it were interrupted.
 
 use core::marker::PhantomData;

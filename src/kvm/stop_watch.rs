@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Detecting whether a thread was stopped during a call.
 
 use core::mem::MaybeUninit;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A KVM virtual machine as a [`Kernel`]: the reset ioctl, with all that it needs around it.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The account of each vCPU, and the sleep that pays its debt.
 
 use core::num::NonZeroU64;

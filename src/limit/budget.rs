@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a vCPU may dirty under a limit, and what it owes: arithmetic only, without clock or thread.
 
 use core::num::NonZeroU64;

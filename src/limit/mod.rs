@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Dirty limits: what a vCPU owes, and how its thread sleeps that off.
 //!
 //! A vCPU pays for the entries that it has logged: those taken from the ring, by any thread, plus those that wait. A vCPU that is

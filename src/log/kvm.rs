@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Enabling the log of a KVM virtual machine, and mapping the rings of its vCPUs.
 
 use std::os::fd::{AsFd, AsRawFd};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The last sync of a guest that has stopped: it protects nothing.
 
 use core::fmt;

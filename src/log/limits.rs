@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Dirty limits, as a VMM sets, applies and ends them.
 
 use core::fmt;

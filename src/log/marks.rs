@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Marks in bulk, from other logs: those of vhost, VFIO, or a device of the VMM.
 
 use core::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The front door: one `DirtyLog` per virtual machine, one file per subject.
 //!
 //! May import: ground, bitmap, ring, limit, pacing, slots, harvest, observe, kvm.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A sync of bitmaps that protects pages only when they are about to be read.
 
 use core::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How fast vCPUs dirty memory.
 
 use core::time::Duration;

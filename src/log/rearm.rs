@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end of suspicion, by protecting a slot anew.
 
 use std::io;

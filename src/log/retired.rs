@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The last pages of a slot that is being removed.
 
 use super::DirtyLog;

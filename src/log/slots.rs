@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memslots that come and go while the guest runs.
 
 use core::fmt;

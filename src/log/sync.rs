@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A sync: the pages written since the sync before.
 
 use super::DirtyLog;

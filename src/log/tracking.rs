@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Starting and stopping the tracking of single slots (`KVM_MEM_LOG_DIRTY_PAGES`) while the guest runs.
 
 use std::io;

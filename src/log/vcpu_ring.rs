@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A vCPU's ring: attaching it, and the calls of the thread that runs the vCPU.
 
 use core::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guest memory of the crate `vm-memory` that marks its own writes (feature `vm-memory`).
 //!
 //! `GuestMemoryMmap<RegionBitmap>` marks what the VMM and its devices write through it, in the same bits as

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The writable working set, and the refresh that closes it.
 
 use std::io;

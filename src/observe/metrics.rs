@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! [`Stats`] as metrics, for recorders of the crate metrics 0.24 (feature `metrics`).
 //!
 //! The VMM publishes them when it calls [`publish`], on a thread of its choice. It costs vCPUs and the reaper nothing. Counters are

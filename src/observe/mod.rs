@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What others have counted, as statistics, events and metrics.
 //!
 //! May import: ground, harvest.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Events for subscribers of the crate tracing: feature `tracing`, without which all of this compiles to nothing.
 //!
 //! Names are QEMU's where QEMU has such an event. A subscriber may block, panic, or read the log's stats. So a thread that emits

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Looks at the rings, and empties them only if one would be full before the next look.
 
 use core::time::Duration;

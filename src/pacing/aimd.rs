@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Half the delay after a rich pass, a little more after a poor one.
 
 use core::time::Duration;

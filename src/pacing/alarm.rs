@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How the reaper sleeps, and what wakes it.
 
 #[cfg(not(all(test, feature = "modelled")))]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A mean over the recent past.
 
 /// A rate in which the distant past has little weight. Both the amount and the time fade, so the quotient is a mean over what

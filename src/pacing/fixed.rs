@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A pass at a constant period.
 
 use core::time::Duration;

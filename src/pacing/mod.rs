@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Policies: when to empty the rings.
 //!
 //! A policy is a pure function of its observations and its memory: it has no clock and no thread, and allocates nothing. A

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The link between a policy and the thread that empties the rings.
 
 use core::fmt;

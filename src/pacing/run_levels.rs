@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Six delays, and a level up or down after each pass.
 
 use core::time::Duration;

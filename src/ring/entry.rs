@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One entry of a dirty ring, and every ordering that the protocol with the kernel needs.
 
 use kvm_bindings::KVM_DIRTY_GFN_F_MASK;

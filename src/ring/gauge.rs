@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How full a ring is, read by other threads than its consumer.
 
 use core::iter;

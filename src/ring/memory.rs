@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memory of a ring, and its lifetime.
 
 use core::any::Any;

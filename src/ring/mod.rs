@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One ring of dirtied pages, shared by a vCPU's kernel side and userspace.
 //!
 //! The kernel produces, one consumer at a time harvests. [`Entry`] holds every memory ordering of the protocol; [`RingView`] is the

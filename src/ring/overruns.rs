@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Overruns: the signs of a broken ring. `view` checks them at a harvest, the reset gate before a reset, and a full exit that found
 //! little afterwards. `memory` keeps the result, `harvest/pass` counts it.
 //!

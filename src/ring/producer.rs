@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's side of a ring, over ordinary memory, for the simulated kernel and the models.
 
 use super::entry::Entry;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings of every size, compared with a naive oracle whose indices never wrap, from the first index on and across 2^32.
 
 use proptest::collection::vec;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The room that kernels leave in a ring.
 
 use crate::kernel::RESERVED_ENTRIES;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The consumer of one ring: harvest, and the indices.
 
 use super::entry::Entry;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The batches in which a reset protects pages.
 
 use super::slot::SimSlot;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The settings of a simulated machine, and its faults.
 
 use crate::kernel::{Mode, RESERVED_ENTRIES};

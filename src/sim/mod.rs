@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A simulated kernel, to test a VMM's use of this crate without `/dev/kvm` (feature `test-utils`).
 //!
 //! It keeps rings in ordinary memory and treats them as KVM does. The next write to a page that is *armed* (write-protected) is

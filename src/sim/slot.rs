@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Protection and truth of one slot's pages.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A vCPU: the producer of a ring.
 
 use std::sync::Arc;

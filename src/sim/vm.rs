@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The machine: slots, vCPUs, and the kernel behind the log.
 
 use std::collections::{BTreeMap, VecDeque};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A part of the dirty pages, and its runs.
 
 use core::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest addresses of slots' pages.
 
 use core::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Harvest where pages may stay open: see `members`, and `targets` for the case where none may.
 
 use crate::bitmap::pool::ShardGuard;

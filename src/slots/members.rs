@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The pages of one slot that stay open: members of the writable working set.
 //!
 //! KVM does not log writes to an open page. So from its joining on every sync reports the page, until it was closed, that is,

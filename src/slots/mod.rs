@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tracked memslots: how an entry finds its page's bit (the hot loop's look-up), and what a sync returns.
 //!
 //! May import: ground, bitmap, ring.

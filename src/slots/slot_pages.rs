@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The dirty pages of one slot, by kind.
 
 use crate::bitmap::pages::PageBits;

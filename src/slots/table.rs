@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memslots whose pages are tracked, and their bits.
 
 use crate::bitmap::pages::PageBits;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How a ring entry finds its bit: one table per shard, made when slots change.
 
 use core::ptr::NonNull;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How much of what the guest writes may stay open, and the counts of it.
 
 use crate::sync::Counter;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How long to wait after the kernel refused a reset.
 
 use core::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A reaper without a thread, for a VMM that has an event loop.
 
 use core::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that kicks vCPUs out of the guest when they are ahead of their limits.
 
 use core::fmt;

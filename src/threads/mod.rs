@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The threads that the crate runs: the reaper and the limiter, and how they are scheduled; and a reaper for threads of the
 //! VMM's own.
 //!

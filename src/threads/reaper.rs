@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that empties the rings at the pace of a policy.
 
 use std::io;

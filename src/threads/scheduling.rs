@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How the crate's own threads are scheduled.
 
 use std::io;

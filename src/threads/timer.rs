@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A timer that an event loop waits for by its descriptor.
 
 use core::ptr;

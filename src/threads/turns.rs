@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a reaper does each time it wakes up, in whatever thread it does.
 
 use core::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A subscriber for all events of a process, for tests.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Scripts against the oracles.
 //!
 //! The *exact* oracle knows each page written since the last sync. The *migration* oracle copies

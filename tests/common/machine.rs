@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine under a script, and what the oracles know of it.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a script is made of: the guest's, its devices', the VMM's and a faulty kernel's deeds.
 
 use kvm_dirty_ring::Mode;

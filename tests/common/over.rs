@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Threads beside a test end with it, also if it fails.
 
 use std::sync::atomic::{AtomicBool, Ordering};

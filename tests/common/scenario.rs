@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine for scenarios: one vCPU with a small ring, two slots.
 
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu, SimVm};

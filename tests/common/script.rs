@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Random scripts: what the guest, its devices, the VMM and a faulty kernel do, in which order.
 
 use kvm_dirty_ring::Mode;

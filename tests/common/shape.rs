@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Everything that a `DirtyPages` promises of itself, checked a page at a time.
 
 use std::collections::{BTreeMap, BTreeSet};

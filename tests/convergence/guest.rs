@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests by what their vCPUs write, at a reduced scale: a page here stands for [`SCALE`] pages.
 
 /// Pages that one page of the simulation stands for. Whatever takes a time for a page takes as many

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guests that migrate.
 
 use crate::guest::{Guest, Order};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `Convergence` in whole migrations of simulated guests, at a reduced scale. `--nocapture` shows each
 //! of them.
 

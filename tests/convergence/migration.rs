@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A whole migration of a simulated guest.
 
 use std::num::NonZeroU64;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings, and the pages of the guest: what is protected, what is open, what a sync reports.
 
 use kvm_dirty_ring::convergence::Extent;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Members of a log that reads bitmaps: their bits are left.
 
 use std::cell::Cell;

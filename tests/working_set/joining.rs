@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which pages stay open.
 
 use std::num::NonZeroU64;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A last sync takes nothing: it can be called off.
 
 use kvm_dirty_ring::LastPages;

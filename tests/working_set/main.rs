@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The writable working set on the simulated kernel, beside everything else that a log does.
 
 mod bitmap;

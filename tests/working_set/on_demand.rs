@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Syncs whose pages are protected when they are read.
 
 use kvm_dirty_ring::OnDemand;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Members are closed, and what becomes of them if that fails.
 
 use std::io;

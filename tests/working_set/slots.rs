@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Members of slots that go, and of slots whose tracking stops and starts.
 
 use std::io;

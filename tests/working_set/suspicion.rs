@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Members that are suspect, and impossible entries.
 
 use kvm_dirty_ring::sim::ResetFault;

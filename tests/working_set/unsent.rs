@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that a sync has returned and that could not be sent.
 
 use kvm_dirty_ring::{DirtyPages, SlotId};

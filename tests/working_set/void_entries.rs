@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Entries that name no page, as their pages stay open: in resets that fall short, and in kernels that ignore them.
 
 use kvm_dirty_ring::sim::{ResetFault, SimConfig};

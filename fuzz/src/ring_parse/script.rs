@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the target is made to do, decoded from bytes.
 
 use arbitrary::{Arbitrary, Result, Unstructured};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A reader alone, whose memory changes between one entry and the next.
 
 use kvm_dirty_ring::ring::RingView;

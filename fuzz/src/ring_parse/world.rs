@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings as the kernel's side left them, and what the log owes for what it has marked.
 
 use std::collections::{BTreeMap, VecDeque};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Axes: what range they have, and where their ticks are.
 
 use std::ops::Range;

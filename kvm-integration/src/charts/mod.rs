@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Charts, and the pages that show them. A page is one file, which needs no other and no network,
 //! and is read in light and in dark.
 //!

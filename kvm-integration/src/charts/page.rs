@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages: the legend, tables, and what stands around charts.
 
 use plotters::style::Color;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How the user ends a program of this workspace early.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Figures for people: tables that are aligned, and Markdown, too.
 
 use std::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What programs have in common: their options, and how they print their results.
 
 pub mod backend;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Arguments that several command lines parse.
 
 use kvm_dirty_ring::RingEntries;

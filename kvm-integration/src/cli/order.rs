@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! In which order arms take turns.
 
 /// The places of `count` arms in round `round`: each second round goes backwards, and each two begin

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How programs say what came of it, and how they end.
 
 use std::fmt::Display;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How far it is, on stderr, if that is a terminal.
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ends the program should it hang, and says what each thread is at: nothing else can end a thread that does.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What goes wrong with the machine and its vCPUs.
 
 use std::error::Error;

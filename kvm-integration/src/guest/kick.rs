@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How a vCPU is made to leave `KVM_RUN`: as in the example `vcpu_thread`, by the same file.
 
 #[path = "../../../examples/kick/signal.rs"]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memory behind a guest's slot, and its copies.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tiny guest, and the virtual machine that it runs in.
 
 pub mod memory;

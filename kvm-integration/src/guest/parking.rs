@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where the thread of a vCPU waits while it is wanted out of its guest.
 
 use std::sync::atomic::{AtomicBool, Ordering};

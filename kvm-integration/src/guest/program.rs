@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the guest does, and with what.
 //!
 //! One loop serves every workload: it reads page addresses off a list and stores a stamp into

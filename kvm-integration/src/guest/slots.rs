@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The machine's memslots, mapped one to one.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A tiny guest that is slower than its machine, so that a fast one shows what holds on fast ones only.
 //!
 //! What the first write to a protected page costs differs tenfold among machines, and what a test

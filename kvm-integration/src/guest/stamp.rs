@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a vCPU stores into a page, and where.
 
 use crate::guest::memory::PAGE_SIZE;

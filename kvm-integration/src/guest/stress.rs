@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest under memory stress, as guestperf has it: each vCPU XORs its share
 //! of the memory with random bytes, page by page, 8 bytes at a time, over and over.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest under memory stress, on KVM.
 
 use std::sync::Arc;

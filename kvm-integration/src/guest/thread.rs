@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that runs a vCPU, and how others stop it.
 //!
 //! A thread that wants the vCPU out of the guest writes down what it wants, sets `immediate_exit`, and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One vCPU, and one stay of it in the guest.
 
 use std::sync::Arc;

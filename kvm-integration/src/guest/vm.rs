@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The virtual machine: its boot slot, its page tables, and the slots a test gives it.
 //!
 //! Slot 0, the *boot slot*, starts at address 0 and is never logged:

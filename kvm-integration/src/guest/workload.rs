@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which pages a vCPU stores to, in what order.
 
 use crate::guest::memory::PAGE_SIZE;

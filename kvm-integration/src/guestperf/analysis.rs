@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From what was read of a running guest to what it felt.
 
 use super::result::{Figures, Phases, Sample, Spread};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is compared: ways to track what a guest writes.
 
 use crate::reaping::Shape::{self, AllRings, OwnRing};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's experience of a migration: what it feels, and for how long, as its dirty pages are
 //! tracked in one way or another.
 //!

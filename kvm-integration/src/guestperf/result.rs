@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is measured of migrations, and how several of one kind are summed up.
 //!
 //! A GB is 2³⁰ bytes, as it was to the guestperf of QEMU's.

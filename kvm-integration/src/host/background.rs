@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A thread beside others, which ends when it is dropped.
 
 use std::io;

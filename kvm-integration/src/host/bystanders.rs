@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether the machine was ours alone: if not, figures suffer.
 
 use std::fs;

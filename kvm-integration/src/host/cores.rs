@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! On which core each thread runs.
 //!
 //! Threads that are left alone may all be packed on one core, and a reaper that shares its core

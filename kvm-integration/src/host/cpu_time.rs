@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The CPU time of one of this process's threads.
 
 use std::fs;

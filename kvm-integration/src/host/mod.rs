@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The host: what it is, whether it can run the guest, its CPUs and threads, and the signals and refusals that tests send.
 
 pub mod background;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Resets that the kernel refuses: by a filter of system calls, on a thread of its own.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the threads of this process are at: what there is to know of one that hangs.
 
 use std::fmt::Write;

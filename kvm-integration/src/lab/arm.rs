@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is compared: a policy, and who empties what at a full exit.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is measured of an arm under a load.
 
 use std::iter::{Sum, repeat};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The pacing laboratory: policies side by side under the same loads, on real KVM or in a
 //! discrete-event simulation, and what is measured of them.
 

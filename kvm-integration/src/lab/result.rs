@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What came of the arms under one load.
 
 use std::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! When a vCPU stores and when it waits.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How long an arm's turn takes.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest that writes its memory all the time, ready to be migrated: on KVM, or on the simulated
 //! kernel.
 

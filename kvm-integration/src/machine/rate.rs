@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Speed limits: for what a guest writes, and for what a migration sends.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest on the simulated kernel: threads that store into real memory, each store logged the
 //! way KVM logs it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The running vCPUs of one guest on KVM.
 
 use std::sync::atomic::AtomicBool;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What one vCPU writes, and how fast.
 
 /// How often a second a vCPU with a limited write rate looks whether it is too fast. On `kvm_pvm`

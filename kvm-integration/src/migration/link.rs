@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The way to the copy, and the copy.
 
 use std::sync::atomic::AtomicBool;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pre-copy live migration, from a running guest into memory of our own.
 //!
 //! Round 0 sends all memory; each further round asks the tracker what was written meanwhile and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is asked of a migration, and what became of it.
 
 use std::num::NonZeroU64;

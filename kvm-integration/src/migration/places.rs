@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How many pages may stay open, whatever they are.
 
 use std::fmt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is left open, and what is done after each sync: by what is known of the link and of the guest.
 
 use std::time::Duration;

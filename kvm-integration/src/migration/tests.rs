@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The loop on machines that behave, and on machines that misbehave on purpose.
 
 mod working_set;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the guest may still dirty, where the migration would not come to its end.
 
 use std::num::NonZeroU64;

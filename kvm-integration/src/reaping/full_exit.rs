@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How a full exit is served: the crate's way, its own ring, or QEMU's, all rings under one lock.
 
 use std::error::Error;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which rings a full exit empties: the crate's way, and QEMU's.
 
 #[cfg(tiny_guest)]

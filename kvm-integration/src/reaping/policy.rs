@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The pacing policies by name.
 
 use clap::ValueEnum;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A reaper of QEMU's shape: it sleeps, takes the lock, empties every ring, and sleeps again.
 
 use std::io;

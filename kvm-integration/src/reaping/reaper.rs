@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A reaper in either shape.
 
 use std::sync::Arc;

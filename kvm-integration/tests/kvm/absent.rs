@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hosts without KVM, or not for us: each made by giving a thread a /dev and a user of its own.
 //!
 //! Nothing is faked: the kernel keeps both for each thread, so what is asked for on it is refused

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The log in bitmap mode, and that it says the same as with rings.
 
 use std::collections::BTreeMap;

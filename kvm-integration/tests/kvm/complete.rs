@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The final sync is complete: with the vCPUs paused, one is enough, whatever else is going on.
 
 use std::collections::HashSet;

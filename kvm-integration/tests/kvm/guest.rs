@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tiny guest itself: every other test rests on what it is believed to do.
 
 use std::collections::HashMap;

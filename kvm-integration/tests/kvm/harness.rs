@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How the tests are run: skipped loudly, watched, one by one.
 
 use std::env;

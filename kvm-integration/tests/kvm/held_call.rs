@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A system call that is held until something else has happened, so that a race happens each time.
 
 use std::collections::BTreeMap;

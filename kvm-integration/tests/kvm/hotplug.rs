@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! vCPUs that are unplugged, parked, and plugged in again. KVM keeps each for the life of its VM.
 
 use kvm_dirty_ring::error::AttachError;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The vCPU's thread of the example `vcpu_thread`, which is to be copied.
 
 #[path = "../../../examples/kick/mod.rs"]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Dirty limits. The program `dirty-limit` measures how well they hold; here is what must be so on
 //! any machine, however busy.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest, its dirty log, and the copy that the log keeps up to date.
 
 use std::io;

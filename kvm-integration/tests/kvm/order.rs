@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reset before copy.
 //!
 //! A page that was harvested is not protected before it is reset, so what the guest writes in

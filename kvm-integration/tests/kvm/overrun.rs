@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A kernel that overruns its rings: kvm_pvm's emulator, which looks for a full ring too seldom.
 
 use kvm_dirty_ring::error::{FullError, SlotError};

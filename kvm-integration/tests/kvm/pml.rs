@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Page-modification logging (PML): the processor keeps the pages that a vCPU writes in a buffer of 512, which comes to
 //! the ring when it is full and when the vCPU leaves the guest. What has to be so with it, and without it as well.
 

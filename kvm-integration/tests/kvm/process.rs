@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What else is in the process: forks, other machines, descriptors that come and go.
 
 use std::fs::{self, File};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rings handled by hand, without the log: to do what the log must not do, and see the harm.
 
 use std::os::fd::AsRawFd;

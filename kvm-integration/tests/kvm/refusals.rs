@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What KVM or the crate refuses, each as an error of its own, and that the VM is none the worse
 //! for it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whose entries are in which ring, and vCPUs that come late.
 
 use std::ops::Range;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `KVM_SUITE_SCALE`: how much the suite does, and how long it waits, on machines of another speed.
 
 use std::env;

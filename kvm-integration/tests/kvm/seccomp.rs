@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The log under exactly the seccomp filter that SECURITY.md lists for VMMs.
 //!
 //! A call that is not in the filter kills the process; so it is another process, this suite run

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Signals at the thread that resets.
 //!
 //! With one pending, `kvm_dirty_ring_reset` of many kernels returns before it is through, and pages

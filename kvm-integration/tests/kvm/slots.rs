@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Slots that go, and others that come in their place.
 
 use std::slice::from_ref;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A reset that falls short all the same. The pages that it left unprotected are unknown, so all pages of its
 //! passes stay suspect until their slot is protected anew.
 

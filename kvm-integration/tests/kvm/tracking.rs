@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tracking that stops and starts under running vCPUs: `KVM_MEM_LOG_DIRTY_PAGES` off and on.
 
 use std::io;

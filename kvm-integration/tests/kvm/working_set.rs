@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that stay open, on a kernel that promises nothing of the kind.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A program of this package, run as a user runs it.
 
 use std::io::{BufRead, Read};

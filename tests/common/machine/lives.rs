@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Slots that come and go, and whose log is switched on and off, as a VMM does it.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's memory, and who writes to it.
 
 use std::collections::{BTreeMap, VecDeque};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that stay open, and what has to be true of them.
 
 use std::io;

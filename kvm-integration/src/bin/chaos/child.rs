@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program in a child of itself.
 //!
 //! A shell watches the process that it has started: one that is stopped, as resets are to be, it takes for

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Torments guests and their dirty logs, and looks whether a page gets lost:
 //! `cargo run --release --bin chaos -- --help`.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Holds a guest on real KVM to dirty limits, and shows how well they hold: `cargo run --release --bin dirty-limit -- --help`.
 //!
 //! Exit status: 0 if each limit held as well as was asked for, 1 if not, 2 for a usage error or

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One guest under one limit.
 
 use std::num::NonZeroU64;

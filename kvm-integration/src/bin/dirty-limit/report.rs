@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What came of it: a line for each limit for people, an object for programs.
 
 use kvm_integration::Host;

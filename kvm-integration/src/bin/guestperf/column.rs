@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The figures of a table: what they are called, what they are, which is best.
 
 use kvm_integration::guestperf::{ArmResult, CellResult, Figures};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a guest feels of its migration, and for how long: `cargo run --release --bin guestperf -- --help`.
 //!
 //! Exit status: 0 if no page was missed, 1 if any was, 2 for a usage error or where something that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is run: guests, and the arms that migrate each.
 
 use std::time::Duration;

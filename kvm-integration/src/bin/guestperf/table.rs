@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tables for people, on a terminal and on a page.
 
 use kvm_integration::cli::markdown::{NONE, Table, figure};

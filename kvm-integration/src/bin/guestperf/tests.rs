@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Results that were never measured.
 
 use kvm_integration::guestperf::{

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether the crate's own way is the best.
 
 use kvm_integration::guestperf::{Cell, CellResult, OURS};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Migrates a live guest from one piece of memory to another, by way of its dirty rings, and
 //! proves that nothing got lost: `cargo run --release --bin live-migration -- --help`.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Progress bars, one a round.
 
 use indicatif::ProgressBar;

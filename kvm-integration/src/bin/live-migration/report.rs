@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What came of it: a table for people, an object for programs.
 
 use std::fmt::Write;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the VMM asks of KVM, whatever the processor.
 
 use std::sync::atomic::Ordering::Relaxed;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The virtual machine: memory, a vCPU on a thread of its own, and a device.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};

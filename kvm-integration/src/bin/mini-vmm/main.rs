@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A small VMM that migrates its running guest into another process: `cargo run --bin mini-vmm`, or
 //! `-- --sim`. It starts itself once more as the destination, at the other end of a Unix socket. Memory
 //! goes in rounds while vCPU and device write it; once they are stopped, the rest, and the vCPU's state.

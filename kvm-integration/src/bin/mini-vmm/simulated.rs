@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What stands in for KVM and the guest where there is none: the crate's simulated kernel, and
 //! a vCPU that does on it what the guest's code does. Nothing here is for copying.
 

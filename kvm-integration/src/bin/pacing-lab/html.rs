@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The report as a page: what came of each guest, and how full its rings were meanwhile.
 
 use kvm_integration::Host;

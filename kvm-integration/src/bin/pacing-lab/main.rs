@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares pacing policies side by side, and migrations with and without a working set:
 //! `cargo run --release --bin pacing-lab -- --help`.
 //!

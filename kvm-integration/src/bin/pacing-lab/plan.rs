@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which real guests are run, under which arms, for how long.
 
 use std::time::Duration;

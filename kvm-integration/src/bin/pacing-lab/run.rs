@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What real and simulated runs have in common.
 
 use anyhow::Result;

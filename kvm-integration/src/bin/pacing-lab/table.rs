@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tables of pacing-lab: figures of arms, targets, and what its constants are good for.
 
 use kvm_integration::cli::markdown::{Table, figure};

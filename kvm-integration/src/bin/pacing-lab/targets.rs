@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is aimed at, and whether it was met.
 //!
 //! | target | wanted |

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest on arm64: at EL1, with the MMU on.
 
 pub(super) mod program;

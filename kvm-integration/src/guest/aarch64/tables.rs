@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's page tables: one, which maps everything one to one by blocks of 1 GiB, as normal memory.
 
 use crate::guest::memory::{GuestMemory, HIGHEST_GPA, PAGE_SIZE};

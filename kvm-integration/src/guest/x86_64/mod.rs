@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest on x86-64: in long mode with flat segments.
 
 pub(super) mod program;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory stress on x86-64.
 //!
 //! | register | holds |

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's page tables: one to one, by pages of 2 MiB. Every entry has its accessed and dirty bits set already, or
 //! the CPU would set them, dirtying pages of the tables.
 

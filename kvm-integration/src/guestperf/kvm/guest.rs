@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest under memory stress: its vCPUs have a share each, and never rest.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Migrations of a guest on real KVM.
 //!
 //! A cell has three guests that share their memory and run in turns: one with dirty rings, and two

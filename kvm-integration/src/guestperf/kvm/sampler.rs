@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reads how far the guest is, all the time.
 
 use std::sync::atomic::{AtomicBool, Ordering};

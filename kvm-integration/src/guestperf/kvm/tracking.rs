@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How an arm tracks what the guest writes.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The laboratory on real KVM.
 //!
 //! Each cell is one guest that runs all the time. The arms take turns: the rings are emptied, the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Looks at the rings all the time, for a picture.
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How a migration tracks what the guest writes.
 
 use kvm_dirty_ring::Mode;

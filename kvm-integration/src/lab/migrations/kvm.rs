@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests on real KVM.
 
 use std::sync::atomic::AtomicBool;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whole migrations with and without a working set, of guests that differ in what they write: on real KVM,
 //! and in virtual time on the simulated kernel. Both go by the same rounds, those of
 //! [`migrate`](crate::migration::migrate()).

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest of the simulated kernel in virtual time: the same each time, and with the price of each fault.
 //!
 //! The log is the crate's, the memory real; only the time that things take is made up. Time goes by while the link is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What each number of [`Adaptive`] is good for: the policy with one of them changed, under loads
 //! that each tempt it to another mistake.
 

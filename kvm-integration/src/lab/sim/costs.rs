@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What things take, of the host and of the guest.
 
 /// What the host's work takes, in nanoseconds; by default nothing.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What one vCPU wants to do, piece by piece.
 
 use super::clock::{NEVER, Nanos, nanos, nanos_up};

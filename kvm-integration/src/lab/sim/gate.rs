@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The order of passes, harvests and resets.
 
 use std::collections::VecDeque;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How late the reaper's wake-ups are.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A discrete-event simulation of rings, vCPUs and the reaper: the policies themselves, driven by
 //! the crate's own pacer, in virtual time.
 //!

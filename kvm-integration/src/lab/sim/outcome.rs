@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a simulation shows.
 
 use kvm_dirty_ring::error::PolicyError;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is to happen, in order of time.
 
 use std::cmp::Reverse;

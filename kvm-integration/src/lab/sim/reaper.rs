@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reaper's thread, in virtual time.
 
 use std::time::Duration;

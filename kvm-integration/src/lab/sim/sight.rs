@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What looks have shown, and which rates a policy could know of.
 
 use kvm_dirty_ring::pacing::RingObservation;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The simulation against what can be worked out by hand.
 
 use std::time::Duration;

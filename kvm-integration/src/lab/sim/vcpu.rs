@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One vCPU and its ring.
 
 use super::clock::{NEVER, Nanos, nanos_up, seconds};

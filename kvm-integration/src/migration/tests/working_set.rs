@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that stay open: sent once, and never lost.
 
 use kvm_dirty_ring::sim::{SimConfig, SimVcpu};

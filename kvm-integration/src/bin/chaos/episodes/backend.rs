@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The backend that runs the guests, and what it offers.
 
 use anyhow::Result;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One round of a migration: a sync, and copies of the pages that it reports.
 
 use anyhow::{Context, Result, bail};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What came of an episode.
 
 use kvm_dirty_ring::SlotId;

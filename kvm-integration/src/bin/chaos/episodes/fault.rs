@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is done to a guest and its log, and how often it was.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Threads beside the one that conducts an episode: devices that write, and others that sync.
 
 use std::sync::atomic::{AtomicBool, Ordering};

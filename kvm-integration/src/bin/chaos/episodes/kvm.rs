@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The tiny guest on KVM, tormented.
 
 use std::sync::Arc;

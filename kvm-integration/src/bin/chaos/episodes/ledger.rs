@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memslots that there are and were, each with a copy made of what syncs report and nothing else.
 //!
 //! An id may be in use by one slot after another while syncs are under way, and a sync names slots by

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Chaos: guests that are tormented while their dirty log must not lose a page.
 //!
 //! Each episode makes a guest and does to it, and to its log, all that [`Fault`] lists, as a

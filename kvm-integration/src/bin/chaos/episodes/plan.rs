@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What happens in an episode: a function of the seed and the episode's number alone.
 //!
 //! In what order it happens to race with what is for the machine to decide.

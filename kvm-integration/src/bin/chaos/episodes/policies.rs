@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Policies for the reaper: those of the crate, and some that nobody should use.
 
 use std::sync::Arc;

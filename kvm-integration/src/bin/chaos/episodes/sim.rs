@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A guest on the simulated kernel, tormented in ways that a real kernel can't be made to.
 
 use std::collections::BTreeMap;

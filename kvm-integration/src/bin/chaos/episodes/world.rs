@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an episode needs of the backend that runs the guest.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is drawn of the samples.
 
 use kvm_integration::charts::Point;

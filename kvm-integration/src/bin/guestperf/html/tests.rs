@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What must be so of every page.
 
 use std::collections::HashSet;

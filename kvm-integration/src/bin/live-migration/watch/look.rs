@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One look at the log and the migration.
 
 use std::time::{Duration, Instant};

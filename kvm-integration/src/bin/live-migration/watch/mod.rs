@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `--watch`: what the log and the migration do, while they do it.
 //!
 //! A thread of its own looks and writes, so that a terminal which takes its time holds nothing up. It

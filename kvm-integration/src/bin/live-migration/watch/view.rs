@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How a look is shown: redrawn in place on a terminal, a line each elsewhere.
 
 use std::fmt::Write as _;

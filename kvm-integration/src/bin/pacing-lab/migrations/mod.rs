@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `--migrations`: what a working set brings to whole migrations.
 
 mod report;

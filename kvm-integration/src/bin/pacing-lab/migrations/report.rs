@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The file that `--migrations --json` writes.
 //!
 //! One object: `schema`, 1, which changes when the meaning of a key does; `simulated`; `host`, as in the other file;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What came of a run.
 
 #[cfg(tiny_guest)]

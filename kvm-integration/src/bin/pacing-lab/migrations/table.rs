@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of figures, and what there is to say beside it.
 
 use kvm_integration::cli::markdown::{NONE, Table, figure};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The simulation: what happens, one event after the other.
 
 mod passes;

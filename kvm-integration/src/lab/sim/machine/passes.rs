@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Passes: the crate's, with resets shared, and QEMU's under one lock.
 
 use super::Machine;

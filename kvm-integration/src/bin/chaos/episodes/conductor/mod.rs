@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An episode, from the making of the guest to the last comparison.
 
 mod slots;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Storms of signals, and their targets.
 
 use std::ops::Deref;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! vCPUs that start, pause and end.
 
 use std::sync::Arc;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pages that stay open: how many may, what closes them, and last syncs that are called off.
 
 use std::io;
