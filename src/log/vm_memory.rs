@@ -50,6 +50,12 @@
 //! for what the kernel writes on the VMM's behalf (`io_uring`, vhost), and in a `ReadVolatile` of your own.
 //!
 //! Import from this crate by name: with `use kvm_dirty_ring::*` this module hides the crate of the same name.
+//!
+//! # Versions of vm-memory
+//!
+//! It is for vm-memory 0.18, and for 0.17 from 0.17.2 on, which has the types of 0.18 under its own names. Types of 0.17.1 and
+//! before are others, and the trait that [`GuestMap::slice`] takes had another name. A range of versions would not help: cargo
+//! takes its newest, whichever one the VMM has.
 
 use core::fmt;
 
