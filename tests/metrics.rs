@@ -130,6 +130,7 @@ fn expected(stats: &Stats, vm: &str) -> BTreeMap<String, f64> {
         ("overruns_total", stats.overruns),
         ("missing_bitmaps_total", stats.missing_bitmaps),
         ("suspect_pages", stats.suspect_pages),
+        ("slots_to_rearm", stats.slots_to_rearm),
         ("members", stats.working_set.members),
         ("members_joined_total", stats.working_set.joined),
         ("members_closed_total", stats.working_set.closed),

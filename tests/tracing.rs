@@ -18,7 +18,7 @@ use ear::{Listening, PATIENCE, Told, lock, names};
 use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVm};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, Reaper};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Kernel, Reaper, Stats};
 use scenario::{Machine, RAM, ROM, run};
 use tracing::Level;
 
@@ -71,6 +71,31 @@ fn passes_and_syncs_are_told() {
     assert_eq!(told[1].fields["finished"], "true");
     assert_eq!(told[1].count("pages"), 5);
     assert!(told[1].count("ns") > 0);
+}
+
+/// An event of its own shows that a slot has so many suspects that it pays to re-arm it.
+#[test]
+fn an_event_shows_where_a_rearming_pays() {
+    for (suspects, slots) in [
+        (Stats::REARM_PAYS_FROM - 1, None),
+        (Stats::REARM_PAYS_FROM, Some(1)),
+    ] {
+        let vm = SimVm::new(SimConfig::default());
+        let log = vm.dirty_log();
+        log.add_slot(RAM, 4000).unwrap();
+        vm.create_slot(RAM, 4000);
+        let vcpu = vm.add_vcpu();
+        let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+        let listening = Listening::new();
+        vm.inject([ResetFault::Short { after: 1 }]);
+        (0..suspects).for_each(|page| vcpu.write(RAM, page).unwrap());
+        log.reap().unwrap();
+        let told = listening.take();
+        let pays = told
+            .iter()
+            .find(|told| told.name == "kvm_dirty_ring_rearm_pays");
+        assert_eq!(pays.map(|told| told.count("slots")), slots, "{told:?}");
+    }
 }
 
 /// Each is emitted once, at the end of the call that met it, with what is suspect by then.

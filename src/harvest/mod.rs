@@ -4,6 +4,7 @@
 //! May import: ground, bitmap, ring, limit, pacing, slots.
 
 pub(crate) mod kernel_bits;
+mod last_batch;
 pub(crate) mod pass;
 pub(crate) mod reset_gate;
 pub(crate) mod vcpu;

@@ -3,9 +3,9 @@
 
 use std::io;
 
-use crate::bitmap::pages::PageBits;
 use crate::bitmap::pool::{MAX_SHARDS, ShardGuard, ShardPool, Unreset};
 use crate::error::ResetError;
+use crate::harvest::last_batch;
 use crate::harvest::reset_gate::{Harvest, ResetGate, Rings};
 use crate::harvest::vcpu::Vcpu;
 use crate::kernel::{Kernel, Mode};
@@ -22,6 +22,9 @@ use crate::sync::{Arc, Counter, Mutex, OnceLock, lock};
 /// Entries after which a pass over many rings lets a reset go first: some tenths of a millisecond. In the models, after each
 /// ring.
 const MOST_MARKED: u64 = if cfg!(test) { 1 } else { 1 << 16 };
+
+/// Suspect pages of one slot from which on it pays to re-arm it.
+pub(crate) const REARM_PAYS_FROM: u64 = 1024;
 
 /// How often a removal repeats resets that fall short.
 const RECYCLE_TRIES: usize = 4;
@@ -82,6 +85,8 @@ pub(crate) struct Counts {
     pub(crate) out_of_range: Counter,
     /// Broken rings.
     pub(crate) overruns: Counter,
+    /// Entries looked at for one that names a page past its slot's end.
+    pub(crate) looked_at: Counter,
 }
 
 /// The result of harvesting one ring.
@@ -145,6 +150,16 @@ impl Harvester {
             true => slots.map(|slot| slot.pages()).sum(),
             false => slots.map(|slot| slot.suspects()).sum(),
         }
+    }
+
+    /// Returns how many slots can be re-armed and have so many suspect pages that it pays.
+    pub(crate) fn slots_to_rearm(&self) -> u64 {
+        let layout = self.layout();
+        let slots = layout.slots.staying().filter(|slot| slot.is_tracked());
+        let pays = slots
+            .filter(|slot| slot.suspects() >= REARM_PAYS_FROM)
+            .count();
+        if self.any_broken() { 0 } else { pays as u64 }
     }
 
     /// Waits until every pass that has begun, and so may use an old layout, has ended.
@@ -232,16 +247,24 @@ impl Harvester {
         rings.any(|ring| ring.awaits_reset_of(slot.raw(), first))
     }
 
-    /// Ends the suspicion of a slot all of whose pages are protected again, or will be before they are logged. Moves the suspect pages
-    /// into `bits`.
+    /// Makes all of a slot suspect while an entry that names a page past its end waits for its reset: the kernel will skip its
+    /// batch, and pages that are written and harvested by then may be in it. Suspicion of these slots, ascending by id, has just
+    /// ended, as all of their pages are protected again, or will be before they are logged.
     ///
-    /// All of them stay suspect while an entry that names a page past the slot's end waits for its reset: the kernel will skip its
-    /// batch, and pages that are written and harvested by then may be in it. A pass that marks such an entry makes the slot suspect
-    /// before it releases the ring, or the right to harvest. So either that comes after this call, or the call sees the entry.
-    pub(crate) fn end_suspicion(&self, slot: &Slot, bits: &mut PageBits) {
-        slot.take_suspects_into(bits);
-        if self.awaits_reset_of(slot.id(), slot.pages()) {
-            slot.suspect_all();
+    /// A pass that marks such an entry makes the slot suspect before it releases the ring, or the right to harvest. So either that
+    /// comes after suspicion has ended, or this call sees the entry. Each call looks anew: another program may have marked entries
+    /// that no pass has counted.
+    pub(crate) fn suspect_past_the_end(&self, slots: &[Arc<Slot>]) {
+        for vcpu in &self.layout().vcpus {
+            let ring = lock(&vcpu.ring);
+            self.counts.looked_at.add(ring.entries().into());
+            for (named, page) in ring.awaiting_reset() {
+                let at = slots.binary_search_by_key(&named, |slot| slot.id().raw());
+                let slot = at.ok().map(|at| &slots[at]);
+                if let Some(slot) = slot.filter(|slot| page >= slot.pages()) {
+                    slot.suspect_all();
+                }
+            }
         }
     }
 }
@@ -263,17 +286,11 @@ impl Rings for Harvester {
 
     fn suspect_last_batches(&self) {
         let layout = self.layout();
-        for vcpu in layout.vcpus.iter().filter(|vcpu| vcpu.taken() > 0) {
-            let (named, page) = lock(&vcpu.ring).last();
-            if named == NO_SLOT {
-                // Made void, in any slot. A kernel that ignores the change has it in one batch with those before.
-                layout
-                    .slots
-                    .slots()
-                    .for_each(|slot| slot.suspect_batch(page));
-            } else if let Some(slot) = layout.slots.get(named) {
-                slot.suspect_batch(page);
-            }
+        for vcpu in &layout.vcpus {
+            let (ring, taken) = (lock(&vcpu.ring), vcpu.taken());
+            let last = ring.last();
+            let is_all = taken <= last.len() as u64;
+            last_batch::suspect(&layout.slots, last.take(taken as usize), is_all);
         }
     }
 }

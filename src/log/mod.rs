@@ -98,7 +98,9 @@ impl Inner {
             }
         };
         let suspects = || self.harvester.suspects();
-        self.emitted.emit(&self.name, faults, suspects);
+        let slots_to_rearm = || self.harvester.slots_to_rearm();
+        self.emitted
+            .emit(&self.name, faults, suspects, slots_to_rearm);
     }
 }
 

@@ -35,7 +35,8 @@ impl DirtyLog {
             // Without `KVM_MEM_LOG_DIRTY_PAGES` the kernel has dropped its bits.
             tracked.device().set(0, tracked.pages());
         }
-        self.end_suspicion(tracked, &mut pending, |slot, bits| {
+        let ended = core::slice::from_ref(tracked);
+        self.end_suspicion(ended, &mut pending, |slot, bits| {
             slot.members().end_into(bits)
         })?;
         drop(pending);
@@ -52,23 +53,31 @@ impl DirtyLog {
         }
     }
 
-    /// Notes that every page of the slot is protected again. `leave` ends the membership of those that stayed open.
-    fn end_suspicion(
+    /// Ends suspicion of these slots, ascending by id: every page of them was protected again, or will be before it is
+    /// logged. `leave` ends the membership of those that stayed open. It looks through the rings once, for all of them.
+    pub(super) fn end_suspicion(
         &self,
-        tracked: &Slot,
+        ended: &[Arc<Slot>],
         pending: &mut DirtyPages,
         leave: impl Fn(&Slot, &mut PageBits),
     ) -> Result<(), SlotError> {
-        if !pending.fit(&self.inner().harvester.layout().slots) {
-            let (slot, pages) = (tracked.id(), tracked.pages());
+        let Some(first) = ended.first() else {
+            return Ok(());
+        };
+        let harvester = &self.inner().harvester;
+        if !pending.fit(&harvester.layout().slots) {
+            let (slot, pages) = (first.id(), first.pages());
             return Err(SlotError::NoMemory { slot, pages });
         }
-        for (slot, bits) in pending.slots_mut() {
-            if core::ptr::eq(slot, tracked) {
-                self.inner().harvester.end_suspicion(slot, bits);
-                leave(slot, bits);
-            }
+        let is_ended = |slot: &Slot| {
+            let at = ended.binary_search_by_key(&slot.id(), |ended| ended.id());
+            at.is_ok_and(|at| core::ptr::eq(&*ended[at], slot))
+        };
+        for (slot, bits) in pending.slots_mut().filter(|(slot, _)| is_ended(slot)) {
+            slot.take_suspects_into(bits);
+            leave(slot, bits);
         }
+        harvester.suspect_past_the_end(ended);
         Ok(())
     }
 
@@ -82,12 +91,15 @@ impl DirtyLog {
     /// **Stop the vCPUs before.** No vCPU may be in `KVM_RUN` meanwhile, as what it writes in between is not logged. Where the kernel
     /// has bitmaps, make no ioctl by which it writes guest memory, either (such as `KVM_DEV_ARM_ITS_SAVE_TABLES`).
     ///
-    /// **Call it as soon as a sync has reported suspects** (see [`Stats::suspect_pages`](crate::Stats::suspect_pages)), since all of
-    /// them have to be copied each time.
+    /// **Call it where that costs less than to copy the suspects in each of the rounds to come**: as a rule for slots with
+    /// [`Stats::REARM_PAYS_FROM`](crate::Stats::REARM_PAYS_FROM) of them or more, which
+    /// [`Stats::slots_to_rearm`](crate::Stats::slots_to_rearm) counts. Nothing else ends suspicion, except
+    /// [`stop_tracking`](Self::stop_tracking).
     ///
     /// All of a slot stays suspect while an entry that names a page past its end is harvested and not yet reset: the kernel
     /// protects none of the pages that it recycles together with that one. Call it again after a sync has succeeded.
     ///
+    /// Once all slots are protected, it looks at every entry of every ring, once for all of them.
     /// It waits for other changes of slots. `protect` must not change slots of this log, nor wait for a thread that does.
     ///
     /// ```
@@ -100,7 +112,7 @@ impl DirtyLog {
     /// # vm.create_slot(ram, 1000);
     /// # let set_flags = |slot, flags: u32| Ok::<_, std::io::Error>(vm.set_logged(slot, flags != 0));
     /// # const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1;
-    /// if log.stats().suspect_pages > 0 {
+    /// if log.stats().slots_to_rearm > 0 {
     ///     // With every vCPU out of KVM_RUN:
     ///     log.rearm(|slot| {
     ///         set_flags(slot, 0)?;
@@ -113,7 +125,7 @@ impl DirtyLog {
     /// # Errors
     /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and the suspicion stays for good.
     /// [`SlotError::Protect`] with the error of `protect`: every page of that slot is suspect then, because the slot may be
-    /// unlogged. Or there is no memory. Slots after it are unchanged.
+    /// unlogged. Slots after it are unchanged. Or there is no memory: all slots stay suspect then.
     pub fn rearm(
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,
@@ -121,37 +133,44 @@ impl DirtyLog {
         self.protect_those(|slot| slot.suspects() > 0, &mut protect)
     }
 
-    /// Has the `concerned` slots protected anew. Returns how many there were.
+    /// Has the `concerned` slots protected anew, then ends suspicion of all of them at once. Returns how many there were.
     pub(super) fn protect_those(
         &self,
         concerned: impl Fn(&Slot) -> bool,
         protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
     ) -> Result<usize, SlotError> {
         self.refuse_if_broken()?;
+        let one_at_a_time = lock(&self.inner().slot_change);
         let layout = self.inner().harvester.layout();
-        let mut rearmed = 0;
-        for slot in layout.slots.staying() {
-            // A slot that is not tracked must not become logged by this.
-            let concerned = concerned(slot) && slot.is_tracked();
-            if concerned && self.protect_anew(slot, protect)? {
-                trace::rearmed(&self.inner().name, slot.id().raw());
-                rearmed += 1;
+        // A slot that is not tracked must not become logged by this.
+        let concerned = |slot: &Slot| concerned(slot) && slot.is_tracked();
+        let (mut protected, mut outcome) = (Vec::new(), Ok(()));
+        for slot in layout.slots.staying().filter(|slot| concerned(slot)) {
+            outcome = self.protect_anew(slot, protect);
+            if outcome.is_err() {
+                break;
             }
+            protected.push(Arc::clone(slot));
         }
-        Ok(rearmed)
+        let mut pending = lock(&self.inner().pending);
+        let ended = self.end_suspicion(&protected, &mut pending, |slot, bits| {
+            slot.members().end_leaving(bits)
+        });
+        drop((pending, one_at_a_time));
+        ended?;
+        for slot in &protected {
+            trace::rearmed(&self.inner().name, slot.id().raw());
+        }
+        outcome?;
+        Ok(protected.len())
     }
 
-    /// Has a slot protected and ends its suspicion, unless it was removed or stopped meanwhile.
+    /// Has a slot protected that is tracked and stays. Under the lock on changes of slots.
     fn protect_anew(
         &self,
-        slot: &Arc<Slot>,
+        slot: &Slot,
         protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
-    ) -> Result<bool, SlotError> {
-        let _one_at_a_time = lock(&self.inner().slot_change);
-        let layout = self.inner().harvester.layout();
-        if !layout.slots.holds(slot) || layout.slots.is_retired(slot) || !slot.is_tracked() {
-            return Ok(false);
-        }
+    ) -> Result<(), SlotError> {
         {
             let _pending = lock(&self.inner().pending);
             if self.inner().harvester.kernel().has_bitmap() {
@@ -170,12 +189,7 @@ impl DirtyLog {
         let id = slot.id();
         protect(id).map_err(|source| SlotError::Protect { slot: id, source })?;
         unsure.is_protected = true;
-        drop(unsure);
-        let mut pending = lock(&self.inner().pending);
-        self.end_suspicion(slot, &mut pending, |slot, bits| {
-            slot.members().end_leaving(bits)
-        })?;
-        Ok(true)
+        Ok(())
     }
 
     fn take_bits_of(&self, slot: &Slot) -> Result<(), SlotError> {

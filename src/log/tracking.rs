@@ -80,6 +80,8 @@ impl DirtyLog {
     /// It waits for a sync under way, and for other changes of slots. `log_off` must not change slots of this log, nor wait for a
     /// thread that does.
     ///
+    /// It looks at every entry of every ring. To stop many slots, call [`stop_tracking_all`](Self::stop_tracking_all).
+    ///
     /// # Errors
     /// The slot is not in the log, or is being removed. [`SlotError::Switch`] with the error of `log_off`: the slot is not tracked
     /// then, whether or not KVM still logs it.
@@ -88,23 +90,60 @@ impl DirtyLog {
         slot: SlotId,
         log_off: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), SlotError> {
+        let mut log_off = Some(log_off);
+        // One slot, so it is called once.
+        let once = |_| log_off.take().map_or(Ok(()), |log_off| log_off());
+        self.stop_tracking_all([slot], once)
+    }
+
+    /// Stops tracking many slots.
+    ///
+    /// As [`stop_tracking`](Self::stop_tracking), but it looks through the rings once for all of them, and not for each. It calls
+    /// `log_off` with each slot, ascending by id.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::SlotId;
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let set_flags = |slot, flags: u32| Ok::<_, std::io::Error>(vm.set_logged(slot, flags != 0));
+    /// let slots = [SlotId::new(0, 0), SlotId::new(0, 1)];
+    /// # slots.iter().try_for_each(|&slot| { vm.create_slot(slot, 1000); log.add_slot(slot, 1000) })?;
+    /// log.stop_tracking_all(slots, |slot| set_flags(slot, 0))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A slot is not in the log, or is being removed: none was stopped then. [`SlotError::Switch`] with the error of `log_off`:
+    /// that slot is not tracked, nor are those before it; those after it are unchanged.
+    pub fn stop_tracking_all(
+        &self,
+        slots: impl IntoIterator<Item = SlotId>,
+        mut log_off: impl FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
-        let tracked = self.staying(slot)?;
-        // Before the flag goes: a sync in between would miss what is written and not logged.
-        self.untrack(&tracked);
-        log_off().map_err(|source| SlotError::Switch { slot, source })?;
+        let tracked = slots.into_iter().map(|slot| self.staying(slot));
+        let mut tracked = tracked.collect::<Result<Vec<_>, _>>()?;
+        tracked.sort_by_key(|slot| slot.id());
+        tracked.dedup_by_key(|slot| slot.id());
+        let (mut stopped, mut outcome) = (0, Ok(()));
+        for tracked in &tracked {
+            let slot = tracked.id();
+            // Before the flag goes: a sync in between would miss what is written and not logged.
+            self.untrack(tracked);
+            outcome = log_off(slot).map_err(|source| SlotError::Switch { slot, source });
+            if outcome.is_err() {
+                break;
+            }
+            stopped += 1;
+        }
         let mut pending = lock(&self.inner().pending);
         // Not before KVM has switched: it protects again only what it did not log. Without memory for them they stay suspect,
         // which costs only time.
-        if pending.fit(&self.inner().harvester.layout().slots) {
-            for (slot, bits) in pending.slots_mut() {
-                if core::ptr::eq(slot, &*tracked) {
-                    self.inner().harvester.end_suspicion(slot, bits);
-                    slot.members().end_into(bits);
-                }
-            }
-        }
-        Ok(())
+        let _ = self.end_suspicion(&tracked[..stopped], &mut pending, |slot, bits| {
+            slot.members().end_into(bits)
+        });
+        outcome
     }
 
     /// Makes every sync report all of the slot from now on.
@@ -122,5 +161,61 @@ impl DirtyLog {
             true => Err(SlotError::Retired { slot }),
             false => Ok(Arc::clone(tracked)),
         }
+    }
+}
+
+#[cfg(all(test, not(feature = "modelled")))]
+mod tests {
+    use super::*;
+    use crate::sim::{SimConfig, SimVm};
+
+    const SLOTS: u16 = 1000;
+    const PAGES: u64 = 64;
+    const RINGS: u64 = 16;
+
+    /// A thousand slots are stopped, or re-armed, under locks: the rings are looked through once.
+    #[test]
+    fn many_slots_take_one_look_at_the_rings() {
+        let config = SimConfig {
+            ring_entries: 65_536,
+            ..SimConfig::default()
+        };
+        let look = RINGS * u64::from(config.ring_entries);
+        let vm = SimVm::new(config);
+        let log = vm.dirty_log();
+        let slots: Vec<SlotId> = (0..SLOTS).map(|id| SlotId::new(0, id)).collect();
+        for &slot in &slots {
+            log.add_slot(slot, PAGES).unwrap();
+            vm.create_slot(slot, PAGES);
+        }
+        let vcpus: Vec<_> = (0..RINGS).map(|_| vm.add_vcpu()).collect();
+        let attach = |vcpu: &crate::sim::SimVcpu| log.attach_ring(vcpu.ring_memory()).unwrap();
+        let mut rings: Vec<_> = vcpus.iter().map(attach).collect();
+        let harvester = &log.inner().harvester;
+        let looked_at = || harvester.counts.looked_at.get();
+        let switch = |slot, logged| {
+            vm.set_logged(slot, logged);
+            Ok(())
+        };
+        // An entry past the end of its slot waits for its reset: all are suspect.
+        vcpus[3].garble_next(slots[7].raw(), PAGES);
+        vcpus[3].write(slots[2], 5).unwrap();
+        rings[3].harvest_and_stop();
+        assert_eq!(harvester.suspects(), u64::from(SLOTS) * PAGES);
+        let stop_all =
+            || log.stop_tracking_all(slots.iter().rev().copied(), |slot| switch(slot, false));
+        stop_all().unwrap();
+        assert_eq!(looked_at(), look);
+        assert_eq!(harvester.suspects(), PAGES, "the slot that the entry names");
+        for &slot in &slots {
+            log.start_tracking(slot, || switch(slot, true)).unwrap();
+        }
+        // Another makes all of them suspect; both are recycled, and a re-arming finds none.
+        vcpus[3].garble_next(slots[8].raw(), PAGES);
+        vcpus[3].write(slots[3], 5).unwrap();
+        log.reap().unwrap();
+        let rearmed = log.rearm(|slot| switch(slot, false).and_then(|()| switch(slot, true)));
+        assert_eq!(rearmed.unwrap(), usize::from(SLOTS));
+        assert_eq!((looked_at(), harvester.suspects()), (2 * look, 0));
     }
 }

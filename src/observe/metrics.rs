@@ -16,6 +16,7 @@
 //! | `kvm_dirty_ring_overruns_total` | `vm` | [`Stats::overruns`] |
 //! | `kvm_dirty_ring_missing_bitmaps_total` | `vm` | [`Stats::missing_bitmaps`] |
 //! | `kvm_dirty_ring_suspect_pages` | `vm` | [`Stats::suspect_pages`], a gauge |
+//! | `kvm_dirty_ring_slots_to_rearm` | `vm` | [`Stats::slots_to_rearm`], a gauge |
 //! | `kvm_dirty_ring_members` | `vm` | [`WorkingSetStats::members`], a gauge |
 //! | `kvm_dirty_ring_members_joined_total` | `vm` | [`WorkingSetStats::joined`] |
 //! | `kvm_dirty_ring_members_closed_total` | `vm` | [`WorkingSetStats::closed`] |
@@ -86,7 +87,7 @@ macro_rules! table {
     };
 }
 
-const VM: [Metric<Stats>; 17] = table! {
+const VM: [Metric<Stats>; 18] = table! {
     Counter "passes_total" Count "Passes begun, by any thread." |s| s.passes;
     Counter "resets_total" Count "Reset ioctls issued." |s| s.resets;
     Counter "short_resets_total" Count
@@ -104,6 +105,7 @@ const VM: [Metric<Stats>; 17] = table! {
         "Bitmaps of slots that KVM did not return." |s| s.missing_bitmaps;
     Gauge "suspect_pages" Count
         "Pages that may be written without being logged, and come with each sync." |s| s.suspect_pages;
+    Gauge "slots_to_rearm" Count "Slots that have so many suspect pages that it pays to re-arm them." |s| s.slots_to_rearm;
     Gauge "members" Count "Pages that stay open, and come with each sync." |s| s.working_set.members;
     Counter "members_joined_total" Count "Times that a page was left open." |s| s.working_set.joined;
     Counter "members_closed_total" Count "Open pages that refreshes have closed." |s| s.working_set.closed;

@@ -258,9 +258,16 @@ pub(crate) struct Emitted {
 }
 
 impl Emitted {
-    /// Emits an event for each kind of fault that came since, and one with the number of pages that are suspect then.
+    /// Emits an event for each kind of fault that came since, one with the number of pages that are suspect then, and one
+    /// with the number of slots that are worth re-arming, if any is.
     #[inline]
-    pub(crate) fn emit(&self, vm: &Name, read: impl Fn() -> Faults, suspects: impl Fn() -> u64) {
+    pub(crate) fn emit(
+        &self,
+        vm: &Name,
+        read: impl Fn() -> Faults,
+        suspects: impl Fn() -> u64,
+        slots_to_rearm: impl Fn() -> u64,
+    ) {
         if !wanted!(WARN) {
             return;
         }
@@ -286,6 +293,10 @@ impl Emitted {
             "kvm_dirty_ring_useless_working_set", useless_working_sets;
         }
         event!(vm, WARN, "kvm_dirty_ring_suspects", pages = suspects());
+        let slots = slots_to_rearm();
+        if slots > 0 {
+            event!(vm, WARN, "kvm_dirty_ring_rearm_pays", slots = slots);
+        }
     }
 
     fn news(&self, read: impl Fn() -> Faults) -> Faults {

@@ -154,16 +154,24 @@ impl RingView {
     /// Returns whether an entry of a memslot waits for a reset that names its page `first` or one after it, wherever another program
     /// may have left the indices. It looks at every entry.
     pub(crate) fn awaits_reset_of(&self, slot: u32, first: u64) -> bool {
-        let entries = (0..self.entries()).map(|index| self.memory.at(index));
-        // The vCPU may be filling the payload of any other entry.
-        let waiting = entries.filter(|entry| entry.awaits_reset());
-        let mut named = waiting.map(Entry::payload);
+        let mut named = self.awaiting_reset();
         named.any(|(named, page)| named == slot && page >= first)
     }
 
-    /// Returns the payload of the last harvested entry, slot and page, as long as the vCPU has not come round to it.
-    pub(crate) fn last(&self) -> (u32, u64) {
-        self.memory.at(self.head.wrapping_sub(1)).payload()
+    /// Returns slot and page of all entries that wait for a reset, wherever another program may have left the indices. It looks at
+    /// every entry.
+    pub(crate) fn awaiting_reset(&self) -> impl Iterator<Item = (u32, u64)> {
+        let entries = (0..self.entries()).map(|index| self.memory.at(index));
+        // The vCPU may be filling the payload of any other entry.
+        let waiting = entries.filter(|entry| entry.awaits_reset());
+        waiting.map(Entry::payload)
+    }
+
+    /// Returns slot and page of the entries harvested last, the latest first: of as many as a vCPU that leaves half of the reserve
+    /// free does not come round to. Nothing may be harvested meanwhile.
+    pub(crate) fn last(&self) -> impl ExactSizeIterator<Item = (u32, u64)> {
+        let before = |back| self.memory.at(self.head.wrapping_sub(back + 1));
+        (0..self.half_reserve).map(move |back| before(back).payload())
     }
 }
 

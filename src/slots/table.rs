@@ -158,6 +158,13 @@ impl Slot {
         self.for_each_of_shard(held, |word, bits| _ = self.suspect.merge(word, bits));
     }
 
+    /// Puts a page under suspicion, if there is one.
+    pub(crate) fn suspect_page(&self, page: u64) {
+        if page < self.pages {
+            self.suspect.set(page, 1);
+        }
+    }
+
     /// Puts the pages under suspicion that may be in one batch of a reset with `page`. KVM protects pages that lie within the bits
     /// of a word at once (`kvm_dirty_ring_reset`).
     pub(crate) fn suspect_batch(&self, page: u64) {

@@ -174,7 +174,7 @@ fn what_stays_open_beside_running_vcpus_arrives() {
             max_rounds: 4,
             downtime: Duration::from_millis(5),
             places: Places::Auto,
-            converge: false,
+            ..LIMITS
         };
         let outcome = run(&mut machine, &limits);
         assert_eq!(outcome.mismatched_pages, 0, "{outcome:?}");
