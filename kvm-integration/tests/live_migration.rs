@@ -176,6 +176,44 @@ fn a_guest_that_outruns_the_link_is_stopped() {
     assert_eq!(object["rounds"], 3);
 }
 
+/// A guest that writes no page twice: what is not sent again after a link that broke is not sent at all.
+const BREAKS: &str =
+    "--memory-mib 16 --bandwidth-mib 16 --workload walk --write-rate 2000 --max-rounds 8";
+
+/// What has not arrived is given back, and sent by the next round: also what was sent, and lost with the link.
+fn assert_broken_link_loses_nothing(backend: &str) {
+    const UNDER_WAY: u64 = 64;
+    for after in [7, 64, 300] {
+        let object = json(&format!("{BREAKS} {backend} --break-after {after}"));
+        let broken = object["broken_round"].as_u64();
+        let broken = broken.unwrap_or_else(|| panic!("no link broke: {object}")) as usize;
+        let pages = |round: usize, key| object["per_round"][round][key].as_u64().unwrap();
+        assert_eq!(pages(broken, "pages"), after, "{object}");
+        assert!(broken > 0 && pages(broken, "cut_off") > 0, "{object}");
+        let again = pages(broken, "cut_off") + after.min(UNDER_WAY);
+        assert!(pages(broken + 1, "pages") >= again, "{object}");
+        let breaks = |round: &&Value| round["cut_off"] != 0;
+        let rounds = object["per_round"].as_array().unwrap();
+        assert_eq!(rounds.iter().filter(breaks).count(), 1, "{object}");
+    }
+}
+
+fn a_broken_link_loses_nothing() {
+    for working_set in ["auto", "off", "100"] {
+        assert_broken_link_loses_nothing(&format!("--backend sim --working-set {working_set}"));
+    }
+    let object = json(&format!("{SMALL} --backend sim --break-after 5000"));
+    assert_eq!(object["broken_round"], Value::Null);
+    let table = |after| {
+        let ran = run(&format!("{BREAKS} --backend sim --break-after {after}"));
+        assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+        ran.stdout
+    };
+    assert!(table(100).contains("\nbroken link        in round "));
+    let unbroken = "\nbroken link        no, no round had more than 5,000 pages\n";
+    assert!(table(5000).contains(unbroken));
+}
+
 /// What `--watch` says without a terminal: lines of this form on stderr alone.
 fn assert_watched(stderr: &str, rings: bool) {
     let mut left = Vec::new();
@@ -368,6 +406,7 @@ fn nonsense_is_refused_with_what_is_allowed() {
         ),
         ("--write-rate=-1", "--write-rate <PAGES>"),
         ("--max-rounds 0", "1..=1000"),
+        ("--break-after 0", "1..=67108864"),
         ("--downtime-ms 60001", "0..=60000"),
         ("--frobnicate", "--help"),
     ] {
@@ -392,6 +431,7 @@ fn help_names_every_option() {
         "--seed",
         "--backend",
         "--pacing",
+        "--break-after",
         "--watch",
         "--json",
     ] {
@@ -460,6 +500,11 @@ fn kvm_eight_vcpus_on_small_rings() {
     let rest = "--memory-mib 64 --bandwidth-mib 32 --max-rounds 2 --pacing fixed";
     let object = json(&format!("{args} {rest}"));
     assert!(number(&object, "ring_full_exits") > 0.0, "{object}");
+}
+
+fn kvm_broken_link() {
+    assert_broken_link_loses_nothing("--backend kvm");
+    assert_broken_link_loses_nothing("--backend bitmap");
 }
 
 fn kvm_twenty_seeds() {
@@ -536,6 +581,7 @@ fn main() -> ExitCode {
         every_policy_brings_it_there,
         the_smallest_and_the_most_parallel_guests_arrive,
         a_guest_that_outruns_the_link_is_stopped,
+        a_broken_link_loses_nothing,
         a_watched_migration_says_how_it_stands,
         a_watched_migration_is_interrupted_as_others_are,
         a_watched_migration_needs_no_reader,
@@ -548,6 +594,7 @@ fn main() -> ExitCode {
     let on_kvm = tests![
         kvm_default_run,
         kvm_eight_vcpus_on_small_rings,
+        kvm_broken_link,
         kvm_twenty_seeds,
         kvm_every_policy,
         kvm_by_bitmap,

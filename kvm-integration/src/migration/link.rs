@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use kvm_dirty_ring::{Run, SlotId};
 
-use super::outcome::Observer;
+use super::outcome::{Limits, Observer};
 use crate::cli::interrupt::go_on;
 use crate::guest::memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use crate::machine::rate::TokenBucket;
@@ -15,6 +15,8 @@ use crate::machine::{Guest, GuestSlot};
 
 /// Pages sent between two looks at the clock and at whether to go on.
 const PIECE: u64 = 64;
+/// Pages that are on their way at a time: sent, and lost if the link breaks.
+const UNDER_WAY: u64 = 64;
 /// What no guest writes.
 const POISON: u64 = 0xbad0_c0de_bad0_c0de;
 /// The longest sleep between two looks at whether to go on.
@@ -49,24 +51,44 @@ pub(super) struct Link<'a> {
     /// As many as `slots`.
     copies: &'a [GuestMemory],
     bucket: Option<TokenBucket>,
+    /// It breaks after so many pages of a round.
+    break_after: Option<u64>,
     interrupted: &'a AtomicBool,
     observer: &'a mut dyn Observer,
+}
+
+/// A round on the link.
+pub(super) struct Sent {
+    /// How long it took.
+    pub(super) time: Duration,
+    /// If the link broke, what became of the round by then.
+    pub(super) broken: Option<Broken>,
+}
+
+/// A link that broke.
+#[derive(Default)]
+pub(super) struct Broken {
+    /// Pages sent.
+    pub(super) sent: u64,
+    /// Those of them that the other side has acknowledged, in the order in which they were sent.
+    pub(super) arrived: Vec<Run>,
 }
 
 impl<'a> Link<'a> {
     pub(super) fn new(
         slots: &[GuestSlot],
         destination: &'a Destination,
-        bandwidth_mib: u64,
+        limits: &Limits,
         now: Instant,
         interrupted: &'a AtomicBool,
         observer: &'a mut dyn Observer,
     ) -> Self {
-        let pages_per_second = bandwidth_mib as f64 * 256.0;
+        let pages_per_second = limits.bandwidth_mib as f64 * 256.0;
         Self {
             slots: slots.to_vec(),
             copies: &destination.0,
             bucket: TokenBucket::new(pages_per_second, now),
+            break_after: limits.break_after,
             interrupted,
             observer,
         }
@@ -87,7 +109,7 @@ impl<'a> Link<'a> {
         self.observer.stop();
     }
 
-    /// Sends the runs, `pages` pages in all, by the guest's clock. How long it took.
+    /// Sends the runs, `pages` pages in all, by the guest's clock, or the first of them, if the link breaks.
     pub(super) fn send(
         &mut self,
         guest: &mut (impl Guest + ?Sized),
@@ -95,22 +117,60 @@ impl<'a> Link<'a> {
         pages: u64,
         running: bool,
         runs: impl Iterator<Item = Run>,
-    ) -> Result<Duration> {
+    ) -> Result<Sent> {
         let start = guest.now();
         self.observer.begin(round, pages, running);
-        for run in runs {
-            let at = self.slots.iter().position(|slot| slot.id == run.slot);
-            let at = at.expect("the tracker names slots of the machine's only");
-            let end = run.first_page + run.pages;
-            for first in (run.first_page..end).step_by(PIECE as usize) {
-                let pages = PIECE.min(end - first);
-                let memory = &self.slots[at].memory;
-                memory.copy_run(first, pages, &self.copies[at]);
-                self.observer.sent(pages);
-                self.keep_pace(guest, pages)?;
+        let breaks = |&mut after: &mut u64| running && round > 0 && pages > after;
+        let broken = match self.break_after.take_if(breaks) {
+            Some(after) => Some(self.send_until(guest, after, runs)?),
+            None => {
+                for piece in runs.flat_map(pieces) {
+                    self.copy(piece);
+                    self.sent(guest, piece.pages)?;
+                }
+                None
+            }
+        };
+        let time = guest.now() - start;
+        Ok(Sent { time, broken })
+    }
+
+    /// Sends the first `after` pages of the runs, then breaks: the last of them do not arrive.
+    fn send_until(
+        &mut self,
+        guest: &mut (impl Guest + ?Sized),
+        after: u64,
+        runs: impl Iterator<Item = Run>,
+    ) -> Result<Broken> {
+        let mut broken = Broken::default();
+        let arrive = after.saturating_sub(UNDER_WAY);
+        for piece in runs.flat_map(pieces) {
+            let arrives = first(piece, arrive.saturating_sub(broken.sent));
+            if arrives.pages > 0 {
+                self.copy(arrives);
+                broken.arrived.push(arrives);
+            }
+            let sent = first(piece, after - broken.sent).pages;
+            self.sent(guest, sent)?;
+            broken.sent += sent;
+            if broken.sent == after {
+                break;
             }
         }
-        Ok(guest.now() - start)
+        Ok(broken)
+    }
+
+    /// Copies a run to the other side.
+    fn copy(&self, run: Run) {
+        let at = self.slots.iter().position(|slot| slot.id == run.slot);
+        let at = at.expect("the tracker names slots of the machine's only");
+        let memory = &self.slots[at].memory;
+        memory.copy_run(run.first_page, run.pages, &self.copies[at]);
+    }
+
+    fn sent(&mut self, guest: &mut (impl Guest + ?Sized), pages: u64) -> Result<()> {
+        self.observer.sent(pages);
+        self.keep_pace(guest, pages)
     }
 
     fn keep_pace(&mut self, guest: &mut (impl Guest + ?Sized), pages: u64) -> Result<()> {
@@ -141,5 +201,23 @@ impl<'a> Link<'a> {
             }
         }
         Ok((count, first))
+    }
+}
+
+/// The run in pieces.
+fn pieces(run: Run) -> impl Iterator<Item = Run> {
+    let firsts = (0..run.pages).step_by(PIECE as usize);
+    firsts.map(move |at| Run {
+        slot: run.slot,
+        first_page: run.first_page + at,
+        pages: PIECE.min(run.pages - at),
+    })
+}
+
+/// The first pages of a run, at most so many.
+fn first(run: Run, pages: u64) -> Run {
+    Run {
+        pages: run.pages.min(pages),
+        ..run
     }
 }

@@ -5,7 +5,8 @@
 //! sends that, while the guest goes on. Pages that it writes all the time may stay open: they are
 //! sent in the last round alone. When what is left fits into the downtime that is
 //! allowed, or enough is enough, the vCPUs stop, one last sync returns the rest, and all of it is
-//! sent. Then both sides must be equal.
+//! sent. Then both sides must be equal. Where the link breaks, what has not arrived is given back to the
+//! tracker, and the next round sends it.
 
 mod link;
 mod outcome;
@@ -21,6 +22,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use kvm_dirty_ring::Run;
 use kvm_dirty_ring::convergence::Decision;
 
 use crate::machine::{Guest, GuestSlot};
@@ -50,9 +52,8 @@ pub fn migrate(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let slots = guest.slots();
-    let bandwidth = limits.bandwidth_mib;
     let now = guest.now();
-    let mut link = Link::new(slots, destination, bandwidth, now, interrupted, observer);
+    let mut link = Link::new(slots, destination, limits, now, interrupted, observer);
     let pages_total = slots.iter().map(|slot| slot.memory.pages()).sum();
     let stores = guest.stores();
     let mut steering = Steering::new(limits);
@@ -64,7 +65,8 @@ pub fn migrate(
     pending.clear();
     (round.pages, round.written_in) = (pages_total, None);
     steering.begin(pages_total);
-    round.send = link.send(guest, 0, pages_total, true, link.whole().into_iter())?;
+    let sent = link.send(guest, 0, pages_total, true, link.whole().into_iter())?;
+    round.send = sent.time;
     steering.measured(pages_total, round.send);
     pending.tracker.set_working_set(steering.working_set());
     let mut rounds = vec![round];
@@ -106,8 +108,17 @@ pub fn migrate(
             Decision::GoOn | Decision::Finish => {}
         }
         round.limit = limit;
-        round.send = link.send(guest, rounds.len(), round.pages, true, pending.pages.runs())?;
-        pending.clear();
+        let sent = link.send(guest, rounds.len(), round.pages, true, pending.pages.runs())?;
+        round.send = sent.time;
+        match sent.broken {
+            None => pending.clear(),
+            Some(broken) => {
+                round.cut_off = round.pages - broken.sent;
+                round.pages = broken.sent;
+                pending.give_back(&broken.arrived)?;
+                steering.begin_again();
+            }
+        }
         rounds.push(round);
     };
 
@@ -117,14 +128,14 @@ pub fn migrate(
     let stopping = guest.now() - stop;
     pending.tracker.quiesce()?;
     let mut round = pending.last_sync(guest)?;
-    round.send = link.send(
+    let sent = link.send(
         guest,
         rounds.len(),
         round.pages,
         false,
         pending.pages.runs(),
     )?;
-    round.limit = limit;
+    (round.send, round.limit) = (sent.time, limit);
     rounds.push(round);
     let end = guest.now();
 
@@ -218,6 +229,7 @@ impl<'a> Pending<'a> {
         self.synced = end;
         Round {
             pages: self.pages.count(),
+            cut_off: 0,
             members: 0,
             running,
             begin: begin - self.start,
@@ -231,6 +243,13 @@ impl<'a> Pending<'a> {
     /// All of it was sent.
     fn clear(&mut self) {
         self.pages.clear();
+        self.tracker.arrived();
         self.since = self.synced;
+    }
+
+    /// The link broke, when of all this these pages had arrived: the next sync adds the others.
+    fn give_back(&mut self, arrived: &[Run]) -> Result<()> {
+        self.pages.clear();
+        self.tracker.give_back(arrived)
     }
 }

@@ -24,6 +24,9 @@ pub struct Limits {
     pub converge: bool,
     /// Pages that stay open until the last round, whatever they are.
     pub places: Places,
+    /// The link breaks once, after so many pages of the first round after round 0 that has more, while the
+    /// guest runs. The last 64 of them do not arrive.
+    pub break_after: Option<u64>,
 }
 
 /// Watches a migration.
@@ -50,6 +53,8 @@ impl Observer for () {}
 pub struct Round {
     /// Pages sent.
     pub pages: u64,
+    /// Pages that were to be sent, too, when the link broke.
+    pub cut_off: u64,
     /// Pages that stayed open, and were not sent.
     pub members: u64,
     /// Whether the guest was running.
@@ -71,7 +76,8 @@ impl Round {
     /// Pages per second that the guest has dirtied, as far as that was logged: what stayed open shows in
     /// the last round alone.
     pub fn dirty_rate(&self) -> Option<f64> {
-        Some(self.pages as f64 / self.written_in?.as_secs_f64())
+        let dirty = self.pages + self.cut_off;
+        Some(dirty as f64 / self.written_in?.as_secs_f64())
     }
 
     /// MiB sent.
@@ -129,6 +135,11 @@ impl Outcome {
     /// Pages sent, each as often as it was.
     pub fn pages_sent(&self) -> u64 {
         self.rounds.iter().map(|round| round.pages).sum()
+    }
+
+    /// The round in which the link broke, if it did.
+    pub fn broken_round(&self) -> Option<usize> {
+        self.rounds.iter().position(|round| round.cut_off > 0)
     }
 
     /// How long the guest was running during the migration.

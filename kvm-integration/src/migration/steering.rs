@@ -70,6 +70,11 @@ impl Steering {
         let _ = self.convergence.decide(&seen);
     }
 
+    /// The link broke: what is found next is more than it would be, and shows nothing of the guest.
+    pub(super) fn begin_again(&mut self) {
+        self.convergence = Convergence::new();
+    }
+
     /// What to do after a sync, with so many pages to be sent next.
     pub(super) fn decide(&mut self, others: u64, open: &Open) -> Decision {
         let mut seen = Observation::new(self.terms, extent(others), extent(open.members));
@@ -95,6 +100,7 @@ mod tests {
         downtime: Duration::from_millis(100),
         converge: false,
         places: Places::Auto,
+        break_after: None,
     };
 
     fn places(limits: Limits) -> Option<WorkingSet> {

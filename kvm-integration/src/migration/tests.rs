@@ -23,6 +23,7 @@ const LIMITS: Limits = Limits {
     downtime: Duration::from_millis(1),
     converge: false,
     places: Places::Auto,
+    break_after: None,
 };
 
 /// A machine without vCPUs, whose memory is written while it "pauses".
@@ -31,6 +32,8 @@ struct Double {
     slots: Vec<GuestSlot>,
     /// Pages written then.
     writes: Vec<(usize, u64)>,
+    /// Pages written once, when somebody looks after it.
+    early: Vec<(usize, u64)>,
     /// Whether the log learns of it.
     honest: bool,
 }
@@ -50,9 +53,19 @@ impl Double {
         Self {
             slots: [(4, 100), (7, 300)].map(slot).into(),
             writes: writes.into(),
+            early: Vec::new(),
             log,
             honest,
         }
+    }
+
+    fn write(&self, slot: usize, page: u64) -> Result<()> {
+        let slot = &self.slots[slot];
+        slot.memory.write_u64(page * PAGE_SIZE + 4088, 1 << 63);
+        if self.honest {
+            self.log.mark_dirty(slot.id, page, 1)?;
+        }
+        Ok(())
     }
 }
 
@@ -76,18 +89,13 @@ impl Guest for Double {
     }
 
     fn check(&mut self) -> Result<()> {
-        Ok(())
+        let mut early = std::mem::take(&mut self.early).into_iter();
+        early.try_for_each(|(slot, page)| self.write(slot, page))
     }
 
     fn pause(&mut self) -> Result<()> {
-        for &(slot, page) in &self.writes {
-            let slot = &self.slots[slot];
-            slot.memory.write_u64(page * PAGE_SIZE + 4088, 1 << 63);
-            if self.honest {
-                self.log.mark_dirty(slot.id, page, 1)?;
-            }
-        }
-        Ok(())
+        let mut writes = self.writes.iter();
+        writes.try_for_each(|&(slot, page)| self.write(slot, page))
     }
 
     fn resume(&mut self) {}
@@ -145,6 +153,29 @@ fn a_quiet_guest_takes_two_rounds() {
     assert!(outcome.converged);
     assert_eq!(outcome.rounds[0].dirty_rate(), None);
     assert_eq!(outcome.rounds[1].mib_per_second(), None);
+}
+
+/// What has not arrived is sent by the next round: what was cut off, and what was lost with the link.
+#[test]
+fn a_link_that_breaks_loses_nothing() {
+    for (after, arrived) in [(1, 0), (64, 0), (65, 1), (100, 36), (149, 85)] {
+        let limits = Limits {
+            downtime: Duration::ZERO,
+            break_after: Some(after),
+            ..LIMITS
+        };
+        let mut machine = Double::new(&[], true);
+        // One run of 50 pages, and a hundred runs of one.
+        let single = (0..100).map(|page| (1, 1 + 2 * page));
+        machine.early = (10..60).map(|page| (0, page)).chain(single).collect();
+        let outcome = run(&mut machine, &limits);
+        let rounds = outcome.rounds.iter();
+        let rounds: Vec<_> = rounds.map(|round| (round.pages, round.cut_off)).collect();
+        let again = 150 - arrived;
+        assert_eq!(rounds[..3], [(400, 0), (after, 150 - after), (again, 0)]);
+        assert_eq!(outcome.broken_round(), Some(1));
+        assert_eq!(outcome.mismatched_pages, 0);
+    }
 }
 
 fn busy_setup() -> Setup {

@@ -4,11 +4,11 @@
 use std::io;
 use std::num::NonZeroU64;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use kvm_dirty_ring::convergence::Refreshing;
 use kvm_dirty_ring::error::{LimitError, ReaperError, SlotError};
 use kvm_dirty_ring::pacing::Pacing;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, LastPages, Mode, Reaper, SlotId, WorkingSet};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, LastPages, Mode, Reaper, Run, SlotId, WorkingSet};
 
 use super::throttling::share;
 use crate::page_set::PageSet;
@@ -29,6 +29,19 @@ pub trait Tracker {
     /// As [`sync`](Self::sync).
     fn last_sync(&mut self, dirty: &mut PageSet) -> Result<()> {
         self.sync(dirty)
+    }
+
+    /// All pages that were reported so far have arrived.
+    fn arrived(&mut self) {}
+
+    /// Of the pages that were reported since [`arrived`](Self::arrived), these have arrived. The next sync reports the
+    /// others again.
+    ///
+    /// # Errors
+    /// The tracker cannot take pages back, and they are lost.
+    fn give_back(&mut self, arrived: &[Run]) -> Result<()> {
+        let _ = arrived;
+        bail!("this tracker takes no pages back")
     }
 
     /// What may stay open from now on; none: every page is protected. A tracker that leaves nothing open need
@@ -121,6 +134,8 @@ pub struct Rings {
     log: DirtyLog,
     reaper: Option<Reaper>,
     found: DirtyPages,
+    /// What was found and need not have arrived.
+    unsent: DirtyPages,
     last: LastPages,
 }
 
@@ -144,6 +159,7 @@ impl Rings {
             log: log.clone(),
             reaper: None,
             found: DirtyPages::new(),
+            unsent: DirtyPages::new(),
             last: LastPages::new(),
         }
     }
@@ -158,7 +174,22 @@ impl Tracker for Rings {
     fn sync(&mut self, dirty: &mut PageSet) -> Result<()> {
         let synced = self.log.sync(&mut self.found);
         synced.context("the dirty pages could not be had")?;
+        ensure!(self.unsent.merge(&self.found), "out of memory");
         dirty.add_runs(self.found.others().runs());
+        Ok(())
+    }
+
+    fn arrived(&mut self) {
+        self.unsent.clear();
+    }
+
+    fn give_back(&mut self, arrived: &[Run]) -> Result<()> {
+        for run in arrived {
+            self.unsent.remove(run.slot, run.first_page, run.pages);
+        }
+        let given = self.log.put_back(&self.unsent);
+        given.context("pages that did not arrive could not be given back")?;
+        self.unsent.clear();
         Ok(())
     }
 

@@ -94,6 +94,7 @@ impl Plan {
                 converge: false,
                 // For those arms that leave any open.
                 places: Places::Auto,
+                break_after: None,
             },
         })
     }

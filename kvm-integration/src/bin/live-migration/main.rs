@@ -48,6 +48,7 @@ fn run(options: &Options, interrupted: &AtomicBool) -> Result<Outcome> {
         downtime: Duration::from_millis(options.downtime_ms),
         converge: options.converge,
         places: options.working_set,
+        break_after: options.break_after,
     };
     let destination = Destination::new(machine.slots(), GuestMemory::new)?;
     let log = machine.log().clone();

@@ -79,6 +79,11 @@ pub struct Options {
     #[arg(long)]
     pub converge: bool,
 
+    /// The link breaks once, after so many pages of the first round after round 0 that has more, while the guest runs: the
+    /// last 64 of them do not arrive. What has not arrived is given back to the dirty log, and the next rounds send it
+    #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u64).range(1..=MAX_PAGES))]
+    pub break_after: Option<u64>,
+
     /// When the reaper empties the rings
     #[arg(long, value_enum, default_value_t = Policy::Adaptive)]
     pub pacing: Policy,

@@ -40,6 +40,8 @@ impl Report<'_> {
             "downtime_limit_ms": options.downtime_ms,
             "converge": options.converge,
             "working_set": options.working_set.to_string(),
+            "break_after": options.break_after,
+            "broken_round": outcome.broken_round(),
             "rounds": outcome.rounds.len(),
             "converged": outcome.converged,
             // What the guest would have had to be limited to, if it did not get there as it wrote.
@@ -96,6 +98,18 @@ impl Report<'_> {
             true => format!("{told}; this kernel protects what it was asked to leave open"),
             false => told,
         }
+    }
+
+    /// Whether the link broke.
+    fn broken_link(&self, after: u64) -> String {
+        let Some(number) = self.outcome.broken_round() else {
+            return format!("no, no round had more than {} pages", grouped(after));
+        };
+        let cut_off = grouped(self.outcome.rounds[number].cut_off);
+        format!(
+            "in round {number}, after {} pages; {cut_off} were left to be sent",
+            grouped(after)
+        )
     }
 
     /// How the guest was limited.
@@ -174,6 +188,9 @@ impl Report<'_> {
             let told = format!("would end with a guest that dirties {would_do} pages/s");
             line("without hope", told)?;
         }
+        if let Some(after) = options.break_after {
+            line("broken link", self.broken_link(after))?;
+        }
         line("working set", self.working_set())?;
         let (full_exits, stall) = (grouped(stats.full_exits()), stats.stall_ns());
         let stall = ms(Duration::from_nanos(stall));
@@ -212,6 +229,8 @@ impl Report<'_> {
 fn round_json(round: &Round) -> Value {
     json!({
         "pages": round.pages,
+        // To be sent, too, when the link broke.
+        "cut_off": round.cut_off,
         // Not sent: they stayed open.
         "members": round.members,
         "guest_running": round.running,

@@ -291,6 +291,7 @@ mod tests {
         downtime: Duration::ZERO,
         converge: false,
         places: Places::Auto,
+        break_after: None,
     };
     const QUIET: Duration = Duration::from_millis(100);
 

@@ -115,6 +115,7 @@ pub fn measure(guest: &mut impl Subject, arm: &Arm, interrupted: &AtomicBool) ->
         downtime: DOWNTIME,
         converge: false,
         places: arm.places(),
+        break_after: None,
     };
     let outcome = migrate(
         guest,
