@@ -20,16 +20,11 @@ use signal::{ImmediateExit, kick_signal, let_through};
 
 pub type Failure = Box<dyn Error + Send + Sync>;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Want {
-    Run,
-    Park,
-    Stop,
-}
-
 struct State {
-    want: Want,
-    /// The acknowledgement: the thread is out of `KVM_RUN`, and stays out while `want` is `Park`.
+    /// Requests to park that have not been taken back: a pause by the operator and a last sync may overlap.
+    parks: u32,
+    stop: bool,
+    /// The acknowledgement: the thread is out of `KVM_RUN`, and stays out while there are requests.
     parked: bool,
     /// The thread, from when it begins to when it ends.
     thread: Option<libc::pthread_t>,
@@ -58,23 +53,30 @@ impl Control {
         }
     }
 
-    fn want(&self, want: Want) {
+    fn park(&self) {
         let mut state = self.lock();
-        state.want = want;
-        match want {
-            // The thread opens the door itself.
-            Want::Run => self.changed.notify_all(),
-            Want::Park | Want::Stop => {
-                self.kick(&state);
-                self.changed.notify_all();
-            }
-        }
+        state.parks += 1;
+        self.kick(&state);
+    }
+
+    /// Takes one request back. The thread clears `immediate_exit` itself.
+    fn resume(&self) {
+        let mut state = self.lock();
+        state.parks = state.parks.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    fn stop(&self) {
+        let mut state = self.lock();
+        state.stop = true;
+        self.kick(&state);
+        self.changed.notify_all();
     }
 
     /// On the vCPU's thread, after `KVM_RUN` has returned EINTR: waits while it is to be parked. False if it is to stop.
     fn may_run(&self) -> bool {
         let mut state = self.lock();
-        while state.want == Want::Park {
+        while state.parks > 0 && !state.stop {
             state.parked = true;
             self.changed.notify_all();
             state = self
@@ -83,10 +85,10 @@ impl Control {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.parked = false;
-        if state.want == Want::Run {
+        if !state.stop {
             self.immediate_exit.set(false);
         }
-        state.want == Want::Run
+        !state.stop
     }
 }
 
@@ -105,7 +107,8 @@ impl VcpuThread {
         on_exit: impl FnMut(VcpuExit<'_>) -> Result<(), Failure> + Send + 'static,
     ) -> io::Result<Self> {
         let state = State {
-            want: Want::Run,
+            parks: 0,
+            stop: false,
             parked: false,
             thread: None,
             ended: false,
@@ -135,30 +138,30 @@ impl VcpuThread {
         move || control.kick(&control.lock())
     }
 
-    /// Has the vCPU parked, and does not wait for it.
+    /// Has the vCPU parked, and does not wait for it. It stays parked until each request is taken back by `resume`.
     pub fn request_park(&self) {
-        self.control.want(Want::Park);
+        self.control.park();
     }
 
-    /// Waits until it is parked, after a request; false if its thread has ended instead, which is just as quiet.
+    /// Waits until it is parked, after a request that is not taken back before this returns; false if its thread has ended instead, which is just as quiet.
     pub fn wait_parked(&self) -> bool {
         let mut state = self.control.lock();
-        while !(state.ended || state.parked && state.want == Want::Park) {
+        while !(state.ended || state.parked && state.parks > 0) {
             let woken = self.control.changed.wait(state);
             state = woken.unwrap_or_else(PoisonError::into_inner);
         }
         !state.ended
     }
 
-    /// Lets it go on.
+    /// Takes a request to park back. After the last one the vCPU goes on.
     pub fn resume(&self) {
-        self.control.want(Want::Run);
+        self.control.resume();
     }
 
     /// Stops the vCPU, parked or not, and gives it back, or the error that has ended its thread. Where there are limits, call
     /// `DirtyLog::keep_awake` before.
     pub fn stop(mut self) -> Result<(VcpuFd, VcpuRing), Failure> {
-        self.control.want(Want::Stop);
+        self.control.stop();
         let thread = self.thread.take().expect("it is joined once");
         thread
             .join()
@@ -168,7 +171,7 @@ impl VcpuThread {
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
-        self.control.want(Want::Stop);
+        self.control.stop();
         if let Some(thread) = self.thread.take() {
             // What has ended it was for `stop` to return.
             let _ = thread.join();
@@ -176,7 +179,7 @@ impl Drop for VcpuThread {
     }
 }
 
-/// All vCPUs parked, and none asleep for its limit. Dropping it lets them go on.
+/// All vCPUs parked, and none asleep for its limit. Dropping it lets them go on, unless others want them parked, too.
 #[must_use = "the vCPUs go on as soon as it is dropped"]
 pub struct Parked<'a> {
     vcpus: &'a [VcpuThread],

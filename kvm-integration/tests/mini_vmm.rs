@@ -67,14 +67,14 @@ fn it_runs_anywhere() {
 }
 
 /// As the README says.
-fn it_is_less_than_300_lines() {
+fn it_is_less_than_320_lines() {
     let files = [
         include_str!("../src/bin/mini-vmm/main.rs"),
         include_str!("../src/bin/mini-vmm/machine.rs"),
         include_str!("../src/bin/mini-vmm/kvm.rs"),
     ];
     let lines: usize = files.iter().map(|file| file.lines().count()).sum();
-    assert!(lines < 300, "{lines} lines");
+    assert!(lines < 320, "{lines} lines");
 }
 
 fn other_options_are_an_error() {
@@ -237,7 +237,7 @@ fn main() -> ExitCode {
     let everywhere = tests![
         a_simulated_guest_goes_on_in_another_process,
         it_runs_anywhere,
-        it_is_less_than_300_lines,
+        it_is_less_than_320_lines,
         other_options_are_an_error,
         a_destination_that_leaves_or_is_silent_is_an_error,
         a_simulated_source_that_dies_is_an_error,

@@ -227,7 +227,7 @@ fn a_map(slot: SlotId, pages: u64) -> Outcome {
 
 #[rustfmt::skip]
 fn suspects(log: DirtyLog) -> Outcome {
-    if log.stats().suspect_pages > 0 {
+    if log.stats().slots_to_rearm > 0 {
         stop_vcpus()?;
         log.rearm(|slot| {
             set_flags(slot, 0)?; // KVM_SET_USER_MEMORY_REGION, all else as it was
@@ -269,7 +269,7 @@ fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outc
     let protect = |_: SlotId| io::Result::Ok(());
     let throttle_or_give_up = |_: NonZeroU64| io::Result::Ok(());
     let (mut dirty, mut unsent, mut last) = (DirtyPages::new(), DirtyPages::new(), LastPages::new());
-    let mut terms = Terms::new(pages_per_second, downtime);         // of the link
+    let mut terms = Terms::new(pages_per_second, downtime);         // of the link, as the first round has shown it
     log.set_working_set(Some(WorkingSet::new(terms.places())));     // when the migration starts
     let mut convergence = Convergence::new();
     loop {
@@ -285,7 +285,7 @@ fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outc
         match convergence.decide(&seen) {
             Decision::GoOn => {
                 let start = Instant::now();
-                send(dirty.others())?;                              // but not dirty.members()
+                send(dirty.others())?;                              // but not dirty.members(); returns once they have arrived
                 terms.learn_run_cost(extent(dirty.others()), start.elapsed());
             }
             Decision::Refresh => {                                  // what was found is still to be sent

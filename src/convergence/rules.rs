@@ -151,7 +151,6 @@ impl When {
 /// Refreshes without progress. Without a limit on these, a guest that writes as fast as ever would be stopped for them again and
 /// again. For a guest that has fallen silent since, they become rarer and do not end. Only pages count as progress, whatever the
 /// terms, and these can become fewer only so often.
-/// fewer so often.
 #[derive(Debug, Clone, Default)]
 struct Vain {
     /// Pages left at the last refresh with progress, or at the first.

@@ -54,7 +54,8 @@ impl Terms {
 
     /// Sets [`run_cost`](Self::run_cost) from a round that was sent: what the round took longer than its pages take at
     /// [`pages_per_second`](Self::pages_per_second), divided by its runs. Take that rate from a round of long runs, such as
-    /// the first one. Count as a run whatever has a cost of its own, such as a message.
+    /// the first one. Count as a run whatever has a cost of its own, such as a message. `took` ends when the last of it has
+    /// arrived, not when a buffer has it.
     ///
     /// Many short runs overshoot the downtime otherwise. A link of 10,000 pages a second and 200 µs a message sends 400 pages
     /// in 40 ms as two messages, and in 120 ms as 400.

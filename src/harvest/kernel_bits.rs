@@ -56,7 +56,6 @@ impl Taking<'_> {
     ///
     /// If the kernel has no bits, or has the slot in another size, every page is dirty, and once more when it has bits again: writes
     /// before that are in no bitmap. Exception: a slot whose removal has begun need not have any bits.
-    /// need not have any bits.
     pub(crate) fn take(
         &mut self,
         kernel: &dyn Kernel,

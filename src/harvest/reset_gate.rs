@@ -12,7 +12,6 @@ use crate::sync::{Arc, Condvar, Counter, Mutex, MutexGuard, lock, wait};
 /// An ioctl protects the pages of the entries that were marked before it *started*. While one is in flight no entry is marked. So the
 /// one in flight serves every pass that arrives meanwhile, and the number of entries that it has to recycle is exact. If entries
 /// were marked meanwhile, a short count could look complete.
-/// that fell short could look whole.
 #[derive(Default)]
 pub(crate) struct ResetGate {
     state: Mutex<State>,

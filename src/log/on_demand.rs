@@ -18,7 +18,6 @@ use crate::sync::lock;
 ///
 /// Dropping it early loses nothing: the kernel still has the bits of pages that were not read, the log has the rest, and the
 /// next sync reports both.
-/// sync reports both.
 #[must_use]
 pub struct OnDemand {
     log: DirtyLog,

@@ -93,8 +93,9 @@ impl DirtyLog {
     ///
     /// **Call it where that costs less than to copy the suspects in each of the rounds to come**: as a rule for slots with
     /// [`Stats::REARM_PAYS_FROM`](crate::Stats::REARM_PAYS_FROM) of them or more, which
-    /// [`Stats::slots_to_rearm`](crate::Stats::slots_to_rearm) counts. Nothing else ends suspicion, except
-    /// [`stop_tracking`](Self::stop_tracking).
+    /// [`Stats::slots_to_rearm`](crate::Stats::slots_to_rearm) counts. But it protects each slot that has
+    /// suspects, also those with a few. [`rearmed`](Self::rearmed), [`stop_tracking`](Self::stop_tracking) and, with rings,
+    /// [`refresh`](Self::refresh) end suspicion, too.
     ///
     /// All of a slot stays suspect while an entry that names a page past its end is harvested and not yet reset: the kernel
     /// protects none of the pages that it recycles together with that one. Call it again after a sync has succeeded.

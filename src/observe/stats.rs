@@ -26,7 +26,8 @@ pub struct Stats {
     pub short_resets: u64,
     /// Reset ioctls that recycled what was marked while the thread may have been stopped, by SIGSTOP, a debugger or the freezer.
     /// The last pages may be unprotected: every sync reports those that the last entries of each ring name within 64 pages, at most
-    /// 127 pages per vCPU, until their slot is re-armed. A reset whose
+    /// 127 pages per vCPU, until their slot is re-armed. Where a working set has left the last pages open, these are 127 of
+    /// each slot. A reset whose
     /// thread waited for a change of memslots in the kernel counts, too, unless it waited before the reset, which it does in
     /// most cases.
     pub doubtful_resets: u64,

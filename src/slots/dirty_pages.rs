@@ -253,8 +253,9 @@ impl DirtyPages {
     ///
     /// Returns false if there is no memory for it; then nothing is added.
     ///
-    /// Members of `self` stay members. All other pages count among the [others](Self::others) then, also members of `from`. Where the
-    /// two name different slots by the same id, only the slot that was added to the log later keeps its pages; the other one is gone.
+    /// Members of `self` stay members, except for those that are others of `from`. All other pages count among the
+    /// [others](Self::others) then, also members of `from`. So either set may be the later one: no page is left out that has
+    /// to be sent. Where the two name different slots by the same id, only the slot that was added to the log later keeps its pages; the other one is gone.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -280,9 +281,16 @@ impl DirtyPages {
         }
         self.add(from);
         for slot in &mut self.slots {
-            if let Some(kinds) = slot.kinds.as_deref_mut() {
-                kinds.others.add_without(&slot.bits, &kinds.members);
+            let Some(kinds) = slot.kinds.as_deref_mut() else {
+                continue;
+            };
+            // Either set may be of the later sync, and no sync reports a page again that one of them has protected.
+            let from = from.slot(slot.slot.id());
+            let from = from.filter(|from| Arc::ptr_eq(&from.slot, &slot.slot));
+            if let Some(others) = from.and_then(|from| from.of(Kind::Others)) {
+                kinds.members.remove_all(others);
             }
+            kinds.others.add_without(&slot.bits, &kinds.members);
         }
         true
     }

@@ -136,7 +136,8 @@ impl GuestMap {
     /// a whole. Addresses in no region are left out.
     ///
     /// Use it to mark what a device wrote across pages, or to take what was sent out of the pages that are
-    /// [still to be sent](crate::DirtyPages::remove).
+    /// [still to be sent](crate::DirtyPages::remove). For the latter, first round the addresses inwards to whole pages of the
+    /// host: of a page that has arrived in part, the rest is still to be sent.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};

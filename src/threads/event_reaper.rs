@@ -73,7 +73,7 @@ impl EventReaper {
     /// no ring full since, it does nothing.
     ///
     /// # Errors
-    /// What went wrong, the first thing if there were two. No page is lost, and the reaper goes on: by
+    /// What went wrong: the timer, or else the first thing. No page is lost, and the reaper goes on: by
     /// [`Fixed`](crate::pacing::Fixed), once a second, after [`ReaperError::Policy`]; more and more seldom, down to once a
     /// second, while resets are refused ([`ReaperError::Reset`]). Only after [`ReaperError::Timer`] the descriptor may stay as
     /// it is: then call this again at [`due`](Self::due).
@@ -88,10 +88,9 @@ impl EventReaper {
             });
         }
         let armed = alarm.listen(self.turns.deaf(), self.turns.due());
-        match first {
-            Some(error) => Err(error),
-            None => armed.map_err(failed("timerfd_settime")),
-        }
+        // Only the timer's error asks the caller for something; the other one was traced.
+        armed.map_err(failed("timerfd_settime"))?;
+        first.map_or(Ok(()), Err)
     }
 
     /// When the policy wants to look again, if no ring is full before: the descriptor is readable from then on.

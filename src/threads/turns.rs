@@ -44,7 +44,7 @@ impl Turns {
     /// Goes on with another policy, which is to look at once.
     pub(super) fn set_policy(&mut self, log: &DirtyLog, policy: impl Pacing + 'static) {
         self.pacer.set_policy(policy);
-        self.due = self.pacer.due();
+        self.due = self.start.elapsed();
         trace::reaper(&log.inner().name, "policy");
     }
 
