@@ -63,7 +63,6 @@ impl FanOut {
     }
 
     /// A slot is gone: before its id is another one's.
-    #[allow(dead_code, reason = "no slot goes here")]
     fn drop_slot(&self, slot: SlotId) {
         for consumer in &self.consumers {
             let mut set = consumer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,6 +128,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     assert!(link.destination == original, "the migration's copy differs");
     assert!(disk.destination == original, "the backup's copy differs");
     println!("both copies are equal to the original, byte by byte");
+
+    // The memory is unplugged: no set may keep pages for the next slot of that id.
+    log.mark_dirty(RAM, 0, 1)?;
+    fan_out.sync(&mut found)?;
+    fan_out.drop_slot(RAM);
+    for consumer in [MIGRATION, BACKUP] {
+        fan_out.take(consumer, &mut pages);
+        assert_eq!(pages.page_count(), 0, "pages of a slot that is gone");
+    }
     Ok(())
 }
 

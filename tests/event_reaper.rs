@@ -177,8 +177,13 @@ fn another_policy_looks_at_once() {
             Duration::from_secs(10)
         }
     }
+    // The reaper is older than the order that it is late for.
+    std::thread::sleep(Duration::from_millis(20));
+    let ordered = Instant::now();
     reaper.set_policy(Now).unwrap();
     ticks(&mut reaper);
+    let late = Duration::from_nanos(log.stats().reaper.lateness_ns);
+    assert!(late <= ordered.elapsed(), "late by {late:?}");
     assert_eq!(vcpu.used(), 0);
 }
 

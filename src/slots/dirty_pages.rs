@@ -254,8 +254,9 @@ impl DirtyPages {
     /// Returns false if there is no memory for it; then nothing is added.
     ///
     /// Members of `self` stay members, except for those that are others of `from`. All other pages count among the
-    /// [others](Self::others) then, also members of `from`. So either set may be the later one: no page is left out that has
-    /// to be sent. Where the two name different slots by the same id, only the slot that was added to the log later keeps its pages; the other one is gone.
+    /// [others](Self::others) then, also members of `from`. So either set may be the later one, and every page that has to be
+    /// sent is among the others. Where the two name different slots by the same id, only the slot that was added to the log
+    /// later keeps its pages; the other one is gone.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
