@@ -155,9 +155,9 @@ fn removing(
 }
 
 #[rustfmt::skip]
-fn switching(log: DirtyLog, slot: SlotId, pages: u64) -> Outcome {
+fn switching(log: DirtyLog, slot: SlotId, pages: u64, region: kvm_userspace_memory_region) -> Outcome {
     log.add_slot(slot, pages)?;
-    log.stop_tracking(slot, || set_flags(slot, 0))?;       // created, not logged
+    log.stop_tracking(slot, || set_region(&region))?;      // creates it, without the flag
     // The migration begins:
     log.start_tracking(slot, || set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES))?;
     // ... and ends:
@@ -190,6 +190,7 @@ fn snapshot(log: DirtyLog, mut dirty: DirtyPages) -> Outcome {
     let save = |_: SlotId, _: u64, _: u64| io::Result::Ok(());
 
     stop_vcpus()?;
+    stop_devices()?;       // and save the state of both
     log.sync(&mut dirty)?;
     for run in dirty.runs() { save(run.slot, run.first_page, run.pages)?; }
     resume_vcpus()?;
@@ -264,38 +265,43 @@ fn limits(log: DirtyLog, threads: Vec<Thread>, mut vcpu_fd: VcpuFd, mut ring: Vc
 }
 
 #[rustfmt::skip]
-fn working_set(log: DirtyLog, pages_per_second: f64, downtime: Duration) -> Outcome {
+fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> Outcome {
     let send = |_: DirtyPart<'_>| io::Result::Ok(());
     let protect = |_: SlotId| io::Result::Ok(());
     let throttle_or_give_up = |_: NonZeroU64| io::Result::Ok(());
     let (mut dirty, mut unsent, mut last) = (DirtyPages::new(), DirtyPages::new(), LastPages::new());
-    let mut terms = Terms::new(pages_per_second, downtime);         // of the link, as the first round has shown it
-    log.set_working_set(Some(WorkingSet::new(terms.places())));     // when the migration starts
+    let mut terms = Terms::new(0.0, downtime);                      // the link's speed: unknown before round 0
     let mut convergence = Convergence::new();
     loop {
-        log.sync(&mut dirty)?;
+        log.sync(&mut dirty)?;                                      // the first one: all memory
         assert!(dirty.merge(&unsent), "out of memory");
         unsent.clear();
         let extent = |part: DirtyPart| Extent { pages: part.page_count(), runs: part.runs().count() as u64 };
         let mut seen = convergence::Observation::new(terms, extent(dirty.others()), extent(dirty.members()));
         let set = log.stats().working_set;
-        seen.refresh.pause = Some(Duration::from_nanos(set.refresh_ns));
+        let pause = match set.refreshes { 0 => supposed_pause, _ => Duration::from_nanos(set.refresh_ns) };
+        seen.refresh.pause = Some(pause);
         (seen.refresh.closed, seen.refresh.back) = (set.last_closed, set.back);
         seen.refresh.owed = set.refresh_owed;
         match convergence.decide(&seen) {
-            Decision::GoOn => {
-                let start = Instant::now();
-                send(dirty.others())?;                              // but not dirty.members(); returns once they have arrived
-                terms.learn_run_cost(extent(dirty.others()), start.elapsed());
-            }
+            Decision::Finish => break,
             Decision::Refresh => {                                  // what was found is still to be sent
                 std::mem::swap(&mut unsent, &mut dirty);
                 stop_vcpus()?;
                 log.refresh(protect)?;
                 resume_vcpus()?;
+                continue;
             }
-            Decision::Finish => break,
             Decision::Hopeless { pages_per_second } => throttle_or_give_up(pages_per_second)?,
+            Decision::GoOn => {}
+        }
+        let (sent, start) = (extent(dirty.others()), Instant::now());
+        send(dirty.others())?;                                      // but not dirty.members(); returns once they have arrived
+        if terms.pages_per_second > 0.0 {
+            terms.learn_run_cost(sent, start.elapsed());
+        } else {                                                    // round 0 has measured the link
+            terms.pages_per_second = sent.pages as f64 / start.elapsed().as_secs_f64();
+            log.set_working_set(Some(WorkingSet::new(terms.places())));
         }
     }
     stop_vcpus()?;
