@@ -197,7 +197,7 @@ pub enum SlotError {
         /// The slot.
         slot: SlotId,
     },
-    /// The slot is not tracked.
+    /// The slot is not in the log.
     #[error("slot {slot} is not tracked: add it before it is created in KVM")]
     Unknown {
         /// The slot.

@@ -77,13 +77,14 @@
 //!
 //! # What it promises
 //!
-//! - **Publish after reset.** A page is returned only after it was write-protected again. A write that the VMM's copy
-//!   may have missed is returned by a later sync.
+//! - **Publish after reset.** While the guest runs, a page is returned only after it was write-protected again, or it is
+//!   returned by every sync. So a later sync returns each write that the VMM's copy may have missed.
 //! - **A final sync is complete.** With the vCPUs stopped, one [`DirtyLog::sync`] returns every
 //!   page written since the one before, whatever other passes were under way.
-//! - **Nothing is dropped.** Entries that make no sense, resets that fail or stop half-way, and rings that the
-//!   kernel overran are counted in [`Stats`]. Every sync returns every page that may be concerned, until the VMM
-//!   has [re-armed](DirtyLog::rearm) it.
+//! - **Nothing is dropped.** [`Stats`] counts entries that make no sense, resets that fail or stop half-way, and rings that
+//!   the kernel overran. The pages of a failed reset wait for the next one that succeeds. In the other cases every sync
+//!   returns every page in the log that may be concerned, until the VMM has [re-armed](DirtyLog::rearm) it; after an
+//!   overrun, for good.
 //!
 //! # What the VMM must do
 //!
@@ -99,11 +100,10 @@
 //!   pages back until a vCPU exits.
 //! - With [dirty limits](DirtyLog::set_dirty_limit), call [`VcpuRing::throttle`] when `KVM_RUN` was interrupted, and
 //!   [keep vCPUs awake](DirtyLog::keep_awake) while you stop them.
-//! - Sync, and run vCPUs, on threads that have no io_uring of their own, or one with `IORING_SETUP_DEFER_TASKRUN`.
-//!   The work of any other io_uring interrupts resets as signals do, and cannot be blocked.
-//! - Under seccomp, allow the ioctls `0xAEC7` and `0x4010AE42`, `rt_sigprocmask` and `getrusage` to every thread that
-//!   syncs or runs a vCPU, and to the reaper. Allow `prctl` to the reaper, which otherwise wakes up 50 us later. With
-//!   bitmaps, and on aarch64, allow the ioctl `0xC018AEC0` to every thread that syncs or removes slots.
+//! - Run vCPUs, and make [calls that reset](guide::threads#what-each-call-waits-for), on threads that have no io_uring of
+//!   their own, or one with `IORING_SETUP_DEFER_TASKRUN`. The work of any other io_uring interrupts resets as signals do,
+//!   and cannot be blocked.
+//! - Under seccomp, [allow the calls](guide#under-seccomp-and-in-a-chroot) that each thread makes.
 //!
 //! # Pages that stay open
 //!
@@ -116,7 +116,8 @@
 //!
 //! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
 //! [`DirtyLog::enable_bitmap`] uses them anywhere, and [`DirtyLog::mode`] returns which a log uses. All calls are
-//! the same, and so are the promises; vCPUs never stop for a full ring, and a reaper finds nothing to do.
+//! the same, except that there are no dirty rates and limits, and so are the promises. vCPUs never stop for a full
+//! ring, and a reaper finds nothing to do.
 //! Create a slot in KVM before the first sync after `add_slot`: until then all of it is dirty.
 //!
 //! # Statistics and events

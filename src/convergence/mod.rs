@@ -23,12 +23,12 @@
 //! - A refresh *would help* where the others fit into takes, and either the members do not, or left is hardly less than at the
 //!   last sync. It would not help where rule 3 holds, as it would close the same pages again.
 //! - A refresh *can be had* if its pause is no longer than the downtime, there are members to close, and it is not in vain.
-//!   After three refreshes at which left was hardly less than at the first of them, the next one comes after eight syncs, and each
-//!   further one after twice as many. Exceptions: left is less by then, or a refresh is owed and was not at the last.
-//! - A refresh *has just been had* until the first round after it is sent, as that sends what it has closed. Rule 4 waits for
-//!   one round more, to have one to compare with.
+//! - A refresh is *in vain* after three in a row, if left was hardly less at the second and the third than at the first. Then the next one
+//!   waits for 8 syncs, the one after it for 16, and so on. It need not wait if left is less by then, or if it is owed and the last was not.
+//! - A refresh *has just been had* at the sync right after it, and at the sync after the first round, which sends what the refresh
+//!   has closed. Rule 4 waits for one sync more, to have two rounds to compare.
 //! - A refresh *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what they were two syncs
-//!   ago. Only a refresh makes members leave; until then they hide from left the progress of the rounds.
+//!   ago. Members leave only by a refresh. Until then left includes them, and may not shrink although the others do.
 //!
 //! # A migration
 //!

@@ -37,8 +37,8 @@ pub struct Terms {
     pub pages_per_second: f64,
     /// The cost of a run beside its pages; zero by default. [`learn_run_cost`](Self::learn_run_cost) sets it.
     pub run_cost: Duration,
-    /// How long the guest may be stopped. Subtract before what the last round costs beside sending: stopping the vCPUs, the sync,
-    /// and sending their state.
+    /// How long the guest may be stopped. First subtract what else the last round costs: stopping the vCPUs, the sync, and sending
+    /// their state.
     pub downtime: Duration,
 }
 

@@ -27,8 +27,8 @@ impl DirtyLog {
     /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused. Do not enable that *later*, either:
     /// slots that are created or begin to be logged from then on lose their first writes. The crate cannot detect it, as KVM has
     /// no query for enabled capabilities and, with rings, no bitmap that would show it. If some part of the VMM may enable
-    /// it, enable the capability once more without that flag (`args[0]` 0 or 1) before you create slots and before you start
-    /// tracking.
+    /// it, enable the capability once more without that flag (`args[0]` 1, not 0: on arm64 the log needs manual protection) before you
+    /// create slots and before you start tracking.
     ///
     /// # Errors
     /// Each reason for which KVM refuses has a variant of its own. The VM is unchanged, except after
@@ -42,7 +42,7 @@ impl DirtyLog {
     ///
     /// Call it at any time; on arm64 before the first memslot. The descriptor is duplicated.
     ///
-    /// All calls are as with rings. A sync reads the bitmap of each slot, no vCPU ever stops for a full ring, and a reaper finds
+    /// All calls are as with rings, but there are no dirty rates and no dirty limits. A sync reads the bitmap of each slot, no vCPU ever stops for a full ring, and a reaper finds
     /// nothing to do.
     ///
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled where the kernel offers it, without `INITIALLY_SET`, whether or not the VMM

@@ -33,7 +33,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not tracked, or a bit is set past its end; then no page is marked.
+    /// The slot is not in the log, or a bit is set past its end; then no page is marked.
     pub fn mark_words(
         &self,
         slot: SlotId,
@@ -75,7 +75,7 @@ impl DirtyLog {
     ///
     /// # Errors
     /// [`SlotError::PageSize`] if `page_bytes` is no power of two, or `address` no multiple of it;
-    /// [`SlotError::Unknown`] for a slot of the map that is not tracked, [`SlotError::OutOfRange`] for one that is
+    /// [`SlotError::Unknown`] for a slot of the map that is not in the log, [`SlotError::OutOfRange`] for one that is
     /// smaller. Pages of slots before it are marked then.
     pub fn mark_guest_words(
         &self,

@@ -206,7 +206,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not tracked, or the pages are not all inside it; then no page is marked.
+    /// The slot is not in the log, or the pages are not all inside it; then no page is marked.
     pub fn mark_dirty(&self, slot: SlotId, first_page: u64, pages: u64) -> Result<(), SlotError> {
         let tracked = self.tracked_with(slot, first_page, pages)?;
         tracked.device().set(first_page, pages);

@@ -24,7 +24,7 @@ impl DirtyLog {
     /// slot come; no sync may be made between the two.
     ///
     /// # Errors
-    /// The slot is not tracked, a ring is [broken](SlotError::BrokenRing), or there is no memory. The pages stay suspect.
+    /// The slot is not in the log, a ring is [broken](SlotError::BrokenRing), or there is no memory. The pages stay suspect.
     pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {
         self.refuse_if_broken()?;
         let layout = self.inner().harvester.layout();
@@ -97,8 +97,8 @@ impl DirtyLog {
     /// suspects, also those with a few. [`rearmed`](Self::rearmed), [`stop_tracking`](Self::stop_tracking) and, with rings,
     /// [`refresh`](Self::refresh) end suspicion, too.
     ///
-    /// All of a slot stays suspect while an entry that names a page past its end is harvested and not yet reset: the kernel
-    /// protects none of the pages that it recycles together with that one. Call it again after a sync has succeeded.
+    /// The whole slot stays suspect while an entry that names a page past the slot's end is harvested and not yet reset: the kernel
+    /// protects none of the pages that it recycles together with that entry. Call `rearm` again after a sync has succeeded.
     ///
     /// Once all slots are protected, it looks at every entry of every ring, once for all of them.
     /// It waits for other changes of slots. `protect` must not change slots of this log, nor wait for a thread that does.

@@ -15,17 +15,17 @@ impl DirtyLog {
     ///
     /// Call it *before* the slot is created in KVM with `KVM_MEM_LOG_DIRTY_PAGES`.
     ///
-    /// An entry for a slot that is not tracked makes every page of every slot suspect, including those of slots added later. The
+    /// An entry for a slot that is not in the log makes every page of every slot suspect, including those of slots added later. The
     /// call waits for the passes under way, whose layout lacks the slot. If there was such an entry, it also makes passes and
     /// resets of its own.
     ///
-    /// If a migration is under way and the destination lacks the memory's contents, [mark](Self::mark_dirty) the whole slot. If
-    /// you create the slot without the flag, [stop](Self::stop_tracking) it first and [start](Self::start_tracking) it later:
-    /// nothing counts what is written before the flag is set.
+    /// If the destination of a migration, or the last snapshot, lacks the memory's contents, [mark](Self::mark_dirty) the whole slot.
+    /// If you create the slot without the flag, create it inside [`stop_tracking`](Self::stop_tracking), and
+    /// [start](Self::start_tracking) it later: nothing logs what is written before the flag is set.
     ///
     /// # Errors
     /// The id is in use or being removed, no slot can have that size, or there is no memory. Or there were entries of slots that
-    /// are not tracked, and resets fail or fall short. Nothing has changed, and the call can be repeated.
+    /// are not in the log, and resets fail or fall short. Nothing has changed, and the call can be repeated.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
         let added = self.track(&lock(&self.inner().slot_change), slot, pages, None);
         self.inner().emit_faults();
@@ -96,7 +96,7 @@ impl DirtyLog {
     ///
     /// Then take its last pages, if you need them, by [`sync_retired`](Self::sync_retired); a [`sync`](Self::sync) would take those of
     /// all other slots, too. Then delete the slot in KVM, and call [`finish_slot`](Self::finish_slot). In between the slot is
-    /// still tracked, and its id cannot be added.
+    /// still in the log, and its id cannot be added.
     ///
     /// If the memory lives on elsewhere, stop the vCPUs first, or treat all of it as dirty. No call returns what the guest writes
     /// between this call and the deletion, nor what a running vCPU's processor still holds in its page-modification buffer.
@@ -121,7 +121,7 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not tracked, or the reset or the reading of its bits failed. Nothing has changed.
+    /// The slot is not in the log, or the reset or the reading of its bits failed. Nothing has changed.
     pub fn retire_slot(&self, slot: SlotId) -> Result<RetiredSlot, SlotError> {
         let retired = self.retire(slot);
         self.inner().emit_faults();
@@ -178,7 +178,7 @@ impl DirtyLog {
 
     /// Cancels a removal, if the slot was not deleted in KVM.
     ///
-    /// The slot is tracked as if [`retire_slot`](Self::retire_slot) had not been called, and nothing that was
+    /// The slot stays in the log as if [`retire_slot`](Self::retire_slot) had not been called, and nothing that was
     /// written meanwhile is lost.
     ///
     /// # Errors

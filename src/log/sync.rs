@@ -13,8 +13,8 @@ use crate::sync::{MutexGuard, lock};
 impl DirtyLog {
     /// Replaces the contents of `dirty` by the pages written since the sync before.
     ///
-    /// **The contents of these pages may be read once it has returned.** Each of them is protected again by then, so a later write is
-    /// reported by a later sync. Pages that the guest writes during the call are reported by this sync or the next. With every
+    /// **The contents of these pages may be read once it has returned.** By then each of them is protected again, or is one that every
+    /// sync reports, so a later write is reported by a later sync. Pages that the guest writes during the call are reported by this sync or the next. With every
     /// vCPU out of `KVM_RUN` and devices quiet, the pages of this sync and those before it are all the pages that were written,
     /// whatever other passes were under way.
     ///
@@ -63,7 +63,7 @@ impl DirtyLog {
 
     /// Puts pages back that a sync has returned: all that is left in `dirty`.
     ///
-    /// The next sync reports them again. Pages of slots that are no longer tracked are left out.
+    /// The next sync reports them again. Pages of slots that are no longer in the log are left out.
     ///
     /// Use it for a migration that failed and is to continue from where it was, or for a snapshot that could not be written.
     ///

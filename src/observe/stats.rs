@@ -33,7 +33,7 @@ pub struct Stats {
     pub doubtful_resets: u64,
     /// Reset ioctls that failed.
     pub failed_resets: u64,
-    /// Entries that named a slot which is not tracked. Each makes every page suspect, including those of slots added later.
+    /// Entries that named a slot which is not in the log. Each makes every page suspect, including those of slots added later.
     pub unknown_slot_entries: u64,
     /// Entries that named a page past the end of their slot. Each makes every page suspect.
     pub out_of_range_entries: u64,

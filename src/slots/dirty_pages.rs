@@ -55,9 +55,9 @@ impl DirtyPages {
         self.whole(Kind::Members)
     }
 
-    /// Returns the dirty pages that are protected again: all but the [members](Self::members).
+    /// Returns all dirty pages but the [members](Self::members).
     ///
-    /// Their contents may be sent now.
+    /// Their contents may be sent now: each is protected again, or is returned by the next sync, too.
     pub fn others(&self) -> DirtyPart<'_> {
         self.whole(Kind::Others)
     }

@@ -34,8 +34,8 @@ const NEVER: u64 = 0;
 const ON: u64 = 1;
 const OFF: u64 = 2;
 
-/// So many passes in a row, most of whose entries name members, and more than twice as many as there are, switch the set off:
-/// the kernel ignores void entries.
+/// So many passes in a row switch the set off, if most of their entries name members, and these entries are more than twice as many as
+/// the members: the kernel ignores void entries.
 const VAIN_PASSES: u64 = 8;
 
 /// The fewest entries of a pass that counts for that.

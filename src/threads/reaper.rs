@@ -18,7 +18,7 @@ use crate::sync::{Arc, Condvar, Mutex, Ordering, lock, thread as threads, wait};
 /// A running reaper: the thread that empties the rings. It stops when this is dropped.
 ///
 /// The thread blocks every signal but the C library's own, and sleeps without timer slack. A vCPU that stops on a full ring wakes
-/// it. Those that stop within half a millisecond of that wake it once, when that time is over.
+/// it. If more vCPUs stop within the next half millisecond, they wake it once, when the half millisecond is over.
 #[derive(Debug)]
 pub struct Reaper {
     log: DirtyLog,
