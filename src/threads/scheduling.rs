@@ -39,11 +39,9 @@ pub(crate) fn prepare(cpus: &[usize], priority: Priority) -> Result<(), Refused>
             check("setpriority", result)
         }
         Priority::Fifo(priority) => {
-            let parameters = libc::sched_param {
-                sched_priority: priority.into(),
-            };
-            // Not by the function of that name, which musl has fail always.
-            // SAFETY: 0 is the calling thread; the call reads the struct that it is given.
+            // The kernel's `sched_param`: musl's has more fields. Its function `sched_setscheduler` always fails, too.
+            let parameters = libc::c_int::from(priority);
+            // SAFETY: 0 is the calling thread; the call reads one integer, which lives.
             let result = unsafe {
                 let call = libc::SYS_sched_setscheduler;
                 libc::syscall(call, 0, libc::SCHED_FIFO, &raw const parameters)
