@@ -378,6 +378,22 @@ fn the_life_of_a_reaper_is_told() {
     listening.wait_for_state("end");
 }
 
+/// Whoever reads only the log must see why KVM refused: a VM that is gone, or a filter.
+#[test]
+fn a_reset_that_fails_is_told_with_its_reason() {
+    let listening = Listening::new();
+    let machine = Machine::new();
+    machine.vm.inject([ResetFault::Error(libc::EPERM)]);
+    machine.write([3]);
+    let reaper = Reaper::spawn(&machine.log, Sleepy).unwrap();
+    let reason = io::Error::from_raw_os_error(libc::EPERM).to_string();
+    listening.wait_for("an error with its reason", |told| {
+        let error = told.fields.get("error").map_or("", String::as_str);
+        told.name == "kvm_dirty_ring_reaper_error" && error.ends_with(&reason)
+    });
+    drop(reaper);
+}
+
 /// Events of two VMs in one process have two names, whatever thread they come from.
 #[test]
 fn each_event_has_the_name_of_its_vm() {

@@ -224,7 +224,7 @@ pub(crate) fn look(vm: &Name, kick: Option<&str>, emptied: &[bool], delay_ns: u6
     );
 }
 
-/// The reaper has met an error.
+/// The reaper has met an error. The event has the kernel's reason, too, which decides what an operator does.
 #[cfg(not(all(test, feature = "modelled")))]
 #[inline]
 pub(crate) fn reaper_error(vm: &Name, error: &crate::error::ReaperError) {
@@ -232,8 +232,17 @@ pub(crate) fn reaper_error(vm: &Name, error: &crate::error::ReaperError) {
         vm,
         WARN,
         "kvm_dirty_ring_reaper_error",
-        error = error.to_string().as_str()
+        error = with_sources(error).as_str()
     );
+}
+
+/// An error and its sources, in a line.
+#[cfg(not(all(test, feature = "modelled")))]
+fn with_sources(error: &dyn core::error::Error) -> String {
+    let sources = core::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |line, source| {
+        format!("{line}: {source}")
+    })
 }
 
 /// The faults so far.
