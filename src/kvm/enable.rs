@@ -76,6 +76,9 @@ pub struct HostSupport {
     /// Whether bitmaps beside the rings hold what is written without a vCPU (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`): on arm64, since
     /// Linux 6.2.
     pub with_bitmap: bool,
+    /// Whether KVM has the processor log writes (page-modification logging), so that bitmap mode costs a guest less than rings.
+    /// It is read from `/sys/module/kvm_intel/parameters/pml`, or `kvm_amd`; `false` where a jail hides these files.
+    pub pml: bool,
 }
 
 impl HostSupport {
@@ -133,6 +136,7 @@ impl HostSupport {
                 max_entries,
                 acq_rel,
                 with_bitmap,
+                pml: has_pml(),
             };
             Ok(Some((support, cap)))
         };
@@ -160,7 +164,7 @@ pub(super) fn enable(
     entries: RingEntries,
 ) -> Result<Option<Bitmaps>, EnableError> {
     let (support, cap) = of_vm(fd)?.ok_or(EnableError::NoDirtyRing)?;
-    fits(entries.get(), support.max_entries)?;
+    fits(entries.get(), &support)?;
     if is_enabled(fd, support.with_bitmap)? {
         return Err(EnableError::AlreadyEnabled);
     }
@@ -256,12 +260,13 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> EnableError {
 }
 
 /// Checks that the host takes rings of that size.
-fn fits(entries: u32, max: u32) -> Result<(), RingSizeError> {
+fn fits(entries: u32, host: &HostSupport) -> Result<(), RingSizeError> {
+    let max = host.max_entries;
     if entries > max {
         return Err(RingSizeError::TooLarge { entries, max });
     }
     let min = MIN_ENTRIES_WITH_PML;
-    if entries < min && has_pml() {
+    if entries < min && host.pml {
         return Err(RingSizeError::TooSmall { entries, min });
     }
     Ok(())
@@ -386,6 +391,7 @@ mod tests {
             max_entries: 65_536,
             acq_rel: true,
             with_bitmap,
+            pml: false,
         };
         let refused = refusal(1024, &support(false));
         assert!(matches!(

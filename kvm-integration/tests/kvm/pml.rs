@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kvm_dirty_ring::error::{EnableError, RingSizeError};
 use kvm_dirty_ring::pacing::Fixed;
-use kvm_dirty_ring::{DirtyLog, Reaper, RingEntries};
+use kvm_dirty_ring::{DirtyLog, HostSupport, Reaper, RingEntries};
 use kvm_integration::{Action, Exit, Host, TinyVm, VcpuThread, Workload, kvm_available};
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
@@ -38,6 +38,11 @@ fn reserved(pml: bool) -> u64 {
 fn small_rings_are_refused() -> Outcome {
     let kvm = kvm_available()?;
     let pml = Host::detect().has_pml();
+    assert_eq!(
+        HostSupport::query()?.pml,
+        pml,
+        "/sys/module/kvm_*/parameters/pml"
+    );
     let sizes = [256, 512, 1024, 4096].into_iter();
     // A page of 16-byte entries is the least that there is.
     for entries in sizes.filter(|&entries| u64::from(entries) * 16 >= host_page_size()) {
