@@ -157,6 +157,42 @@ fn stats_say_where_a_rearming_pays() {
     }
 }
 
+/// A slot with fewer is not worth a stop, and goes on being reported.
+#[test]
+fn a_rearming_can_leave_slots_with_few_suspects_alone() {
+    let vm = SimVm::new(SimConfig::default());
+    let log = vm.dirty_log();
+    for slot in [RAM, ROM] {
+        log.add_slot(slot, 100).unwrap();
+        vm.create_slot(slot, 100);
+    }
+    let vcpu = vm.add_vcpu();
+    let _ring = log.attach_ring(vcpu.ring_memory()).unwrap();
+    let mut dirty = DirtyPages::new();
+    // Nothing is suspect, so that even 0 protects nothing.
+    let never = |slot| panic!("{slot} is protected");
+    assert_eq!(log.rearm_from(0, never).unwrap(), 0);
+    vm.inject([ResetFault::Short { after: 1 }]);
+    (0..5).for_each(|page| vcpu.write(RAM, page).unwrap());
+    (0..3).for_each(|page| vcpu.write(ROM, page).unwrap());
+    log.sync(&mut dirty).unwrap();
+    assert_eq!(log.stats().suspect_pages, 8);
+    for (least, protected, left) in [(6, vec![], 8), (5, vec![RAM], 3), (0, vec![ROM], 0)] {
+        let mut called = Vec::new();
+        let rearmed = log.rearm_from(least, |slot| {
+            vm.rearm_slot(slot);
+            called.push(slot);
+            Ok(())
+        });
+        assert_eq!((rearmed.unwrap(), &called), (protected.len(), &protected));
+        assert_eq!(log.stats().suspect_pages, left, "at least {least}");
+        log.sync(&mut dirty).unwrap();
+        assert!(protected.iter().all(|&slot| dirty.contains(slot, 0)));
+        log.sync(&mut dirty).unwrap();
+        assert_eq!(dirty.page_count(), left, "at least {least}");
+    }
+}
+
 /// Each stop after a reset leaves what its last batch names, and no more: an open page is not logged, so that nothing
 /// but a re-arming ends its suspicion.
 #[test]

@@ -16,7 +16,7 @@ use kvm_dirty_ring::convergence::{self, Convergence, Decision, Extent, Terms};
 use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacing};
 use kvm_dirty_ring::{
     DirtyLog, DirtyPages, DirtyPart, EventReaper, GuestMap, GuestRegion, LastPages, Limiter,
-    Priority, Reaper, RingEntries, SlotId, VcpuRing, WorkingSet,
+    Priority, Reaper, RingEntries, SlotId, Stats, VcpuRing, WorkingSet,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -230,7 +230,7 @@ fn a_map(slot: SlotId, pages: u64) -> Outcome {
 fn suspects(log: DirtyLog) -> Outcome {
     if log.stats().slots_to_rearm > 0 {
         stop_vcpus()?;
-        log.rearm(|slot| {
+        log.rearm_from(Stats::REARM_PAYS_FROM, |slot| {
             set_flags(slot, 0)?; // KVM_SET_USER_MEMORY_REGION, all else as it was
             set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES)
         })?;

@@ -91,11 +91,9 @@ impl DirtyLog {
     /// **Stop the vCPUs before.** No vCPU may be in `KVM_RUN` meanwhile, as what it writes in between is not logged. Where the kernel
     /// has bitmaps, make no ioctl by which it writes guest memory, either (such as `KVM_DEV_ARM_ITS_SAVE_TABLES`).
     ///
-    /// **Call it where that costs less than to copy the suspects in each of the rounds to come**: as a rule for slots with
-    /// [`Stats::REARM_PAYS_FROM`](crate::Stats::REARM_PAYS_FROM) of them or more, which
-    /// [`Stats::slots_to_rearm`](crate::Stats::slots_to_rearm) counts. But it protects each slot that has
-    /// suspects, also those with a few. [`rearmed`](Self::rearmed), [`stop_tracking`](Self::stop_tracking) and, with rings,
-    /// [`refresh`](Self::refresh) end suspicion, too.
+    /// Each slot costs a stop, also one with a few suspects. [`rearm_from`](Self::rearm_from) leaves those alone.
+    /// [`rearmed`](Self::rearmed), [`stop_tracking`](Self::stop_tracking) and, with rings, [`refresh`](Self::refresh) end suspicion,
+    /// too.
     ///
     /// The whole slot stays suspect while an entry that names a page past the slot's end is harvested and not yet reset: the kernel
     /// protects none of the pages that it recycles together with that entry. Call `rearm` again after a sync has succeeded.
@@ -113,13 +111,11 @@ impl DirtyLog {
     /// # vm.create_slot(ram, 1000);
     /// # let set_flags = |slot, flags: u32| Ok::<_, std::io::Error>(vm.set_logged(slot, flags != 0));
     /// # const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1;
-    /// if log.stats().slots_to_rearm > 0 {
-    ///     // With every vCPU out of KVM_RUN:
-    ///     log.rearm(|slot| {
-    ///         set_flags(slot, 0)?;
-    ///         set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES)
-    ///     })?;
-    /// }
+    /// // With every vCPU out of KVM_RUN:
+    /// log.rearm(|slot| {
+    ///     set_flags(slot, 0)?;
+    ///     set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES)
+    /// })?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
@@ -132,6 +128,44 @@ impl DirtyLog {
         mut protect: impl FnMut(SlotId) -> io::Result<()>,
     ) -> Result<usize, SlotError> {
         self.protect_those(|slot| slot.suspects() > 0, &mut protect)
+    }
+
+    /// Ends the suspicion of the slots that have at least `least` suspect pages, as [`rearm`](Self::rearm) does for all. Returns the
+    /// number of slots that were protected anew.
+    ///
+    /// A slot is worth a stop where that costs less than to copy its suspects in each of the rounds to come: as a rule from
+    /// [`Stats::REARM_PAYS_FROM`](crate::Stats::REARM_PAYS_FROM) pages on. [`Stats::slots_to_rearm`](crate::Stats::slots_to_rearm)
+    /// counts these slots, so that the VMM stops no vCPU in vain. The suspects of the other slots stay, and come with each sync.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::SlotId;
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let set_flags = |slot, flags: u32| Ok::<_, std::io::Error>(vm.set_logged(slot, flags != 0));
+    /// # const KVM_MEM_LOG_DIRTY_PAGES: u32 = 1;
+    /// use kvm_dirty_ring::Stats;
+    ///
+    /// if log.stats().slots_to_rearm > 0 {
+    ///     // With every vCPU out of KVM_RUN:
+    ///     log.rearm_from(Stats::REARM_PAYS_FROM, |slot| {
+    ///         set_flags(slot, 0)?;
+    ///         set_flags(slot, KVM_MEM_LOG_DIRTY_PAGES)
+    ///     })?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`rearm`](Self::rearm).
+    pub fn rearm_from(
+        &self,
+        least: u64,
+        mut protect: impl FnMut(SlotId) -> io::Result<()>,
+    ) -> Result<usize, SlotError> {
+        // 0 must not protect slots that have none.
+        let least = least.max(1);
+        self.protect_those(|slot| slot.suspects() >= least, &mut protect)
     }
 
     /// Has the `concerned` slots protected anew, then ends suspicion of all of them at once. Returns how many there were.
