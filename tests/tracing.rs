@@ -378,7 +378,7 @@ fn the_life_of_a_reaper_is_told() {
     listening.wait_for_state("end");
 }
 
-/// Whoever reads only the log must see why KVM refused: a VM that is gone, or a filter.
+/// The event alone must show why KVM refused: a VM that is gone, or a filter.
 #[test]
 fn a_reset_that_fails_is_told_with_its_reason() {
     let listening = Listening::new();
