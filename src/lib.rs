@@ -24,7 +24,7 @@
 //! # The protocol
 //!
 //! 1. The VMM enables the rings with [`DirtyLog::enable`] before the first vCPU, and a VM keeps them for life.
-//! 2. It [adds](DirtyLog::add_slot) each memslot to the log before it creates the slot in KVM, and
+//! 2. It [adds](DirtyLog::add_slot) each memslot whose memory it will copy to the log, before it creates the slot in KVM, and
 //!    [attaches](DirtyLog::attach_vcpu) each vCPU before that runs.
 //! 3. While a slot has `KVM_MEM_LOG_DIRTY_PAGES`, KVM logs the first write to each protected page in the ring of the
 //!    vCPU that wrote.
@@ -84,13 +84,15 @@
 //! - **Nothing is dropped.** [`Stats`] counts entries that make no sense, resets that fail or stop half-way, and rings that
 //!   the kernel overran. The pages of a failed reset wait for the next one that succeeds. In the other cases every sync
 //!   returns every page in the log that may be concerned, until the VMM has [re-armed](DirtyLog::rearm) it; after an
-//!   overrun, for good.
+//!   overrun, for good. One case cannot be detected: an interruption in the last microseconds of a reset that does not put the
+//!   thread to sleep. The rules on io_uring and SIGSTOP below avoid it.
 //!
 //! # What the VMM must do
 //!
 //! - Enable the log before the first vCPU, on aarch64 before the first memslot, too. Leave
 //!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` off.
-//! - Add each logged memslot before it is created; remove it in [two steps](DirtyLog::retire_slot).
+//! - Add each memslot whose memory you will copy before you create it, logged or not; remove it in [two
+//!   steps](DirtyLog::retire_slot).
 //! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, inside [`DirtyLog::start_tracking`] and
 //!   [`DirtyLog::stop_tracking`].
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
@@ -100,9 +102,9 @@
 //!   pages back until a vCPU exits.
 //! - With [dirty limits](DirtyLog::set_dirty_limit), call [`VcpuRing::throttle`] when `KVM_RUN` was interrupted, and
 //!   [keep vCPUs awake](DirtyLog::keep_awake) while you stop them.
-//! - Run vCPUs, and make [calls that reset](guide::threads#what-each-call-waits-for), on threads that have no io_uring of
-//!   their own, or one with `IORING_SETUP_DEFER_TASKRUN`. The work of any other io_uring interrupts resets as signals do,
-//!   and cannot be blocked.
+//! - Run vCPUs, and make [calls that reset](guide::threads#what-each-call-waits-for), on threads that [have no io_uring of
+//!   their own](guide::threads#signals-and-kicks). Its work interrupts resets as signals do, and cannot be blocked.
+//! - Do not stop the process by SIGSTOP, a debugger or the freezer while a guest is tracked.
 //! - Under seccomp, [allow the calls](guide#under-seccomp-and-in-a-chroot) that each thread makes.
 //!
 //! # Pages that stay open
@@ -123,8 +125,8 @@
 //! # Statistics and events
 //!
 //! [`DirtyLog::stats`] returns all counts. With the feature `tracing`, full exits, passes, syncs, the reaper's life and
-//! faults are events of the target `kvm_dirty_ring`, by QEMU's names. They are emitted while no other thread waits for
-//! the one that emits them. With the feature `metrics`, `metrics::publish` passes the counts to a recorder.
+//! faults are events of the target `kvm_dirty_ring`, by QEMU's names. They are emitted under no lock of the crate's. With
+//! the feature `metrics`, `metrics::publish` passes the counts to a recorder.
 //!
 //! # Platforms
 //!

@@ -287,8 +287,10 @@ fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> O
             Decision::Finish => break,
             Decision::Refresh => {                                  // what was found is still to be sent
                 std::mem::swap(&mut unsent, &mut dirty);
+                let awake = log.keep_awake();                       // vCPUs that sleep for a dirty limit stop at once
                 stop_vcpus()?;
                 log.refresh(protect)?;
+                drop(awake);
                 resume_vcpus()?;
                 continue;
             }
@@ -304,7 +306,9 @@ fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> O
             log.set_working_set(Some(WorkingSet::new(terms.places())));
         }
     }
+    let _awake = log.keep_awake();
     stop_vcpus()?;
+    stop_devices()?;
     log.put_back(&dirty)?;                                          // found, and not sent: with the rest, each page once
     log.last_sync(&mut last)?;                                      // protects nothing, resets nothing
     send(last.part())?;                                             // members are among them

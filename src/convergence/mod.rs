@@ -19,12 +19,13 @@
 //! | 4 | left is hardly less than two syncs ago, and no refresh draws near | [`Hopeless`](Decision::Hopeless) |
 //! | 5 | otherwise | [`GoOn`](Decision::GoOn) |
 //!
-//! - *Hardly less* is more than 0.95 of it.
+//! - A value is *hardly less* than an earlier one if it is more than 0.95 times that.
 //! - A refresh *would help* where the others fit into takes, and either the members do not, or left is hardly less than at the
 //!   last sync. It would not help where rule 3 holds, as it would close the same pages again.
 //! - A refresh *can be had* if its pause is no longer than the downtime, there are members to close, and it is not in vain.
-//! - A refresh is *in vain* after three in a row, if left was hardly less at the second and the third than at the first. Then the next one
-//!   waits for 8 syncs, the one after it for 16, and so on. It need not wait if left is less by then, or if it is owed and the last was not.
+//! - Refreshes *make no progress* if left, when each is decided, is hardly less than at the first of them. After three of these, another
+//!   refresh is *in vain* until 8 syncs have passed since the last one; after that one until 16 have passed, and so on. It is not in
+//!   vain if left has become at most 0.95 times what it was at the first of them, or if it is owed and the last one was not.
 //! - A refresh *has just been had* at the sync right after it, and at the sync after the first round, which sends what the refresh
 //!   has closed. Rule 4 waits for one sync more, to have two rounds to compare.
 //! - A refresh *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what they were two syncs

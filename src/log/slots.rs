@@ -99,7 +99,7 @@ impl DirtyLog {
     /// still in the log, and its id cannot be added.
     ///
     /// If the memory lives on elsewhere, stop the vCPUs first, or treat all of it as dirty. No call returns what the guest writes
-    /// between this call and the deletion, nor what a running vCPU's processor still holds in its page-modification buffer.
+    /// between the last sync of the slot and the deletion, nor what a running vCPU's processor still holds in its page-modification buffer.
     ///
     /// A removal that was begun and not finished, for example because the deletion failed, may be begun again or
     /// [cancelled](Self::keep_slot).

@@ -79,8 +79,8 @@ pub struct WorkingSetStats {
     pub back: u64,
     /// Pages that the last refresh closed.
     pub last_closed: u64,
-    /// Whether a [refresh](crate::DirtyLog::refresh) is owed: members are left, and no page joins any more, because a dirty limit was
-    /// set or the set was switched off.
+    /// Whether a [refresh](crate::DirtyLog::refresh) is owed: there are members, but no page joins any more, because a dirty limit was
+    /// set, the set was switched off, or it is [`useless`](Self::useless).
     pub refresh_owed: bool,
     /// Whether the set has switched itself off, for good: most entries of several passes in a row named members, so this kernel
     /// protects pages that should stay open. Nothing is lost by that, and nothing is gained by the set.
@@ -126,7 +126,7 @@ pub struct VcpuStats {
     pub broken: bool,
     /// Exits for a full ring.
     pub full_exits: u64,
-    /// Time that the vCPU spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds.
+    /// Time that the vCPU spent in [`on_full`](crate::VcpuRing::on_full), in nanoseconds, in calls that have returned.
     pub stall_ns: u64,
     /// Entries at which the kernel stops the vCPU: supposed, until a full exit has shown it.
     pub soft_limit: u64,
