@@ -74,7 +74,6 @@ pub trait Kernel: Send + Sync {
     /// Returns how many entries of each ring the kernel is likely to keep in reserve; a vCPU stops with *ring full* that many before
     /// the end. It is an estimate; the log learns the true number. A kernel counts as one that overruns the ring if it leaves
     /// fewer entries free than half of the least of this number, 64, and a 32nd of the ring.
-    /// number, 64, and a 32nd of the ring.
     fn reserved_entries(&self) -> u32 {
         RESERVED_ENTRIES
     }
@@ -99,7 +98,6 @@ pub trait Kernel: Send + Sync {
     /// Not all bits were taken. Those in `words` count, and the kernel still has the others. With ENOENT (it has no bits of the
     /// slot), EFAULT (there are more than fit) and EINVAL (its slot has another size, or no slot can have that id) they may be
     /// gone, so every page counts as dirty; the same holds without an error where bits past the slot's end are set.
-    /// without an error where bits past the slot's end are set.
     fn take_bitmap(&self, slot: SlotId, pages: u64, words: &mut [u64]) -> io::Result<()> {
         let _ = (slot, pages, words);
         Err(io::ErrorKind::Unsupported.into())

@@ -85,7 +85,7 @@
 //!   the kernel overran. The pages of a failed reset wait for the next one that succeeds. In the other cases every sync
 //!   returns every page in the log that may be concerned, until the VMM has [re-armed](DirtyLog::rearm) it; after an
 //!   overrun, for good. One case cannot be detected: an interruption in the last microseconds of a reset that does not put the
-//!   thread to sleep. The rules on io_uring and SIGSTOP below avoid it.
+//!   thread to sleep. The rules below on io_uring, on SIGSTOP, and on livepatches avoid it.
 //!
 //! # What the VMM must do
 //!
@@ -104,7 +104,8 @@
 //!   [keep vCPUs awake](DirtyLog::keep_awake) while you stop them.
 //! - Run vCPUs, and make [calls that reset](guide::threads#what-each-call-waits-for), on threads that [have no io_uring of
 //!   their own](guide::threads#signals-and-kicks). Its work interrupts resets as signals do, and cannot be blocked.
-//! - Do not stop the process by SIGSTOP, a debugger or the freezer while a guest is tracked.
+//! - While a guest is tracked, do not stop the process by SIGSTOP, a debugger or the freezer, and do not livepatch the host's
+//!   kernel.
 //! - Under seccomp, [allow the calls](guide#under-seccomp-and-in-a-chroot) that each thread makes.
 //!
 //! # Pages that stay open
@@ -117,9 +118,9 @@
 //! # Without rings
 //!
 //! Kernels without dirty rings keep a bitmap for each slot. [`DirtyLog::enable_auto`] falls back to them,
-//! [`DirtyLog::enable_bitmap`] uses them anywhere, and [`DirtyLog::mode`] returns which a log uses. All calls are
-//! the same, except that there are no dirty rates and limits, and so are the promises. vCPUs never stop for a full
-//! ring, and a reaper finds nothing to do.
+//! [`DirtyLog::enable_bitmap`] uses them anywhere, and [`DirtyLog::mode`] returns which a log uses. The calls and
+//! the promises are the same, but there are no dirty rates and limits. vCPUs never stop for a full ring, and a reaper
+//! finds nothing to do.
 //! Create a slot in KVM before the first sync after `add_slot`: until then all of it is dirty.
 //!
 //! # Statistics and events

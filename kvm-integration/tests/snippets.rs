@@ -15,7 +15,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_dirty_ring::convergence::{self, Convergence, Decision, Extent, Terms};
 use kvm_dirty_ring::pacing::{Adaptive, Observation, Pacing};
 use kvm_dirty_ring::{
-    DirtyLog, DirtyPages, DirtyPart, EventReaper, GuestMap, GuestRegion, LastPages, Limiter,
+    DirtyLog, DirtyPages, DirtyPart, EventReaper, GuestMap, GuestRegion, LastPages, Limiter, Mode,
     Priority, Reaper, RingEntries, SlotId, Stats, VcpuRing, WorkingSet,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -279,7 +279,11 @@ fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> O
         let extent = |part: DirtyPart| Extent { pages: part.page_count(), runs: part.runs().count() as u64 };
         let mut seen = convergence::Observation::new(terms, extent(dirty.others()), extent(dirty.members()));
         let set = log.stats().working_set;
-        let pause = match set.refreshes { 0 => supposed_pause, _ => Duration::from_nanos(set.refresh_ns) };
+        let pause = match set.refreshes {
+            _ if log.mode() == Mode::Bitmap => Duration::ZERO,          // a refresh stops no vCPU there
+            0 => supposed_pause,
+            _ => Duration::from_nanos(set.refresh_ns),
+        };
         seen.refresh.pause = Some(pause);
         (seen.refresh.closed, seen.refresh.back) = (set.last_closed, set.back);
         seen.refresh.owed = set.refresh_owed;

@@ -23,9 +23,10 @@
 //! - A refresh *would help* where the others fit into takes, and either the members do not, or left is hardly less than at the
 //!   last sync. It would not help where rule 3 holds, as it would close the same pages again.
 //! - A refresh *can be had* if its pause is no longer than the downtime, there are members to close, and it is not in vain.
-//! - Refreshes *make no progress* if left, when each is decided, is hardly less than at the first of them. After three of these, another
-//!   refresh is *in vain* until 8 syncs have passed since the last one; after that one until 16 have passed, and so on. It is not in
-//!   vain if left has become at most 0.95 times what it was at the first of them, or if it is owed and the last one was not.
+//! - A refresh *makes progress* if left, when it is decided, is at most 0.95 times what it was at the last refresh that made progress.
+//!   The first refresh counts as one that did. Count the refreshes from that one on, including it. At a count of three, the next refresh
+//!   is *in vain* until 8 syncs have passed since the last one; at four until 16 have passed, and so on. It is not in vain if it would
+//!   make progress, or if it is owed and the last one was not.
 //! - A refresh *has just been had* at the sync right after it, and at the sync after the first round, which sends what the refresh
 //!   has closed. Rule 4 waits for one sync more, to have two rounds to compare.
 //! - A refresh *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what they were two syncs
@@ -130,7 +131,8 @@ impl Observation {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refreshing {
-    /// How long a refresh stops the guest, as measured or supposed; `None` if none can be had.
+    /// How long a refresh stops the guest, as measured or supposed: zero in [`Mode::Bitmap`](crate::Mode::Bitmap). `None` if none can
+    /// be had.
     pub pause: Option<Duration>,
     /// Whether members should be closed whatever that saves: the guest is throttled by what it writes, or pages must no longer be
     /// left open.

@@ -122,7 +122,8 @@ impl DirtyLog {
     /// # Errors
     /// [`SlotError::BrokenRing`] if a ring is broken: `protect` was not called, and the suspicion stays for good.
     /// [`SlotError::Protect`] with the error of `protect`: every page of that slot is suspect then, because the slot may be
-    /// unlogged. Slots after it are unchanged. Or there is no memory: all slots stay suspect then.
+    /// unlogged. Slots after it are unchanged. [`SlotError::NoMemory`] and, where the kernel has bitmaps,
+    /// [`SlotError::Bitmap`]: call it again. Slots that were protected before it failed may be done; all others stay suspect.
     pub fn rearm(
         &self,
         mut protect: impl FnMut(SlotId) -> io::Result<()>,

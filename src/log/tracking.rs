@@ -16,8 +16,8 @@ impl DirtyLog {
     /// run meanwhile.
     ///
     /// The first sync that follows reports every page of the slot, because earlier writes were not logged. It is the first round of
-    /// a migration. Discard it only if all memory is copied by other means, and no vCPU runs and no device writes from the beginning of
-    /// that copy until the sync has returned.
+    /// a migration. Ignore it only if you copy all memory yourself after the sync has returned. If that copy begins earlier, keep vCPUs
+    /// and devices stopped from its beginning until the sync has returned.
     ///
     /// A slot is tracked from [`add_slot`](Self::add_slot) on. If the VMM creates it in KVM without the flag, create it inside
     /// [`stop_tracking`](Self::stop_tracking).
