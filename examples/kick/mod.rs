@@ -26,8 +26,8 @@ struct State {
     stop: bool,
     /// The acknowledgement: the thread is out of `KVM_RUN`, and stays out while there are requests.
     parked: bool,
-    /// The thread, from when it begins to when it ends.
-    thread: Option<libc::pthread_t>,
+    /// The thread's `pthread_t`, from when it begins to when it ends. With musl that is a pointer, which is not `Send`.
+    thread: Option<usize>,
     ended: bool,
 }
 
@@ -49,7 +49,7 @@ impl Control {
         self.immediate_exit.set(true);
         if let Some(thread) = state.thread {
             // SAFETY: the thread has not ended, and can't while the state is locked: it takes its id back first.
-            unsafe { libc::pthread_kill(thread, kick_signal()) };
+            unsafe { libc::pthread_kill(thread as libc::pthread_t, kick_signal()) };
         }
     }
 
@@ -123,7 +123,7 @@ impl VcpuThread {
             let ending = Ending(theirs);
             let_through()?;
             // SAFETY: it takes nothing, and names the calling thread.
-            ending.0.lock().thread = Some(unsafe { libc::pthread_self() });
+            ending.0.lock().thread = Some(unsafe { libc::pthread_self() } as usize);
             run(&ending.0, fd, ring, on_exit)
         };
         Ok(Self {

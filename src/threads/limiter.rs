@@ -20,15 +20,16 @@ use crate::sync::{Arc, AtomicBool, Ordering, lock, thread, wait, wait_until};
 ///
 /// ```no_run
 /// # use kvm_dirty_ring::{DirtyLog, Limiter};
-/// # fn example(log: &DirtyLog, vcpu_threads: Vec<libc::pthread_t>)
+/// # fn example(log: &DirtyLog, vcpu_threads: Vec<usize>)
 /// # -> Result<(), Box<dyn std::error::Error>> {
 /// use std::num::NonZeroU64;
 ///
 /// // A signal whose handler does nothing: KVM_RUN returns EINTR, and the thread calls `throttle`.
 /// // These threads are joined after the limiter has stopped. It dies of a panic here.
+/// // `vcpu_threads` has each one's `pthread_self() as usize`: with musl a `pthread_t` is a pointer, which is not `Send`.
 /// let limiter = Limiter::spawn(log, move |vcpu| {
 ///     if let Some(&thread) = vcpu_threads.get(vcpu) {
-///         unsafe { libc::pthread_kill(thread, libc::SIGRTMIN()) };
+///         unsafe { libc::pthread_kill(thread as libc::pthread_t, libc::SIGRTMIN()) };
 ///     }
 /// })?;
 /// log.set_dirty_limits(NonZeroU64::new(5_000))?; // pages a second, each vCPU

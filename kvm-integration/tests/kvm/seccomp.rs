@@ -140,6 +140,20 @@ fn compiled(filters: &str) -> Result<BpfMap, Failed> {
     Ok(compile_from_json(filters.as_bytes(), architecture)?)
 }
 
+/// The calls that musl makes in place of one of glibc's, or after it, as SECURITY.md says.
+fn of_musl(rule: &Value) -> Vec<Value> {
+    let closed_on_exec = || {
+        let argument = json!({ "index": 1, "type": "dword", "op": "eq", "val": libc::F_SETFD });
+        json!({ "syscall": "fcntl", "args": [argument] })
+    };
+    match rule["syscall"].as_str() {
+        Some("openat") => vec![json!({ "syscall": "open" }), closed_on_exec()],
+        Some("fcntl") => vec![closed_on_exec()],
+        Some("statx") => vec![json!({ "syscall": "fstat" })],
+        _ => Vec::new(),
+    }
+}
+
 /// A filter that lets pass what is in `rows`, but for the call that is to be left out, and kills
 /// the process for any other.
 fn filter(rows: &[Row]) -> Result<BpfProgram, Failed> {
@@ -149,6 +163,10 @@ fn filter(rows: &[Row]) -> Result<BpfProgram, Failed> {
         allowed.extend(rules(row)?);
     }
     allowed.retain(|rule| text(rule) != left_out);
+    if cfg!(target_env = "musl") {
+        let theirs: Vec<_> = allowed.iter().flat_map(of_musl).collect();
+        allowed.extend(theirs);
+    }
     let filter = json!({
         "mismatch_action": "kill_process",
         "match_action": "allow",
