@@ -46,8 +46,10 @@ impl DirtyLog {
     /// nothing to do.
     ///
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled where the kernel offers it, without `INITIALLY_SET`, whether or not the VMM
-    /// has set that. A sync then takes KVM's `mmu_lock` for the dirty part of a slot only. With `INITIALLY_SET` nothing is
-    /// lost, either: pages of new slots begin as dirty.
+    /// has set that. A sync then takes KVM's `mmu_lock` for the dirty part of a slot only. To have KVM protect no whole slot at once
+    /// when its log starts, the VMM enables the capability again after this call, with `KVM_DIRTY_LOG_INITIALLY_SET`: all
+    /// pages of slots whose log starts from then on begin dirty, and [`sync_on_demand`](Self::sync_on_demand) protects each chunk that
+    /// is read.
     ///
     /// On arm64, a VM whose rings were enabled before its first memslot, by another log, has bitmaps beside them and looks like
     /// one without rings. [`attach_vcpu`](Self::attach_vcpu) detects it, so attach each vCPU. The syncs of a log without attached

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -38,6 +39,7 @@ tests![
     a_page_written_before_the_clearing_is_kept,
     a_large_slot_is_cleared_in_parts,
     protection_is_as_the_vmm_wants_it,
+    pages_that_begin_dirty_are_protected_on_demand,
     both_modes_say_the_same,
     a_removal_takes_what_was_written,
     a_slot_that_is_not_logged_is_dirty,
@@ -305,6 +307,49 @@ fn a_slot_of_another_size_in_its_last_word_is_dirty() -> Outcome {
         }
         drop(log.retire_slot(slot_id(1))?);
     }
+    Ok(Completed)
+}
+
+/// `KVM_DIRTY_LOG_INITIALLY_SET`, switched on after the log: KVM protects no page when a slot's log starts, all are dirty, and
+/// each chunk is protected when it is read. Here while the guest writes.
+fn pages_that_begin_dirty_are_protected_on_demand() -> Outcome {
+    const PAGES: u64 = 1500;
+    let mut machine = Machine::with_bitmap(&[PAGES])?;
+    let mut protect = kvm_enable_cap {
+        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        ..Default::default()
+    };
+    protect.args[0] = 3;
+    machine.vm.vm_fd().enable_cap(&protect)?;
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    for round in 0..scaled(10, 2) {
+        for on in [false, true] {
+            pause(&vcpus)?;
+            let set = || machine.vm.set_logged(1, on).map_err(io::Error::other);
+            match on {
+                true => machine.log.start_tracking(slot_id(1), set)?,
+                false => machine.log.stop_tracking(slot_id(1), set)?,
+            }
+            if on {
+                let bits = machine
+                    .vm
+                    .vm_fd()
+                    .get_dirty_log(1, (PAGES * PAGE_SIZE) as usize)?;
+                let set: u32 = bits.iter().map(|word| word.count_ones()).sum();
+                assert!(u64::from(set) >= PAGES, "{set} pages begin dirty");
+            }
+            resume(&vcpus);
+            run_passes(&vcpus, 1)?;
+        }
+        assert_eq!(machine.round_on_demand(64 << (round % 4))?, PAGES);
+        run_passes(&vcpus, 2)?;
+        // The guest has written each page, and with KVM's bit of each all are found.
+        assert_eq!(machine.round_on_demand(64)?, PAGES);
+        machine.finish(&vcpus)?;
+        resume(&vcpus);
+    }
+    stop(vcpus)?;
+    assert_unsuspicious(&machine.log.stats());
     Ok(Completed)
 }
 
