@@ -21,9 +21,10 @@ use kvm_dirty_ring::{DirtyLog, DirtyPages, GuestMap, GuestRegion, SlotId};
 use over::Over;
 use proptest::prelude::*;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    MemoryRegionAddress, VolatileMemory, VolatileSlice,
+    GuestRegionMmap, MemoryRegionAddress, VolatileMemory, VolatileSlice,
 };
 
 const RAM: SlotId = SlotId::new(0, 0);
@@ -273,6 +274,28 @@ fn what_was_written_before_the_slot_was_added_is_kept() {
     assert_eq!(synced(&log, RAM), set([0, 4, 8]));
     assert!(!region.bitmap().dirty_at(0));
     assert_eq!(synced(&log, RAM), set([]));
+}
+
+/// A VMM that tracks some guests only has regions with a bitmap or without one, of one type.
+#[test]
+fn a_regions_bitmap_may_be_optional() {
+    for tracked in [true, false] {
+        let log = log();
+        let size = 10 * page_size();
+        let bitmap = tracked.then(|| RegionBitmap::with_len(size));
+        let mapping = MmapRegionBuilder::new_with_bitmap(size, bitmap)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
+        let region = GuestRegionMmap::new(mapping.build().unwrap(), GuestAddress(0)).unwrap();
+        let memory = Memory::<Option<RegionBitmap>>::from_regions(vec![region]).unwrap();
+        match memory.iter().next().unwrap().bitmap() {
+            Some(slice) => log.add_slot_with(RAM, slice.region()).unwrap(),
+            None => log.add_slot(RAM, 10).unwrap(),
+        }
+        let at = GuestAddress(3 * page_size() as u64);
+        memory.write_slice(&BYTES, at).unwrap();
+        assert_eq!(synced(&log, RAM), set(tracked.then_some(3)));
+    }
 }
 
 #[test]
