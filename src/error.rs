@@ -75,8 +75,8 @@ pub enum HostError {
     },
 }
 
-/// A dirty log that could not be enabled. The VM is unchanged, except after
-/// [`SlotExists`](Self::SlotExists).
+/// A dirty log that could not be enabled. The VM is unchanged, except after [`SlotExists`](Self::SlotExists), and perhaps after
+/// [`Kvm`](Self::Kvm): calls before the one that failed may have changed it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EnableError {

@@ -32,7 +32,7 @@ impl DirtyLog {
     ///
     /// # Errors
     /// Each reason for which KVM refuses has a variant of its own. The VM is unchanged, except after
-    /// [`EnableError::SlotExists`].
+    /// [`EnableError::SlotExists`], and perhaps after [`EnableError::Kvm`].
     pub fn enable(vm_fd: &impl AsRawFd, entries: RingEntries) -> Result<Self, EnableError> {
         let vm = Vm::with_rings(vm_fd, entries)?;
         Ok(Self::over_kvm(Box::new(vm), entries.get()))

@@ -153,7 +153,7 @@ pub struct ReaperStats {
     pub pass_ns: u64,
     /// Current sleep of the policy, in nanoseconds; 0 if no reaper runs, or it pauses.
     pub delay_ns: u64,
-    /// Lateness of the last wake-up that no full exit caused, in nanoseconds.
+    /// Lateness of the last wake-up by the timer, in nanoseconds. Looks that a full exit or a call caused leave it as it was.
     pub lateness_ns: u64,
     /// Whether passes take most of the reaper's time. Then it cannot keep up, whatever its policy: take larger rings, or limit the
     /// guest's dirty rate.
