@@ -198,7 +198,7 @@ pub enum SlotError {
         slot: SlotId,
     },
     /// The slot is not in the log.
-    #[error("slot {slot} is not tracked: add it before it is created in KVM")]
+    #[error("slot {slot} is not in the log: add it before it is created in KVM")]
     Unknown {
         /// The slot.
         slot: SlotId,

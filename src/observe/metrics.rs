@@ -141,7 +141,7 @@ const REAPER: [Metric<ReaperStats>; 8] = table! {
     Gauge "reaper_delay_nanoseconds" Nanoseconds
         "Current sleep of the reaper." |s| s.delay_ns;
     Gauge "reaper_lateness_nanoseconds" Nanoseconds
-        "Lateness of the reaper's last wake-up." |s| s.lateness_ns;
+        "How late the reaper's last look was that its timer caused." |s| s.lateness_ns;
     Gauge "reaper_saturated" Count
         "1 if passes take most of the reaper's time." |s| s.saturated.into();
 };
