@@ -84,17 +84,21 @@
 //! - **Nothing is dropped.** [`Stats`] counts entries that make no sense, resets that fail or stop half-way, and rings that
 //!   the kernel overran. The pages of a failed reset wait for the next one that succeeds. In the other cases every sync
 //!   returns every page in the log that may be concerned, until the VMM has [re-armed](DirtyLog::rearm) it; after an
-//!   overrun, for good. One case cannot be detected: an interruption in the last microseconds of a reset that does not put the
-//!   thread to sleep. The rules below on io_uring, on SIGSTOP, and on livepatches avoid it.
+//!   overrun, for good.
+//!
+//! Pages can be lost in two cases. First, no call detects an interruption in the last microseconds of a reset that does not put
+//! the thread to sleep. The rules below on io_uring, on SIGSTOP, and on livepatches avoid it. Second, on kvm_pvm, a KVM outside
+//! mainline Linux, a ring can be overrun during a reset. The crate may not notice that until the vCPU's next full exit, and a
+//! sync before that, even the last, may lack pages.
 //!
 //! # What the VMM must do
 //!
-//! - Enable the log before the first vCPU, on aarch64 before the first memslot, too. Leave
-//!   `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` off.
+//! - Enable the log before the first vCPU, on aarch64 before the first memslot, too. With rings,
+//!   leave `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET` off.
 //! - Add each memslot whose memory you will copy before you create it, logged or not; remove it in [two
 //!   steps](DirtyLog::retire_slot).
-//! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, inside [`DirtyLog::start_tracking`] and
-//!   [`DirtyLog::stop_tracking`].
+//! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, in the closure of [`DirtyLog::start_tracking`] or
+//!   [`DirtyLog::stop_tracking`]. Create a memslot without that flag in the closure of the latter.
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
 //! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it. With guest memory
 //!   of the crate vm-memory, the feature `vm-memory` does that.
