@@ -5,7 +5,7 @@
 //! cargo run --example vcpu_thread
 //! ```
 //!
-//! `kick` is to be copied; here is how it is used: two vCPUs write on a real KVM, a few rounds copy what they write, and
+//! The module `kick` (`examples/kick/`) is to be copied; here is how it is used: two vCPUs write on a real KVM, a few rounds copy what they write, and
 //! once they are parked the last sync completes the copy. Without `/dev/kvm` it says so, and does nothing;
 //! `KVM_REQUIRED=1` makes that an error.
 

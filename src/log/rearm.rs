@@ -89,7 +89,8 @@ impl DirtyLog {
     /// sync once more and are clean then.
     ///
     /// **Stop the vCPUs before.** No vCPU may be in `KVM_RUN` meanwhile, as what it writes in between is not logged. Where the kernel
-    /// has bitmaps, make no ioctl by which it writes guest memory, either (such as `KVM_DEV_ARM_ITS_SAVE_TABLES`).
+    /// has bitmaps, make no ioctl by which it writes guest memory, either (such as `KVM_DEV_ARM_ITS_SAVE_TABLES` or
+    /// `KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES`).
     ///
     /// Each slot costs a stop, also one with a few suspects. [`rearm_from`](Self::rearm_from) leaves those alone.
     /// [`rearmed`](Self::rearmed), [`stop_tracking`](Self::stop_tracking) and, with rings, [`refresh`](Self::refresh) end suspicion,
