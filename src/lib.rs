@@ -100,8 +100,8 @@
 //! - Set `KVM_MEM_LOG_DIRTY_PAGES` later, and clear it, in the closure of [`DirtyLog::start_tracking`] or
 //!   [`DirtyLog::stop_tracking`]. Create a memslot without that flag in the closure of the latter.
 //! - Call [`VcpuRing::on_full`] on `KVM_EXIT_DIRTY_RING_FULL`.
-//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it. With guest memory
-//!   of the crate vm-memory, the feature `vm-memory` does that.
+//! - [Mark](DirtyLog::mark_dirty) what the VMM and its devices write, after they have written it. The feature
+//!   `vm-memory` marks what is written by the methods of that crate.
 //! - Before the last sync, get every vCPU thread out of `KVM_RUN`: processors with page-modification logging hold
 //!   pages back until a vCPU exits.
 //! - With [dirty limits](DirtyLog::set_dirty_limit), call [`VcpuRing::throttle`] when `KVM_RUN` was interrupted, and
