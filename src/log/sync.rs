@@ -165,6 +165,9 @@ impl DirtyLog {
         if !dirty.tell_members(open) {
             return Err(SyncError::NoMemory);
         }
+        for slot in layout.slots.slots() {
+            slot.members().note_sync();
+        }
         let terms = &self.inner.harvester.working_set;
         terms.note_members(dirty.members().page_count());
         Ok(())

@@ -45,7 +45,8 @@ impl<'a> Joiner<'a> {
             return false;
         }
         let is_member = members.has(page);
-        let is_back = || bits.contains(page) && self.terms.has_room(1);
+        let is_again = || bits.contains(page) || members.was_closed(page);
+        let is_back = || is_again() && self.terms.has_room(1);
         if !is_member && !self.terms.has_place() && !is_back() {
             bits.insert(page);
             return false;

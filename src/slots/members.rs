@@ -6,6 +6,11 @@
 
 use crate::bitmap::pages::PageBits;
 use crate::bitmap::shared::SharedBits;
+use crate::sync::Counter;
+
+/// Up to so many syncs after a refresh, a page that it has closed joins again as soon as it is written: until the sync that reports it,
+/// which comes at once, and the round after that.
+const FRESH_SYNCS: u64 = 2;
 
 /// One bit per page for each state.
 pub(crate) struct Members {
@@ -17,6 +22,9 @@ pub(crate) struct Members {
     closed: SharedBits,
     /// In bitmap mode: set at the last sync, and cleared by it.
     cleared: SharedBits,
+    /// How many of the [`FRESH_SYNCS`] are to come. Written under the lock on syncs. Passes that read it count on no order: it only
+    /// decides whether a page joins now or at its next write.
+    fresh_syncs: Counter,
 }
 
 impl Members {
@@ -27,12 +35,28 @@ impl Members {
             leaving: SharedBits::new(pages)?,
             closed: SharedBits::new(pages)?,
             cleared: SharedBits::new(pages)?,
+            fresh_syncs: Counter::default(),
         })
     }
 
     /// Returns whether `page`, which is in the slot, is a member at this moment.
     pub(crate) fn has(&self, page: u64) -> bool {
         self.now.contains(page)
+    }
+
+    /// Returns whether `page`, which is in the slot, was closed by a refresh just now. If it is written, it is written again.
+    pub(crate) fn was_closed(&self, page: u64) -> bool {
+        self.is_fresh() && self.closed.contains(page)
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.fresh_syncs.get() > 0
+    }
+
+    /// Notes that a sync has reported the members.
+    pub(crate) fn note_sync(&self) {
+        let fresh_syncs = self.fresh_syncs.get();
+        self.fresh_syncs.set(fresh_syncs.saturating_sub(1));
     }
 
     /// Makes `page`, which is in the slot, a member; returns whether it was none. A pass calls this before it marks any entry that
@@ -91,6 +115,7 @@ impl Members {
             self.closed.merge(word, bits);
             into.merge(word, bits);
         });
+        self.fresh_syncs.set(FRESH_SYNCS);
     }
 
     /// Ends a refresh that failed, or may have: the members stay open.
@@ -108,6 +133,7 @@ impl Members {
     /// Forgets what an earlier refresh closed, as another begins.
     pub(crate) fn forget_closed(&self) {
         self.closed.take(|_, _| ());
+        self.fresh_syncs.set(0);
     }
 
     /// Forgets all but the members, as the slot's log was switched.
@@ -117,10 +143,14 @@ impl Members {
     }
 
     /// Removes pages that stay open from `words`, the bits of a slot's bitmap: members, and pages that were cleared by the last
-    /// sync and are set again, which join while `may_join` allows. The bits that are left are to be cleared, and are
-    /// remembered.
+    /// sync, or by a refresh just now, and are set again, which join while `may_join` allows. The bits that are left are to be cleared,
+    /// and are remembered.
     pub(crate) fn keep(&self, words: &mut [u64], mut may_join: impl FnMut(u64) -> bool) {
-        let again = |at: usize, word: u64| word & self.cleared.word(at);
+        let is_fresh = self.is_fresh();
+        let again = |at: usize, word: u64| {
+            let closed = if is_fresh { self.closed.word(at) } else { 0 };
+            word & (self.cleared.word(at) | closed)
+        };
         for (at, word) in words.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
             let mut open = *word & self.now.word(at);
             let joining = again(at, *word) & !open;

@@ -24,8 +24,24 @@ fn what_two_syncs_find_stays_open() {
     });
     assert_eq!((refreshed.unwrap(), called.get()), (1, false));
     assert_eq!(machine.sync(), (NONE, vec![1, 2, 3]));
+}
+
+/// The refresh has cleared their bits, and the sync after it has reported them: that is one of the two times.
+#[test]
+fn what_a_refresh_has_closed_joins_when_it_is_written_again() {
+    let mut machine = Machine::with_members([1, 2, 3, 4]);
+    machine.log.refresh(|_| Ok(())).unwrap();
+    machine.write([1]);
+    assert_eq!(machine.sync(), (vec![1], vec![2, 3, 4]));
     machine.write([2]);
-    assert_eq!(machine.sync(), (NONE, vec![2]));
+    assert_eq!(machine.sync(), (vec![1, 2], NONE));
+    // Like any other page from now on.
+    machine.write([3]);
+    assert_eq!(machine.sync(), (vec![1, 2], vec![3]));
+    machine.write([4]);
+    assert_eq!(machine.sync(), (vec![1, 2], vec![4]));
+    machine.write([4]);
+    assert_eq!(machine.sync(), (vec![1, 2, 4], NONE));
 }
 
 /// That is what members are for: their pages stay writable.

@@ -18,10 +18,32 @@ fn a_refresh_reports_members_once_more_and_protects_them() {
     let set = machine.set();
     assert_eq!((set.members, set.closed, set.refreshes), (0, 3, 1));
     assert_eq!(machine.sync(), (NONE, vec![0, 1, 2]));
+    assert_eq!(machine.sync(), (NONE, NONE));
     machine.set_places(0);
     machine.write(2..3);
     assert_eq!(machine.sync(), (NONE, vec![2]));
     assert_eq!(machine.sync(), (NONE, NONE));
+}
+
+/// Without a free place, and without another fault to show it: a member was written before.
+#[test]
+fn what_a_refresh_has_closed_joins_when_it_is_written_again() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..4);
+    machine.sync();
+    machine.set_places(0);
+    machine.refresh();
+    machine.write([0, 10]);
+    assert_eq!(machine.sync(), (vec![0], vec![1, 2, 3, 10]));
+    machine.write([1, 11]);
+    assert_eq!(machine.sync(), (vec![0, 1], vec![11]));
+    // Like any other page from now on.
+    machine.write([2]);
+    assert_eq!(machine.sync(), (vec![0, 1], vec![2]));
+    machine.write([3]);
+    machine.log.reap().unwrap();
+    machine.write([3]);
+    assert_eq!(machine.sync(), (vec![0, 1, 3], NONE));
 }
 
 #[test]
