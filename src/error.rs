@@ -309,6 +309,18 @@ pub enum SlotError {
     /// Reading the kernel's bitmap of the slot failed. Call it again.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
+    /// KVM refused to switch `KVM_DIRTY_LOG_INITIALLY_SET` off. Where that is on, a slot whose log is switched on beside rings loses the
+    /// first write to each page, so the log was not switched on.
+    #[error(
+        "KVM_ENABLE_CAP failed, which makes sure that slot {slot} begins protected (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 without \
+         INITIALLY_SET): allow that ioctl, and call it again"
+    )]
+    InitiallySet {
+        /// The slot.
+        slot: SlotId,
+        /// The kernel's reason.
+        source: io::Error,
+    },
 }
 
 /// A map of guest memory, or a use of one, that was refused.

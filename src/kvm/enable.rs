@@ -321,18 +321,33 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
     }
 }
 
+/// Returns whether the KVM behind `fd` knows `KVM_DIRTY_LOG_INITIALLY_SET`.
+pub(super) fn knows_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
+    let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+    let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
+    let offered = offered.map_err(failed("KVM_CHECK_EXTENSION"))?;
+    Ok(offered & KVM_DIRTY_LOG_INITIALLY_SET != 0)
+}
+
+/// Leaves manual protection on, which the bitmaps beside rings need and rings alone do not notice, without
+/// `KVM_DIRTY_LOG_INITIALLY_SET`. KVM takes any of its values at any time (`kvm_vm_ioctl_enable_cap_generic`).
+pub(super) fn switch_initially_set_off(fd: &impl AsRawFd) -> io::Result<()> {
+    let mut request = kvm_enable_cap {
+        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        ..Default::default()
+    };
+    request.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into();
+    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; this capability takes no address.
+    unsafe { ioctl::pointer(fd, ioctl::ENABLE_CAP, &mut request) }.map(drop)
+}
+
 /// Returns whether new slots of the VM behind `fd` begin with every page dirty in their bitmap. KVM then skips write-protecting
 /// them, and the first write to a page reaches no ring.
 ///
 /// KVM has no query for enabled capabilities, but a slot shows it: this creates one, reads its bitmap, and deletes it again
 /// (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
 fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    let offered = ioctl::value(
-        fd,
-        ioctl::CHECK_EXTENSION,
-        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into(),
-    );
-    if offered.map_err(failed("KVM_CHECK_EXTENSION"))? & KVM_DIRTY_LOG_INITIALLY_SET == 0 {
+    if !knows_initially_set(fd)? {
         return Ok(false);
     }
     let slots = ioctl::value(fd, ioctl::CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS.into());

@@ -25,6 +25,8 @@ pub(crate) struct Vm {
     mode: Mode,
     /// In bitmap mode the only log; beside rings, where there are both.
     bitmaps: Option<Bitmaps>,
+    /// Whether this KVM knows `KVM_DIRTY_LOG_INITIALLY_SET`, and the VM has rings, beside which it loses pages.
+    knows_initially_set: bool,
 }
 
 impl Kernel for Vm {
@@ -49,6 +51,13 @@ impl Kernel for Vm {
             Mode::Bitmap => 0,
             Mode::Rings if enable::has_pml() => RESERVED_WITH_PML,
             Mode::Rings => RESERVED_ENTRIES,
+        }
+    }
+
+    fn switch_initially_set_off(&self) -> io::Result<()> {
+        match self.knows_initially_set {
+            true => enable::switch_initially_set_off(&self.fd),
+            false => Ok(()),
         }
     }
 
@@ -102,6 +111,7 @@ impl Vm {
         Ok(Self {
             bitmaps: enable::enable(&fd, entries)?,
             mode: Mode::Rings,
+            knows_initially_set: enable::knows_initially_set(&fd)?,
             fd,
         })
     }
@@ -112,6 +122,7 @@ impl Vm {
         Ok(Self {
             bitmaps: Some(enable::enable_bitmap(&fd)?),
             mode: Mode::Bitmap,
+            knows_initially_set: false,
             fd,
         })
     }

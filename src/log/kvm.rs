@@ -24,11 +24,11 @@ impl DirtyLog {
     /// and these pages come with each sync. That costs a sync one ioctl per slot, which copies one bit per page (32 KiB for 1 GiB),
     /// and one more ioctl for each GiB with such pages.
     ///
-    /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused. Do not enable that *later*, either:
-    /// slots that are created or begin to be logged from then on lose their first writes. The crate cannot detect it, as KVM has
-    /// no query for enabled capabilities and, with rings, no bitmap that would show it. If some part of the VMM may enable
-    /// it, enable the capability once more without that flag (`args[0]` 1, not 0: on arm64 the log needs manual protection) before you
-    /// create slots and before you start tracking.
+    /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused: with rings, the first write to each page of a
+    /// slot whose log begins would be lost. If the VMM enables it *later*, [`add_slot`](Self::add_slot),
+    /// [`start_tracking`](Self::start_tracking), [`rearm`](Self::rearm), [`rearm_from`](Self::rearm_from) and
+    /// [`refresh`](Self::refresh) switch it off, each before the log of a slot begins. Do not enable it between one of these calls and
+    /// what it is for.
     ///
     /// # Errors
     /// Each reason for which KVM refuses has a variant of its own. The VM is unchanged, except after

@@ -208,6 +208,7 @@ impl DirtyLog {
         slot: &Slot,
         protect: &mut dyn FnMut(SlotId) -> io::Result<()>,
     ) -> Result<(), SlotError> {
+        self.switch_initially_set_off(slot.id())?;
         {
             let _pending = lock(&self.inner().pending);
             if self.inner().harvester.kernel().has_bitmap() {

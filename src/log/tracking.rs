@@ -50,8 +50,8 @@ impl DirtyLog {
     /// ```
     ///
     /// # Errors
-    /// The slot is not in the log, or is being removed. [`SlotError::Switch`] with the error of `log_on`: the slot is not tracked
-    /// then, whether or not KVM logs it.
+    /// The slot is not in the log, or is being removed. [`SlotError::InitiallySet`], and `log_on` was not called.
+    /// [`SlotError::Switch`] with the error of `log_on`: the slot is not tracked then, whether or not KVM logs it.
     pub fn start_tracking(
         &self,
         slot: SlotId,
@@ -59,6 +59,7 @@ impl DirtyLog {
     ) -> Result<(), SlotError> {
         let _one_at_a_time = lock(&self.inner().slot_change);
         let tracked = self.staying(slot)?;
+        self.switch_initially_set_off(slot)?;
         // If the call fails or panics, it is unknown whether the kernel logs the slot.
         self.untrack(&tracked);
         log_on().map_err(|source| SlotError::Switch { slot, source })?;
@@ -145,6 +146,13 @@ impl DirtyLog {
             slot.members().end_into(bits)
         });
         outcome
+    }
+
+    /// Has KVM protect the slot when its log is switched on, whatever the VMM has enabled meanwhile.
+    pub(super) fn switch_initially_set_off(&self, slot: SlotId) -> Result<(), SlotError> {
+        let kernel = self.inner().harvester.kernel();
+        let switched = kernel.switch_initially_set_off();
+        switched.map_err(|source| SlotError::InitiallySet { slot, source })
     }
 
     /// Makes every sync report all of the slot from now on.

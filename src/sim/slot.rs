@@ -29,21 +29,33 @@ impl SimSlot {
         }
     }
 
+    /// Every page is dirty and open, and where there is a bitmap it says so: `KVM_DIRTY_LOG_INITIALLY_SET`.
+    pub(super) fn begin_dirty(&self, has_bitmap: bool) {
+        for page in 0..self.pages.len() as u64 {
+            self.disarm(page);
+            if has_bitmap {
+                self.log(page);
+            }
+        }
+    }
+
     pub(super) fn is_logged(&self) -> bool {
         // Acquire: pairs with the release in `set_logged`.
         self.is_logged.load(Ordering::Acquire)
     }
 
-    /// Switches the log of the slot. On: every page is armed. Off: what was logged is forgotten.
-    pub(super) fn set_logged(&self, logged: bool) {
+    /// Switches the log of the slot, and returns whether that changed anything. On: every page is armed. Off: what was logged is
+    /// forgotten.
+    pub(super) fn set_logged(&self, logged: bool) -> bool {
         // AcqRel: pairs with the acquire in `is_logged`, and with itself.
         if self.is_logged.swap(logged, Ordering::AcqRel) == logged {
-            return;
+            return false;
         }
         match logged {
             true => self.rearm(),
             false => self.take_logged(u64::MAX).for_each(drop),
         }
+        true
     }
 
     fn page(&self, page: u64) -> Option<&SimPage> {

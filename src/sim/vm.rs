@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::batch::Batch;
@@ -25,6 +26,8 @@ struct Inner {
     vcpus: RwLock<Vec<Arc<VcpuState>>>,
     /// Held through a reset, as the kernel holds its `slots_lock`.
     resets: Mutex<Resets>,
+    /// `KVM_DIRTY_LOG_INITIALLY_SET`.
+    initially_set: AtomicBool,
 }
 
 #[derive(Default)]
@@ -49,6 +52,7 @@ impl SimVm {
             slots: RwLock::default(),
             vcpus: RwLock::default(),
             resets: Mutex::default(),
+            initially_set: AtomicBool::new(false),
         };
         Self {
             inner: Arc::new(inner),
@@ -67,9 +71,26 @@ impl SimVm {
 
     /// Creates a logged slot, with every page armed and of version zero. It replaces a slot with that id.
     pub fn create_slot(&self, slot: SlotId, pages: u64) {
+        let memory = Arc::new(SimSlot::new(pages));
+        self.begin(&memory);
         let slots = &self.inner.slots;
         let mut slots = slots.write().unwrap_or_else(PoisonError::into_inner);
-        slots.insert(slot, Arc::new(SimSlot::new(pages)));
+        slots.insert(slot, memory);
+    }
+
+    /// Enables `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `KVM_DIRTY_LOG_INITIALLY_SET`, or without: whether the pages of slots whose log
+    /// begins from now on are dirty in the bitmap, where there is one, and unprotected.
+    pub fn set_initially_set(&self, on: bool) {
+        // Release: pairs with the acquire in `begin`.
+        self.inner.initially_set.store(on, Ordering::Release);
+    }
+
+    /// A slot's log has begun.
+    fn begin(&self, memory: &SimSlot) {
+        // Acquire: pairs with the release in `set_initially_set`.
+        if self.inner.initially_set.load(Ordering::Acquire) {
+            memory.begin_dirty(self.has_bitmap());
+        }
     }
 
     /// Deletes a slot. Entries that name it stay in the rings and are recycled without effect.
@@ -83,6 +104,7 @@ impl SimVm {
     pub fn rearm_slot(&self, slot: SlotId) {
         if let Some(slot) = self.slot(slot) {
             slot.rearm();
+            self.begin(&slot);
             self.flush();
         }
     }
@@ -93,7 +115,9 @@ impl SimVm {
     /// dropped, and entries in the rings stay there. No change: nothing happens.
     pub fn set_logged(&self, slot: SlotId, logged: bool) {
         if let Some(slot) = self.slot(slot) {
-            slot.set_logged(logged);
+            if slot.set_logged(logged) && logged {
+                self.begin(&slot);
+            }
             self.flush();
         }
     }
@@ -236,6 +260,13 @@ impl Kernel for SimVm {
     fn reserved_entries(&self) -> u32 {
         let config = &self.inner.config;
         config.reported_reserve.unwrap_or(config.reserved)
+    }
+
+    fn switch_initially_set_off(&self) -> io::Result<()> {
+        if self.mode() == Mode::Rings {
+            self.set_initially_set(false);
+        }
+        Ok(())
     }
 
     fn mode(&self) -> Mode {

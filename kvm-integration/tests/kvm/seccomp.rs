@@ -49,6 +49,7 @@ const QUERY: Row = "query the host";
 const ENABLE: Row = "enable";
 const ENABLE_BITMAP: Row = "enable bitmaps";
 const ATTACH: Row = "attach a vCPU";
+const BEGIN: Row = "begin to log";
 const PASS: Row = "pass";
 const BITMAP: Row = "take bitmaps";
 const THREAD: Row = "start and end a thread";
@@ -308,7 +309,8 @@ fn confined() -> Outcome {
     }
     assert!(log.stats().full_exits() > 0, "{:?}", log.stats());
     let changed = log.clone();
-    syncing.run(move || {
+    rows.push(BEGIN);
+    Confined::to(&rows)?.run(move || {
         let (log, slot) = (changed, slot_id(9));
         log.add_slot(slot, 1 << 24)?;
         log.mark_dirty(slot, 0, 1 << 20)?;
