@@ -242,17 +242,20 @@ fn enable_cap(
     argument: u64,
     invalid: EnableError,
 ) -> Result<(), EnableError> {
+    set_cap(fd, cap, argument).map_err(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => invalid,
+        _ => failed("KVM_ENABLE_CAP")(error),
+    })
+}
+
+fn set_cap(fd: &impl AsRawFd, cap: u32, argument: u64) -> io::Result<()> {
     let mut request = kvm_enable_cap {
         cap,
         ..Default::default()
     };
     request.args[0] = argument;
     // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; none of our capabilities takes an address.
-    match unsafe { ioctl::pointer(fd, ioctl::ENABLE_CAP, &mut request) } {
-        Ok(_) => Ok(()),
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(invalid),
-        Err(error) => Err(failed("KVM_ENABLE_CAP")(error)),
-    }
+    unsafe { ioctl::pointer(fd, ioctl::ENABLE_CAP, &mut request) }.map(drop)
 }
 
 fn failed(call: &'static str) -> impl FnOnce(io::Error) -> EnableError {
@@ -332,13 +335,8 @@ pub(super) fn knows_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError
 /// Leaves manual protection on, which the bitmaps beside rings need and rings alone do not notice, without
 /// `KVM_DIRTY_LOG_INITIALLY_SET`. KVM takes any of its values at any time (`kvm_vm_ioctl_enable_cap_generic`).
 pub(super) fn switch_initially_set_off(fd: &impl AsRawFd) -> io::Result<()> {
-    let mut request = kvm_enable_cap {
-        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-        ..Default::default()
-    };
-    request.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into();
-    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; this capability takes no address.
-    unsafe { ioctl::pointer(fd, ioctl::ENABLE_CAP, &mut request) }.map(drop)
+    let enable = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into();
+    set_cap(fd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, enable)
 }
 
 /// Returns whether new slots of the VM behind `fd` begin with every page dirty in their bitmap. KVM then skips write-protecting

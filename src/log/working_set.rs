@@ -19,7 +19,7 @@ impl DirtyLog {
     ///
     /// Protecting a page costs a reset and the guest's next fault on it. That is wasted on a page that is written again before it is
     /// sent for good. With a working set, a harvested page stays writable while there are free places, and after that if it was
-    /// written before in the same round. It is then a *member*: the kernel does not log it any more, and every sync reports it among
+    /// written before in the same round, or was a member until the last refresh. It is then a *member*: the kernel does not log it any more, and every sync reports it among
     /// [`DirtyPages::members`](crate::DirtyPages::members), until [`refresh`](Self::refresh) has closed it, or its slot's [tracking
     /// has stopped](Self::stop_tracking). Send members in the last round.
     ///

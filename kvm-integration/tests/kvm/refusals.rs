@@ -19,7 +19,7 @@ use kvm_integration::{
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
 
-use super::harness::{Outcome, remark};
+use super::harness::Outcome;
 use super::machine::{
     Machine, assert_unsuspicious, gpa, host_page_size, page_of, pause, run_passes, slot_id, stop,
     wait_paused,
