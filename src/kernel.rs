@@ -79,8 +79,9 @@ pub trait Kernel: Send + Sync {
     }
 
     /// Has the kernel protect a slot's pages when the slot's log is switched on: `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` without
-    /// `KVM_DIRTY_LOG_INITIALLY_SET`, which some part of the VMM may have enabled. With that flag the first write to each page reaches no
-    /// ring. The log makes this call before each such switch. With bitmaps alone there is nothing to do, as all bits are set then.
+    /// `KVM_DIRTY_LOG_INITIALLY_SET`, which some part of the VMM may have enabled. With that flag the first write to each page that is mapped
+    /// reaches no ring. The log makes this call before each such switch. With bitmaps alone there is nothing to do, as all bits are set
+    /// then.
     ///
     /// # Errors
     /// The call was refused; the slot's log must not be switched on.

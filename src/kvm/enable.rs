@@ -324,8 +324,8 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
     }
 }
 
-/// Returns whether the KVM behind `fd` knows `KVM_DIRTY_LOG_INITIALLY_SET`.
-pub(super) fn knows_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
+/// Returns whether the KVM behind `fd` has `KVM_DIRTY_LOG_INITIALLY_SET`.
+pub(super) fn has_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
     let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
     let offered = offered.map_err(failed("KVM_CHECK_EXTENSION"))?;
@@ -345,7 +345,7 @@ pub(super) fn switch_initially_set_off(fd: &impl AsRawFd) -> io::Result<()> {
 /// KVM has no query for enabled capabilities, but a slot shows it: this creates one, reads its bitmap, and deletes it again
 /// (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
 fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    if !knows_initially_set(fd)? {
+    if !has_initially_set(fd)? {
         return Ok(false);
     }
     let slots = ioctl::value(fd, ioctl::CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS.into());

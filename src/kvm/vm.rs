@@ -25,8 +25,8 @@ pub(crate) struct Vm {
     mode: Mode,
     /// In bitmap mode the only log; beside rings, where there are both.
     bitmaps: Option<Bitmaps>,
-    /// Whether this KVM knows `KVM_DIRTY_LOG_INITIALLY_SET`, and the VM has rings, beside which it loses pages.
-    knows_initially_set: bool,
+    /// Whether this KVM has `KVM_DIRTY_LOG_INITIALLY_SET`, and the VM has rings, beside which that loses pages.
+    has_initially_set: bool,
 }
 
 impl Kernel for Vm {
@@ -55,7 +55,7 @@ impl Kernel for Vm {
     }
 
     fn switch_initially_set_off(&self) -> io::Result<()> {
-        match self.knows_initially_set {
+        match self.has_initially_set {
             true => enable::switch_initially_set_off(&self.fd),
             false => Ok(()),
         }
@@ -111,7 +111,7 @@ impl Vm {
         Ok(Self {
             bitmaps: enable::enable(&fd, entries)?,
             mode: Mode::Rings,
-            knows_initially_set: enable::knows_initially_set(&fd)?,
+            has_initially_set: enable::has_initially_set(&fd)?,
             fd,
         })
     }
@@ -122,7 +122,7 @@ impl Vm {
         Ok(Self {
             bitmaps: Some(enable::enable_bitmap(&fd)?),
             mode: Mode::Bitmap,
-            knows_initially_set: false,
+            has_initially_set: false,
             fd,
         })
     }

@@ -25,10 +25,9 @@ impl DirtyLog {
     /// and one more ioctl for each GiB with such pages.
     ///
     /// A VM whose `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is on with `INITIALLY_SET` is refused: with rings, the first write to each page of a
-    /// slot whose log begins would be lost. If the VMM enables it *later*, [`add_slot`](Self::add_slot),
+    /// slot would be lost where `KVM_MEM_LOG_DIRTY_PAGES` is set while the guest has the page mapped. If the VMM enables it *later*,
     /// [`start_tracking`](Self::start_tracking), [`rearm`](Self::rearm), [`rearm_from`](Self::rearm_from) and
-    /// [`refresh`](Self::refresh) switch it off, each before the log of a slot begins. Do not enable it between one of these calls and
-    /// what it is for.
+    /// [`refresh`](Self::refresh) switch it off before they call their hook. No hook, and no other thread, may enable it in between.
     ///
     /// # Errors
     /// Each reason for which KVM refuses has a variant of its own. The VM is unchanged, except after

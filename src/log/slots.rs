@@ -25,8 +25,7 @@ impl DirtyLog {
     ///
     /// # Errors
     /// The id is in use or being removed, no slot can have that size, or there is no memory. Or there were entries of slots that
-    /// are not in the log, and resets fail or fall short. Or it is [`SlotError::InitiallySet`]. Nothing has changed, and the call can
-    /// be repeated.
+    /// are not in the log, and resets fail or fall short. Nothing has changed, and the call can be repeated.
     pub fn add_slot(&self, slot: SlotId, pages: u64) -> Result<(), SlotError> {
         let added = self.track(&lock(&self.inner().slot_change), slot, pages, None);
         self.inner().emit_faults();
@@ -55,7 +54,6 @@ impl DirtyLog {
         pages: u64,
         device: Option<Arc<SharedBits>>,
     ) -> Result<(), SlotError> {
-        self.switch_initially_set_off(slot)?;
         let harvester = &self.inner().harvester;
         let shards = harvester.pool.len();
         harvester.change_layout(|layout| layout.slots.add(slot, pages, device, shards))?;

@@ -72,7 +72,10 @@ impl SimVm {
     /// Creates a logged slot, with every page armed and of version zero. It replaces a slot with that id.
     pub fn create_slot(&self, slot: SlotId, pages: u64) {
         let memory = Arc::new(SimSlot::new(pages));
-        self.begin(&memory);
+        // In ring mode nothing is mapped yet that would have to be protected.
+        if self.mode() == Mode::Bitmap {
+            self.begin(&memory);
+        }
         let slots = &self.inner.slots;
         let mut slots = slots.write().unwrap_or_else(PoisonError::into_inner);
         slots.insert(slot, memory);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, kvm_enable_cap};
 use kvm_dirty_ring::error::{AttachError, EnableError, RingSizeError};
 use kvm_dirty_ring::sim::{SimConfig, SimVm};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, HostSupport, RingEntries};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, HostSupport, RingEntries, WorkingSet};
 use kvm_integration::{
     Action, Exit, GuestMemory, Host, Load, Mode, PAGE_SIZE, TinyVcpu, TinyVm, VcpuThread, Workload,
     kvm_available,
@@ -21,8 +21,8 @@ use libtest_mimic::Failed;
 
 use super::harness::Outcome;
 use super::machine::{
-    Machine, assert_unsuspicious, gpa, host_page_size, page_of, pause, run_passes, slot_id, stop,
-    wait_paused,
+    Machine, assert_unsuspicious, gpa, host_page_size, page_of, pause, resume, run_passes, slot_id,
+    stop, wait_paused,
 };
 
 tests![
@@ -34,6 +34,7 @@ tests![
     after_a_vcpu,
     manual_protection,
     initially_set_after_the_log,
+    initially_set_when_a_slot_is_created,
     slots_of_the_vmm_are_left_alone,
     no_vcpu,
     vcpu_of_a_vm_without_rings,
@@ -239,35 +240,58 @@ fn set_manual_protection(vm: &TinyVm, flags: u64) -> Result<(), Failed> {
     Ok(vm.vm_fd().enable_cap(&protect)?)
 }
 
-/// Switched on once the rings are there. Slots whose log begins then, by creation or by a start of tracking, are protected all the
-/// same.
+/// Switched on once the rings are there, it is switched off before a slot's log begins, and before it is to protect the slot anew.
 fn initially_set_after_the_log() -> Outcome {
-    let mut machine = Machine::new(1024, &[64])?;
-    let switch = |machine: &Machine, on| {
-        let set = || machine.vm.set_logged(1, on).map_err(io::Error::other);
-        match on {
-            true => machine.log.start_tracking(slot_id(1), set),
-            false => machine.log.stop_tracking(slot_id(1), set),
-        }
-    };
-    set_manual_protection(&machine.vm, 3)?;
-    machine.add_slot(2, 64)?;
+    const PAGES: u64 = 64;
+    let mut machine = Machine::new(1024, &[PAGES])?;
     let vcpus = machine.spawn_all(Workload::Walk, 1)?;
-    run_passes(&vcpus, 2)?;
-    pause(&vcpus)?;
-    assert_eq!(machine.round()?, 128, "a slot was created");
-    machine.compare()?;
+    for _ in 0..3 {
+        let set = |on| machine.vm.set_logged(1, on).map_err(io::Error::other);
+        machine.log.stop_tracking(slot_id(1), || set(false))?;
+        // All of it is mapped for writing.
+        run_passes(&vcpus, 2)?;
+        set_manual_protection(&machine.vm, 3)?;
+        machine.log.start_tracking(slot_id(1), || set(true))?;
+        assert_eq!(machine.round()?, PAGES);
+        run_passes(&vcpus, 2)?;
+        pause(&vcpus)?;
+        assert_eq!(machine.round()?, PAGES, "after a start");
+        machine.compare()?;
+        // Open pages.
+        machine.log.set_working_set(Some(WorkingSet::new(PAGES)));
+        resume(&vcpus);
+        run_passes(&vcpus, 2)?;
+        pause(&vcpus)?;
+        machine.round()?;
+        set_manual_protection(&machine.vm, 3)?;
+        machine.refresh()?;
+        machine.log.set_working_set(None);
+        machine.round()?;
+        resume(&vcpus);
+        run_passes(&vcpus, 2)?;
+        pause(&vcpus)?;
+        assert_eq!(machine.round()?, PAGES, "after a refresh");
+        machine.compare()?;
+        resume(&vcpus);
+    }
+    stop(vcpus)?;
+    Ok(Completed)
+}
 
-    switch(&machine, false)?;
-    // All of it is mapped for writing.
-    run_passes(&vcpus, 2)?;
+/// A slot that is created with its log has no page mapped that would have to be protected.
+fn initially_set_when_a_slot_is_created() -> Outcome {
+    const PAGES: u64 = 64;
+    let mut machine = Machine::new(1024, &[])?;
     set_manual_protection(&machine.vm, 3)?;
-    switch(&machine, true)?;
-    assert!(machine.round()? >= 64);
-    run_passes(&vcpus, 2)?;
-    pause(&vcpus)?;
-    assert_eq!(machine.round()?, 128, "tracking has started");
-    machine.compare()?;
+    machine.add_slot(1, PAGES)?;
+    let vcpus = machine.spawn_all(Workload::Walk, 1)?;
+    for _ in 0..3 {
+        run_passes(&vcpus, 2)?;
+        pause(&vcpus)?;
+        assert_eq!(machine.round()?, PAGES);
+        machine.compare()?;
+        resume(&vcpus);
+    }
     stop(vcpus)?;
     Ok(Completed)
 }
