@@ -62,11 +62,11 @@ impl FanOut {
         std::mem::swap(&mut *set, pages);
     }
 
-    /// A slot is gone: before its id is another one's.
-    fn drop_slot(&self, slot: SlotId) {
+    /// Slots are gone: no consumer is to take pages of them for pages of another slot with that id.
+    fn drop_removed(&self) {
         for consumer in &self.consumers {
             let mut set = consumer.lock().unwrap_or_else(PoisonError::into_inner);
-            set.clear_slot(slot);
+            self.log.clear_removed(&mut set);
         }
     }
 }
@@ -132,7 +132,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The memory is unplugged: no set may keep pages for the next slot of that id.
     log.mark_dirty(RAM, 0, 1)?;
     fan_out.sync(&mut found)?;
-    fan_out.drop_slot(RAM);
+    let retired = log.retire_slot(RAM)?;
+    guest.delete_slot(RAM); // KVM_SET_USER_MEMORY_REGION of no size
+    log.finish_slot(&retired)?;
+    fan_out.drop_removed();
     for consumer in [MIGRATION, BACKUP] {
         fan_out.take(consumer, &mut pages);
         assert_eq!(pages.page_count(), 0, "pages of a slot that is gone");

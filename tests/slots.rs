@@ -131,6 +131,62 @@ fn of_two_slots_with_one_id_the_later_one_keeps_its_pages() {
     }
 }
 
+/// What a broken link has not delivered, kept while slots go and ids are used again.
+#[test]
+fn pages_of_slots_that_are_gone_are_removed_also_where_the_id_is_used_again() {
+    let (vm, log, vcpu, _ring) = with_ram(100);
+    let [other, gone] = [6, 7].map(|id| SlotId::new(0, id));
+    for (slot, pages) in [(other, 10), (gone, 200)] {
+        log.add_slot(slot, pages).unwrap();
+    }
+    // One page that the id's next slots have, too, and ten that the smallest has not.
+    vcpu.write(RAM, 7).unwrap();
+    log.mark_dirty(RAM, 90, 10).unwrap();
+    log.mark_dirty(other, 3, 1).unwrap();
+    log.mark_dirty(gone, 0, 200).unwrap();
+    let mut unsent = DirtyPages::new();
+    log.sync(&mut unsent).unwrap();
+    assert_eq!(log.clear_removed(&mut unsent), 0, "all are in the log");
+    assert_eq!(unsent.page_count(), 11 + 1 + 200);
+
+    let [retired, also_retired] = [RAM, gone].map(|slot| log.retire_slot(slot).unwrap());
+    vm.delete_slot(RAM);
+    assert_eq!(log.clear_removed(&mut unsent), 0, "being removed");
+    log.finish_slot(&retired).unwrap();
+    log.finish_slot(&also_retired).unwrap();
+    for pages in [10, 100, 1000] {
+        log.add_slot(RAM, pages).unwrap();
+        let mut old = DirtyPages::new();
+        assert!(old.merge(&unsent));
+        assert_eq!(log.clear_removed(&mut old), 11 + 200);
+        assert_eq!(old.pages().collect::<Vec<_>>(), [(other, 3)]);
+        assert_eq!((old.words(RAM), old.words(gone)), (None, None));
+        assert_eq!(log.clear_removed(&mut old), 0, "once");
+
+        // Merged with what a later sync finds: the page of the slot that has the id now stays.
+        log.mark_dirty(RAM, 5, 1).unwrap();
+        let mut new = DirtyPages::new();
+        log.sync(&mut new).unwrap();
+        for [into, from] in [[&unsent, &new], [&new, &unsent]] {
+            let mut merged = DirtyPages::new();
+            assert!(merged.merge(into) && merged.merge(from));
+            assert!(merged.contains(gone, 199), "a merge knows no log");
+            assert_eq!(log.clear_removed(&mut merged), 200);
+            assert_eq!(merged.pages().collect::<Vec<_>>(), [(RAM, 5), (other, 3)]);
+            assert_eq!(merged.words(RAM).unwrap().len() as u64, pages.div_ceil(64));
+        }
+        log.put_back(&unsent).unwrap();
+        log.sync(&mut new).unwrap();
+        assert_eq!(new.pages().collect::<Vec<_>>(), [(other, 3)]);
+        let retired = log.retire_slot(RAM).unwrap();
+        log.finish_slot(&retired).unwrap();
+    }
+    // Nor does another log hold any of them, whose slots have the same ids.
+    let (_vm, another, ..) = with_ram(100);
+    assert_eq!(another.clear_removed(&mut unsent), 212);
+    assert!(unsent.is_empty());
+}
+
 /// Four attempts to recycle entries fail: each reset, and its repetition.
 fn none_recycled() -> impl Iterator<Item = ResetFault> {
     let stops = ResetFault::Short { after: 0 };

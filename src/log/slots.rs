@@ -7,6 +7,7 @@ use super::DirtyLog;
 use crate::bitmap::shared::SharedBits;
 use crate::error::SlotError;
 use crate::slot_id::SlotId;
+use crate::slots::dirty_pages::DirtyPages;
 use crate::slots::table::{Removal, Slot};
 use crate::sync::{Arc, MutexGuard, lock};
 
@@ -155,8 +156,8 @@ impl DirtyLog {
     /// Ends the removal of a memslot. Call it after the slot was deleted in KVM.
     ///
     /// It harvests the entries that still name the slot and has them recycled. So none can land in a later slot of that id, or be
-    /// reset beside its entries. From then on the id may be added again. A `DirtyPages` that names the slot still does: [clear the
-    /// slot](crate::DirtyPages::clear_slot) there before another has the id.
+    /// reset beside its entries. From then on the id may be added again. A `DirtyPages` that names the slot still does:
+    /// [remove its pages](Self::clear_removed) there before you use it again.
     ///
     /// # Errors
     /// [`SlotError::Unknown`] if the removal is finished already, [`SlotError::Kept`] if it was cancelled. A reset failed, or fell
@@ -174,6 +175,46 @@ impl DirtyLog {
         harvester.layout().slots.check(slot, retired.removal)?;
         harvester.recycle_all_of(slot.id())?;
         self.forget(slot)
+    }
+
+    /// Removes the pages of slots that are no longer in the log from `dirty`. Returns the number of dirty pages it removed.
+    ///
+    /// It distinguishes slots, not ids: the pages of a slot whose removal is [finished](Self::finish_slot) go, also if another slot,
+    /// of whatever size, has the id by now; the pages of that one stay. A slot whose removal has only [begun](Self::retire_slot) is
+    /// still in the log.
+    ///
+    /// Use it where pages are kept while slots may come and go, as those that a broken link did not deliver: after each
+    /// removal, or before the pages are used again. A sync replaces all pages and needs no such call. Runs and chunks that were made
+    /// of the pages before do not change.
+    ///
+    /// It waits for a moment while slots or vCPUs change, and for no pass or sync. A set that another log has filled loses all of
+    /// its pages.
+    ///
+    /// ```
+    /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
+    /// # use kvm_dirty_ring::{DirtyPages, SlotId};
+    /// # let vm = SimVm::new(SimConfig::default());
+    /// # let log = vm.dirty_log();
+    /// # let (ram, dimm) = (SlotId::new(0, 0), SlotId::new(0, 1));
+    /// # log.add_slot(ram, 1000)?;
+    /// # log.add_slot(dimm, 1000)?;
+    /// # log.mark_dirty(ram, 1, 1)?;
+    /// # log.mark_dirty(dimm, 998, 2)?;
+    /// # let mut unsent = DirtyPages::new();
+    /// log.sync(&mut unsent)?;
+    /// // The link is broken. Meanwhile the DIMM is unplugged, and a smaller one plugged in:
+    /// let retired = log.retire_slot(dimm)?;
+    /// // ... deleted in KVM
+    /// log.finish_slot(&retired)?;
+    /// log.add_slot(dimm, 500)?;
+    /// // The link is back:
+    /// assert_eq!(log.clear_removed(&mut unsent), 2); // pages
+    /// assert!(unsent.runs().all(|run| run.slot == ram));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn clear_removed(&self, dirty: &mut DirtyPages) -> u64 {
+        let layout = self.inner().harvester.layout();
+        dirty.clear_removed(&layout.slots)
     }
 
     /// Cancels a removal, if the slot was not deleted in KVM.
@@ -213,7 +254,6 @@ impl fmt::Debug for RetiredSlot {
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
     use super::*;
-    use crate::DirtyPages;
     use crate::sim::{SimConfig, SimVm};
 
     /// The list that the log keeps between two syncs does not keep the bits of removed slots alive.

@@ -63,7 +63,8 @@ impl DirtyLog {
 
     /// Puts pages back that a sync has returned: all that is left in `dirty`.
     ///
-    /// The next sync reports them again. Pages of slots that are no longer in the log are left out.
+    /// The next sync reports them again. Pages of slots that are no longer in the log are left out, also where another slot has
+    /// the id by now.
     ///
     /// Use it for a migration that failed and is to continue from where it was, or for a snapshot that could not be written.
     ///

@@ -125,8 +125,8 @@ impl DirtyPages {
 
     /// Forgets the slot and every page of it.
     ///
-    /// Call it before another slot gets the id, as these pages would pass for pages of that one. Copy them first, if they are
-    /// needed.
+    /// Call it before another slot gets the id, as these pages would pass for pages of that one; later, call
+    /// [`clear_removed`](crate::DirtyLog::clear_removed), which distinguishes the two. Copy them first, if they are needed.
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};
@@ -227,6 +227,19 @@ impl DirtyPages {
         true
     }
 
+    /// Drops the slots that `table` does not hold. Returns how many dirty pages they had.
+    pub(crate) fn clear_removed(&mut self, table: &Table) -> u64 {
+        let mut removed = 0;
+        self.slots.retain(|have| {
+            let stays = table.holds(&have.slot);
+            if !stays {
+                removed += have.bits.count(0..usize::MAX);
+            }
+            stays
+        });
+        removed
+    }
+
     /// Drops the pages of a slot.
     pub(crate) fn forget_slot(&mut self, slot: &Arc<Slot>) {
         self.slots.retain(|have| !Arc::ptr_eq(&have.slot, slot));
@@ -256,7 +269,8 @@ impl DirtyPages {
     /// Members of `self` stay members, except for those that are others of `from`. All other pages count among the
     /// [others](Self::others) then, also members of `from`. So either set may be the later one, and every page that has to be
     /// sent is among the others. Where the two name different slots by the same id, only the slot that was added to the log
-    /// later keeps its pages; the other one is gone.
+    /// later keeps its pages; the other one is gone. A slot that is gone and that only one of them names keeps its pages until
+    /// [`clear_removed`](crate::DirtyLog::clear_removed).
     ///
     /// ```
     /// # use kvm_dirty_ring::sim::{SimConfig, SimVm};

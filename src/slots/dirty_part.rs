@@ -11,7 +11,8 @@ use crate::slots::slot_pages::{Kind, SlotPages};
 ///
 /// The slot is the one that had the id when the sync ran. Once its removal is [finished](crate::DirtyLog::finish_slot),
 /// another slot may have the id, with other memory or another size, and nothing in a run shows it. So before you finish a
-/// removal, copy all runs of the slot, or [clear](crate::DirtyPages::clear_slot) them.
+/// removal, copy all runs of the slot; after it, remove its pages from each `DirtyPages`
+/// ([`clear_removed`](crate::DirtyLog::clear_removed)), and use no run that was made before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Run {
     /// The memslot.
