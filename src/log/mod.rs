@@ -275,7 +275,7 @@ impl DirtyLog {
     /// # Errors
     /// As [`reap`](Self::reap).
     #[cfg(feature = "test-utils")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
+    #[doc(hidden)]
     pub fn reap_on_shard(&self, shard: usize) -> Result<u64, ResetError> {
         let harvester = &self.inner.harvester;
         let shard = harvester.pool.acquire(shard % harvester.pool.len());

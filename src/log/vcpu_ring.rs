@@ -160,7 +160,7 @@ impl VcpuRing {
     /// Returns the number of entries. Their pages come with a later sync, which makes the reset first. For tests
     /// (feature `test-utils`).
     #[cfg(feature = "test-utils")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "test-utils")))]
+    #[doc(hidden)]
     pub fn harvest_and_stop(&mut self) -> u32 {
         self.inner.harvester.begin().harvest(&self.vcpu).entries
     }
