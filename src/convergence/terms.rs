@@ -61,6 +61,17 @@ impl Terms {
     /// in 40 ms as two messages, and in 120 ms as 400.
     ///
     /// A round without runs changes nothing. A round that was faster than the rate sets the cost to zero.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use kvm_dirty_ring::convergence::{Extent, Terms};
+    ///
+    /// // Round 0, of long runs, has shown 10,000 pages a second.
+    /// let mut terms = Terms::new(10_000.0, Duration::from_millis(100));
+    /// // Round 1 sent 1,000 pages in 500 messages. They arrived after 200 ms, and the pages alone take 100 ms.
+    /// terms.learn_run_cost(Extent { pages: 1000, runs: 500 }, Duration::from_millis(200));
+    /// assert_eq!(terms.run_cost, Duration::from_micros(200)); // a message
+    /// ```
     pub fn learn_run_cost(&mut self, sent: Extent, took: Duration) {
         if sent.runs == 0 {
             return;
