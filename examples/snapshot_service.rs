@@ -168,6 +168,46 @@ fn main() -> Outcome<()> {
     disk.restore(&diff, &restored)?;
     assert!(restored.equals(&memory, &map), "the snapshot differs");
     println!("base and diff restore the guest's memory, byte by byte");
+    page_3_of_the_second_slot()
+}
+
+/// Two slots of 4,096 pages, at 0 and 4 GiB. A diff of page 3 of the second one leaves the first as it is.
+fn page_3_of_the_second_slot() -> Outcome<()> {
+    const AT: u64 = 4 << 30;
+    let page = page_size() as u64;
+    let map = guest::map([(0, 0, 4096), (1, AT / page, 4096)]);
+    let guest = Guest::with_map(1024, &map);
+    let log = guest.dirty_log();
+    for region in map.regions() {
+        log.add_slot(region.slot, region.pages)?;
+    }
+    let memory = guest.memory();
+    let mut snapshots = Snapshots {
+        log: log.clone(),
+        map: map.clone(),
+        memory: Arc::clone(&memory),
+        dirty: DirtyPages::new(),
+    };
+    // Something is there, so that what is restored in the wrong place shows.
+    let restored = Memory::of(&map);
+    for (at, number) in [(3, 1), (AT / page + 2, 2), (AT / page + 4, 3)] {
+        restored.write(at, number);
+    }
+    let before = [restored.read(0, 4096), restored.read(AT / page, 4096)];
+    memory.write(AT / page + 3, 7);
+    log.mark_dirty(map.regions()[1].slot, 3, 1)?;
+
+    let mut disk = Disk::create("page-3", page)?;
+    let diff = snapshots.diff(&mut disk)?;
+    let expected = AT + 3 * page..AT + 4 * page;
+    assert_eq!(diff, std::slice::from_ref(&expected));
+    disk.restore(&diff, &restored)?;
+    let [first, mut second] = before;
+    let [begin, end] = [3 * page as usize, 4 * page as usize];
+    second[begin..end].copy_from_slice(&memory.read(AT / page + 3, 1));
+    assert!(restored.read(0, 4096) == first, "the first slot changed");
+    assert!(restored.read(AT / page, 4096) == second, "the second slot");
+    println!("page 3 of a slot at 4 GiB is restored, and no other page changes");
     Ok(())
 }
 

@@ -65,8 +65,7 @@ impl Guest {
         Self::with_map(ring_entries, &one_slot(ram, pages))
     }
 
-    /// The same with memory in these slots. It is mapped as a whole, holes included, so that a page's place in the mapping is
-    /// its number in the guest.
+    /// The same with memory in these slots. Holes between them are not mapped.
     pub fn with_map(ring_entries: u32, map: &GuestMap) -> Self {
         let mut config = SimConfig::default();
         config.ring_entries = ring_entries;
@@ -190,37 +189,61 @@ impl Vcpu {
 
 /// Guest memory, page by page as the guest numbers them. It may be read while others write it: what is read then may be torn.
 pub struct Memory {
-    words: Box<[AtomicU64]>,
+    /// What lies between two holes, with its address, in ascending order.
+    blocks: Vec<(u64, Box<[AtomicU64]>)>,
 }
 
 impl Memory {
-    /// As much memory as the guest has, all zeroes; holes as well.
+    /// As much memory as the guest has, all zeroes.
     pub fn of(map: &GuestMap) -> Self {
-        let end = |region: &GuestRegion| region.address + region.pages * page_size() as u64;
-        let end = map.regions().last().map_or(0, end);
-        let words = 0..end as usize / 8;
+        let mut blocks: Vec<Range<u64>> = Vec::new();
+        for region in map.regions() {
+            let end = region.address + region.pages * page_size() as u64;
+            match blocks.last_mut().filter(|last| last.end == region.address) {
+                Some(last) => last.end = end,
+                None => blocks.push(region.address..end),
+            }
+        }
+        let zeroes = |block: Range<u64>| {
+            let words = (block.end - block.start) / 8;
+            (block.start, (0..words).map(|_| AtomicU64::new(0)).collect())
+        };
         Self {
-            words: words.map(|_| AtomicU64::new(0)).collect(),
+            blocks: blocks.into_iter().map(zeroes).collect(),
         }
     }
 
-    /// How many pages there are.
+    /// The guest's number of its last page, and one.
     pub fn pages(&self) -> u64 {
-        (self.words.len() / words()) as u64
+        let last = self.blocks.last();
+        last.map_or(0, |(address, words)| {
+            (address / 8 + words.len() as u64) / self::words() as u64
+        })
+    }
+
+    /// The words from this guest address up to the next hole.
+    fn from(&self, address: u64) -> &[AtomicU64] {
+        let blocks = self.blocks.iter().rev();
+        let mut blocks = blocks.skip_while(|(start, _)| *start > address);
+        let (start, words) = blocks.next().expect("the guest has memory there");
+        &words[((address - start) / 8) as usize..]
+    }
+
+    fn page(&self, page: u64) -> &[AtomicU64] {
+        &self.from(page * page_size() as u64)[..words()]
     }
 
     /// Writes a number into a page, at the begin and somewhere else.
     pub fn write(&self, page: u64, number: u64) {
-        let page = &self.words[page as usize * words()..][..words()];
+        let page = self.page(page);
         page[0].store(number, Ordering::Relaxed);
         page[number as usize % words()].store(number, Ordering::Relaxed);
     }
 
     /// Gives a page back to the host, which reads as zeroes from then on: `madvise(MADV_DONTNEED)`.
     pub fn discard(&self, page: u64) {
-        let page = &self.words[page as usize * words()..][..words()];
-        page.iter()
-            .for_each(|word| word.store(0, Ordering::Relaxed));
+        let words = self.page(page).iter();
+        words.for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// The bytes of `pages` pages.
@@ -231,7 +254,7 @@ impl Memory {
 
     /// The bytes at these guest addresses, which are multiples of 8.
     pub fn bytes(&self, range: &Range<u64>) -> Vec<u8> {
-        let words = &self.words[range.start as usize / 8..range.end as usize / 8];
+        let words = &self.from(range.start)[..((range.end - range.start) / 8) as usize];
         let mut bytes = Vec::with_capacity(words.len() * 8);
         for word in words {
             bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
@@ -241,8 +264,7 @@ impl Memory {
 
     /// Puts bytes at a guest address: where a migration or a snapshot arrives.
     pub fn put(&self, address: u64, bytes: &[u8]) {
-        let words = &self.words[address as usize / 8..];
-        for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
+        for (word, bytes) in self.from(address).iter().zip(bytes.chunks_exact(8)) {
             let number = bytes.try_into().expect("a word has 8 bytes");
             word.store(u64::from_ne_bytes(number), Ordering::Relaxed);
         }

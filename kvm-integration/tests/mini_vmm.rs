@@ -66,15 +66,22 @@ fn it_runs_anywhere() {
     assert_eq!(ran.stderr.contains(SIMULATED), !on_kvm, "{}", ran.stderr);
 }
 
-/// As the README says.
-fn it_is_less_than_320_lines() {
+/// As the README and the guide say: what there is to copy, on either processor.
+fn it_is_about_400_lines() {
     let files = [
         include_str!("../src/bin/mini-vmm/main.rs"),
         include_str!("../src/bin/mini-vmm/machine.rs"),
         include_str!("../src/bin/mini-vmm/kvm.rs"),
     ];
-    let lines: usize = files.iter().map(|file| file.lines().count()).sum();
-    assert!(lines < 320, "{lines} lines");
+    let processors = [
+        include_str!("../src/bin/mini-vmm/x86_64.rs"),
+        include_str!("../src/bin/mini-vmm/aarch64.rs"),
+    ];
+    for processor in processors {
+        let files = files.iter().chain([&processor]);
+        let lines: usize = files.map(|file| file.lines().count()).sum();
+        assert!((375..425).contains(&lines), "{lines} lines");
+    }
 }
 
 fn other_options_are_an_error() {
@@ -237,7 +244,7 @@ fn main() -> ExitCode {
     let everywhere = tests![
         a_simulated_guest_goes_on_in_another_process,
         it_runs_anywhere,
-        it_is_less_than_320_lines,
+        it_is_about_400_lines,
         other_options_are_an_error,
         a_destination_that_leaves_or_is_silent_is_an_error,
         a_simulated_source_that_dies_is_an_error,

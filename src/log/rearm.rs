@@ -23,6 +23,9 @@ impl DirtyLog {
     /// them suspect. Where the kernel [has bitmaps](crate::Mode::Bitmap), which it drops when the flag is cleared, all pages of the
     /// slot come; no sync may be made between the two.
     ///
+    /// It looks at every entry of every ring, as [`stop_tracking`](Self::stop_tracking) does. To re-arm many slots,
+    /// [`rearm`](Self::rearm) looks once.
+    ///
     /// # Errors
     /// The slot is not in the log, a ring is [broken](SlotError::BrokenRing), or there is no memory. The pages stay suspect.
     pub fn rearmed(&self, slot: SlotId) -> Result<(), SlotError> {

@@ -84,7 +84,8 @@ impl Steering {
     }
 }
 
-/// The link takes no time for a run.
+/// The simulated link takes so many pages a second however long their runs are, and [`Terms::run_cost`] stays zero: then the
+/// number of runs changes nothing. A real link's messages cost something beside their pages, and are to be counted.
 fn extent(pages: u64) -> Extent {
     Extent { pages, runs: 0 }
 }
