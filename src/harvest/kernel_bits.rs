@@ -62,6 +62,7 @@ impl Taking<'_> {
         slot: &Slot,
         retired: bool,
     ) -> Result<(), BitmapError> {
+        slot.members().forget_cleared();
         self.take_by(slot, retired, |words| {
             kernel.take_bitmap(slot.id(), slot.pages(), words)
         })
@@ -91,7 +92,9 @@ impl Taking<'_> {
             // Joined before the others are cleared: if that fails, they stay open and are reported all the same.
             slot.members()
                 .keep(words, |joining| terms.lets_join(joining));
-            kernel.clear_bitmap(id, pages, words)
+            kernel.clear_bitmap(id, pages, words)?;
+            slot.members().note_cleared(words);
+            Ok(())
         })
     }
 
@@ -182,6 +185,8 @@ impl Taking<'_> {
         if !retired && terms.may_join() {
             slot.members()
                 .keep(words, |joining| terms.lets_join(joining));
+        } else {
+            slot.members().forget_cleared();
         }
         for (word, bits) in words.iter_mut().enumerate() {
             let bits = core::mem::take(bits);
@@ -210,6 +215,9 @@ impl Taking<'_> {
         let words = &mut self.words[..words_for(slot.pages())];
         words[range.clone()].copy_from_slice(&bits.words()[range.clone()]);
         let cleared = kernel.clear_bitmap(slot.id(), slot.pages(), words);
+        if cleared.is_ok() {
+            slot.members().note_cleared(words);
+        }
         words[range].fill(0);
         match cleared {
             // The slot is deleted already, so nothing writes to it.

@@ -191,6 +191,7 @@ impl Harvester {
                 faults: self.gate.faults(),
             },
             may_join: self.working_set.may_join(),
+            joining: [0; 2],
             shard,
         }
     }
@@ -306,6 +307,8 @@ pub(crate) struct Pass<'a, Stage> {
     shard: ShardGuard<'a>,
     /// Whether pages may stay open.
     may_join: bool,
+    /// Entries harvested where pages may stay open, and those among them that named members.
+    joining: [u64; 2],
     stage: Stage,
 }
 
@@ -386,12 +389,14 @@ impl<'a> Pass<'a, Harvested> {
 
     /// Harvests the ring, and lets pages stay open.
     #[inline(never)]
-    fn harvest_joining(&self, ring: &mut RingView) -> (u32, bool, Misses) {
+    fn harvest_joining(&mut self, ring: &mut RingView) -> (u32, bool, Misses) {
         let terms = &self.harvester.working_set;
         let mut joiner = Joiner::new(&self.layout.slots, &self.shard, terms);
         let (entries, breaks) = ring.harvest_blocks(&mut joiner);
-        terms.judge(entries.into(), joiner.named);
-        (entries, breaks, joiner.misses)
+        let (named, misses) = (joiner.named, joiner.misses);
+        self.joining[0] += u64::from(entries);
+        self.joining[1] += named;
+        (entries, breaks, misses)
     }
 
     fn note_marked(&mut self, marking: &mut Harvest<'_>, entries: u32) {
@@ -445,10 +450,15 @@ impl<'a> Pass<'a, Harvested> {
 
     fn into_reset(mut self) -> Pass<'a, Reset> {
         self.shard.unreset = None;
+        let [entries, named] = self.joining;
+        if entries > 0 {
+            self.harvester.working_set.judge(entries, named);
+        }
         Pass {
             harvester: self.harvester,
             layout: self.layout,
             may_join: self.may_join,
+            joining: self.joining,
             shard: self.shard,
             stage: Reset(()),
         }

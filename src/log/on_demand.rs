@@ -114,7 +114,11 @@ impl DirtyLog {
             slot.members().copy_into(bits);
         }
         into.found.add(&into.unprotected);
-        self.tell_members(&mut into.found, false)
+        self.tell_members(&mut into.found, false)?;
+        // No chunk has a member. If a chunk's protection cleared its bit, a write would be forgotten that no call has reported: a refresh
+        // may have closed the page by then, and a sync reported it.
+        into.unprotected.remove_members_of(&into.found);
+        Ok(())
     }
 }
 

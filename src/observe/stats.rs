@@ -106,7 +106,7 @@ impl WorkingSetStats {
             refresh_ns: terms.refresh_ns.get(),
             back,
             last_closed,
-            refresh_owed: terms.is_owed(),
+            refresh_owed: terms.is_owed(members),
             useless: terms.is_useless(),
         }
     }

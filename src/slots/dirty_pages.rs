@@ -187,6 +187,17 @@ impl DirtyPages {
         true
     }
 
+    /// Removes the members of `from`.
+    pub(crate) fn remove_members_of(&mut self, from: &Self) {
+        for have in &mut self.slots {
+            let from = from.slot(have.slot.id());
+            let from = from.filter(|from| Arc::ptr_eq(&from.slot, &have.slot));
+            if let Some(members) = from.and_then(|from| from.of(Kind::Members)) {
+                have.bits.remove_all(members);
+            }
+        }
+    }
+
     /// Finds the slot with the first dirty page that is no member, and up to `words` words from that page's word.
     pub(crate) fn next_others(&self, words: usize) -> Option<(Arc<Slot>, Range<usize>)> {
         self.slots.iter().find_map(|slot| {

@@ -20,7 +20,7 @@ pub(crate) struct Members {
     leaving: SharedBits,
     /// Closed by the last refresh.
     closed: SharedBits,
-    /// In bitmap mode: set at the last sync, and cleared by it.
+    /// In bitmap mode: set at the last sync, and cleared by it or on demand since.
     cleared: SharedBits,
     /// How many of the [`FRESH_SYNCS`] are to come. Written under the lock on syncs. Passes that read it count on no order: it only
     /// decides whether a page joins now or at its next write.
@@ -139,12 +139,12 @@ impl Members {
     /// Forgets all but the members, as the slot's log was switched.
     pub(crate) fn forget(&self) {
         self.forget_closed();
-        self.cleared.take(|_, _| ());
+        self.forget_cleared();
     }
 
     /// Removes pages that stay open from `words`, the bits of a slot's bitmap: members, and pages that were cleared by the last
     /// sync, or by a refresh just now, and are set again, which join while `may_join` allows. The bits that are left are to be cleared,
-    /// and are remembered.
+    /// and [noted](Self::note_cleared) then; what was cleared before is forgotten.
     pub(crate) fn keep(&self, words: &mut [u64], mut may_join: impl FnMut(u64) -> bool) {
         let is_fresh = self.is_fresh();
         let again = |at: usize, word: u64| {
@@ -160,10 +160,19 @@ impl Members {
             }
             *word &= !open;
         }
-        self.cleared.take(|_, _| ());
+        self.forget_cleared();
+    }
+
+    /// Notes that these of the kernel's bits were cleared.
+    pub(crate) fn note_cleared(&self, words: &[u64]) {
         for (at, &word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
             self.cleared.merge(at, word);
         }
+    }
+
+    /// Forgets which bits the last sync has cleared, as another one takes all of them.
+    pub(crate) fn forget_cleared(&self) {
+        self.cleared.take(|_, _| ());
     }
 
     /// Adds the bits of all members to `words`.

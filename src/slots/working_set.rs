@@ -38,7 +38,7 @@ const OFF: u64 = 2;
 /// the members: the kernel ignores void entries.
 const VAIN_PASSES: u64 = 8;
 
-/// The fewest entries of a pass that counts for that.
+/// The fewest entries that count as a pass for that. Shorter passes count together.
 const TELLING_ENTRIES: u64 = 64;
 
 /// The terms in force, and the counts. Only the guest's speed and the pages sent at the end depend on these numbers, so
@@ -57,8 +57,9 @@ pub(crate) struct Terms {
     vain_passes: Counter,
     /// Entries of members in these passes.
     vain_entries: Counter,
-    /// Whether a refresh is due although no page joins any more.
-    owed: Counter,
+    /// Entries of passes that were too short to be judged one by one, and those among them that named members.
+    short_entries: Counter,
+    short_named: Counter,
     /// About how many members there are; each sync counts them.
     members: Counter,
     pub(crate) joined: Counter,
@@ -78,7 +79,6 @@ impl Terms {
             None if self.was_ever_on() => self.state.set(OFF),
             None => {}
         }
-        self.note_owed();
     }
 
     /// Returns whether there may be members, or may have been.
@@ -90,13 +90,6 @@ impl Terms {
     /// Notes whether some vCPU has a dirty limit.
     pub(crate) fn set_limited(&self, limited: bool) {
         self.limited.set(limited.into());
-        self.note_owed();
-    }
-
-    fn note_owed(&self) {
-        if !self.may_join() && self.members.get() > 0 {
-            self.owed.set(1);
-        }
     }
 
     /// Returns whether pages may join at all.
@@ -107,7 +100,8 @@ impl Terms {
 
     /// Returns whether there is a free place, for a page that was not written before in this round.
     pub(crate) fn has_place(&self) -> bool {
-        self.members.get() < self.places.get().min(self.most.get())
+        // A limit may have been set since the pass began.
+        self.may_join() && self.members.get() < self.places.get().min(self.most.get())
     }
 
     /// Returns whether `pages` more may join.
@@ -133,13 +127,20 @@ impl Terms {
     /// Notes how many members a sync has counted.
     pub(crate) fn note_members(&self, members: u64) {
         self.members.set(members);
-        // A pass that was under way when joining ended may have added one.
-        self.note_owed();
     }
 
     /// Judges the kernel by a pass of `entries` entries, of which `named` named members.
+    ///
+    /// Passes at the same time may take one another's numbers for their own, and so come to a verdict sooner or later.
     pub(crate) fn judge(&self, entries: u64, named: u64) {
-        if entries < TELLING_ENTRIES {
+        let (entries, named) = (
+            entries + self.short_entries.get(),
+            named + self.short_named.get(),
+        );
+        let is_telling = entries >= TELLING_ENTRIES;
+        self.short_entries.set(if is_telling { 0 } else { entries });
+        self.short_named.set(if is_telling { 0 } else { named });
+        if !is_telling {
             return;
         }
         if named * 2 <= entries {
@@ -153,7 +154,6 @@ impl Terms {
         let is_again_and_again = self.vain_entries.get() > 2 * self.members.get();
         if self.vain_passes.get() >= VAIN_PASSES && is_again_and_again {
             self.useless.set(1);
-            self.note_owed();
         }
     }
 
@@ -164,12 +164,12 @@ impl Terms {
         if whole {
             self.refreshes.add(1);
             self.refresh_ns.set(ns);
-            self.owed.set(0);
         }
     }
 
-    pub(crate) fn is_owed(&self) -> bool {
-        self.owed.get() != 0
+    /// Returns whether a refresh is due, where there are `members` members.
+    pub(crate) fn is_owed(&self, members: u64) -> bool {
+        members > 0 && !self.may_join()
     }
 
     pub(crate) fn is_useless(&self) -> bool {

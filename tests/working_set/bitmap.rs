@@ -3,6 +3,9 @@
 
 use std::cell::Cell;
 
+use kvm_dirty_ring::WorkingSet;
+use kvm_dirty_ring::sim::BitmapFault;
+
 use super::machine::{Machine, NONE};
 
 #[test]
@@ -62,4 +65,45 @@ fn without_manual_protection_there_are_none() {
         machine.write([3]);
         assert_eq!(machine.sync(), (NONE, vec![3]));
     }
+}
+
+#[test]
+fn what_could_not_be_cleared_does_not_join() {
+    let mut machine = Machine::with_bitmap(true);
+    machine.write(0..100);
+    let fault = BitmapFault {
+        after: 0,
+        error: libc::ENOMEM,
+    };
+    machine.vm.inject_bitmap([fault]);
+    machine.log.sync(&mut machine.dirty).unwrap_err();
+    assert_eq!(machine.sync(), (NONE, (0..100).collect()));
+    machine.write([7]);
+    assert_eq!(machine.sync(), (vec![7], NONE));
+}
+
+/// An earlier migration has found them. Since then every sync has taken all bits.
+#[test]
+fn what_was_cleared_long_ago_does_not_join() {
+    let mut machine = Machine::with_bitmap(true);
+    machine.write(0..50);
+    machine.sync();
+    machine.log.set_working_set(None);
+    machine.sync();
+    machine.set_places(0);
+    machine.write(0..50);
+    assert_eq!(machine.sync(), (NONE, (0..50).collect()));
+}
+
+#[test]
+fn no_more_join_than_the_vmm_allows() {
+    let mut machine = Machine::with_bitmap(true);
+    machine
+        .log
+        .set_working_set(Some(WorkingSet::new(0).at_most(3)));
+    for _ in 0..3 {
+        machine.write([0, 64, 128, 192, 256]);
+        machine.sync();
+    }
+    assert_eq!(machine.set().members, 3);
 }

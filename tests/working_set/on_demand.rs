@@ -75,3 +75,46 @@ fn rings_and_bitmaps_without_manual_protection_have_protected_all() {
     assert_eq!(chunk(&mut found, u64::MAX), Some(vec![5, 299]));
     assert_eq!(chunk(&mut found, 64), None);
 }
+
+/// A chunk has no members, so it must not clear their bits either: by then a refresh may have closed them, and a sync reported them.
+#[test]
+fn a_chunk_clears_no_bit_of_a_page_that_it_lacks() {
+    for tracking_is_switched in [false, true] {
+        let mut machine = Machine::with_members([5]);
+        machine.log.set_working_set(None);
+        machine.write([5, 6]);
+        let mut found = machine.log.sync_on_demand().unwrap();
+        if tracking_is_switched {
+            machine.track(false);
+            machine.track(true);
+        } else {
+            machine.refresh();
+        }
+        machine.sync();
+        machine.write([5]);
+        let mut chunks = Vec::new();
+        while let Some(chunk) = found.next_chunk(64).unwrap() {
+            chunks.extend(pages(chunk));
+        }
+        assert!(!chunks.contains(&5), "the test's premise");
+        assert!(machine.last_sync().contains(&5), "it was lost");
+        assert_eq!(machine.sync(), (NONE, vec![5]));
+    }
+}
+
+/// What was found, and not read, was not cleared: it is no page that comes again.
+#[test]
+fn what_no_chunk_had_does_not_join() {
+    let mut machine = Machine::with_bitmap(true);
+    machine.write(0..300);
+    let mut found = machine.log.sync_on_demand().unwrap();
+    assert_eq!(chunk(&mut found, 64), Some((0..64).collect()));
+    drop(found);
+    machine.write([3]);
+    let found = machine.log.sync_on_demand().unwrap();
+    assert_eq!(pages(found.members()), [3], "read, and written again");
+    drop(found);
+    assert_eq!(machine.sync().0, [3]);
+    machine.write([100]);
+    assert_eq!(machine.sync(), (vec![3, 100], NONE), "cleared by the sync");
+}

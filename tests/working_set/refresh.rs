@@ -2,6 +2,7 @@
 //! Members are closed, and what becomes of them if that fails.
 
 use std::io;
+use std::num::NonZeroU64;
 
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::BitmapFault;
@@ -136,5 +137,38 @@ fn a_failed_clearing_keeps_members() {
     assert_eq!(machine.refresh(), 1);
     assert_eq!(machine.kernel_bits(), NONE);
     assert_eq!(machine.sync(), (NONE, vec![5, 6]));
+    assert_eq!(machine.sync(), (NONE, NONE));
+}
+
+/// A refresh is owed while there are members that no rule lets go, and not longer.
+#[test]
+fn a_refresh_is_owed_only_while_there_are_members_and_none_may_join() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..5);
+    machine.sync();
+    machine.log.set_working_set(None);
+    assert!(machine.set().refresh_owed);
+    machine.set_places(10);
+    assert!(!machine.set().refresh_owed, "they may join again");
+    machine.log.set_dirty_limits(NonZeroU64::new(1000)).unwrap();
+    assert!(machine.set().refresh_owed);
+    machine.log.set_dirty_limits(None).unwrap();
+    assert!(!machine.set().refresh_owed, "the limit was lifted");
+    machine.log.set_working_set(None);
+    machine.track(false);
+    machine.track(true);
+    assert!(!machine.set().refresh_owed, "their membership has ended");
+}
+
+/// Protected by the VMM itself, which says so.
+#[test]
+fn rearmed_ends_membership() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..3);
+    machine.sync();
+    machine.vm.rearm_slot(RAM);
+    machine.log.rearmed(RAM).unwrap();
+    assert_eq!(machine.set().members, 0);
+    assert_eq!(machine.sync(), (NONE, vec![0, 1, 2]));
     assert_eq!(machine.sync(), (NONE, NONE));
 }

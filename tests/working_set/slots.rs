@@ -82,3 +82,20 @@ fn a_slot_whose_log_was_switched_starts_anew() {
     machine.write([3]);
     assert_eq!(machine.sync(), (NONE, all_but(&[])));
 }
+
+/// Entries of a slot that is not tracked, or that goes, let no page join: a start of tracking closes nothing that it does not have to.
+#[test]
+fn no_page_joins_of_a_slot_that_is_not_tracked_or_that_goes() {
+    let mut machine = Machine::with_rings(10);
+    machine.write([5]);
+    machine.track(false);
+    machine.sync();
+    assert_eq!(machine.set().members, 0, "it is not tracked");
+    machine.track(true);
+    machine.sync();
+    let retired = machine.log.retire_slot(RAM).unwrap();
+    machine.write([6]);
+    machine.sync();
+    machine.log.keep_slot(&retired).unwrap();
+    assert_eq!(machine.set().members, 0, "it goes");
+}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Entries that name no page, as their pages stay open: in resets that fall short, and in kernels that ignore them.
 
-use kvm_dirty_ring::sim::{ResetFault, SimConfig};
+use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu};
 
 use super::machine::{Machine, RAM};
 
@@ -66,6 +66,63 @@ fn members_that_are_all_logged_once_more_keep_it_on() {
     }
     let set = machine.set();
     assert_eq!((set.members, set.useless), (2000, false));
+}
+
+/// So it does now and then, however few other pages the guest writes meanwhile.
+#[test]
+fn members_that_are_logged_once_more_now_and_then_keep_it_on() {
+    let machine = Machine::with_slots(|_: &mut SimConfig| (), [(RAM, 20_000)]);
+    machine.set_places(1000);
+    let sweep = || {
+        for page in 0..1000 {
+            machine.write([page]);
+            if page % 100 == 99 {
+                machine.log.reap().unwrap();
+            }
+        }
+    };
+    sweep();
+    for round in 1..10 {
+        for cold in 0..40 {
+            let first = round * 1600 + cold * 40;
+            machine.write(first..first + 40);
+            machine.log.reap().unwrap();
+        }
+        (0..1000).for_each(|page| machine.vm.protect(RAM, page));
+        sweep();
+        assert!(!machine.set().useless, "in round {round}");
+    }
+}
+
+/// A pass over eight rings is one pass.
+#[test]
+fn rings_are_not_counted_as_passes() {
+    let machine = Machine::with_slots(|_: &mut SimConfig| (), [(RAM, 2000)]);
+    machine.set_places(100);
+    let more: Vec<_> = (0..7)
+        .map(|_| {
+            let vcpu = machine.vm.add_vcpu();
+            let ring = machine.log.attach_ring(vcpu.ring_memory()).unwrap();
+            (vcpu, ring)
+        })
+        .collect();
+    machine.write(0..100);
+    machine.log.reap().unwrap();
+    let log_members = |vcpu: &SimVcpu| {
+        for page in 0..100 {
+            machine.vm.protect(RAM, page);
+            vcpu.write(RAM, page).unwrap();
+        }
+    };
+    for _ in 0..7 {
+        log_members(&machine.vcpu);
+        more.iter().for_each(|(vcpu, _)| log_members(vcpu));
+        machine.log.reap().unwrap();
+        assert!(!machine.set().useless);
+    }
+    log_members(&machine.vcpu);
+    machine.log.reap().unwrap();
+    assert!(machine.set().useless, "the eighth pass");
 }
 
 /// A kernel that ignores void entries puts such a page into one batch with the one before, and is stopped before it has
