@@ -91,9 +91,12 @@ impl WorkingSetStats {
     fn read(harvester: &Harvester) -> Self {
         let terms = &harvester.working_set;
         let layout = harvester.layout();
-        let (mut members, mut last_closed, mut back) = (0, 0, 0);
+        let (mut members, mut closable, mut last_closed, mut back) = (0, 0, 0, 0);
         for slot in layout.slots.staying() {
-            members += slot.members().count();
+            let of_slot = slot.members().count();
+            members += of_slot;
+            // A refresh leaves the others to a start of tracking.
+            closable += if slot.is_tracked() { of_slot } else { 0 };
             let (closed, again) = slot.members().closed_and_back();
             last_closed += closed;
             back += again;
@@ -106,7 +109,7 @@ impl WorkingSetStats {
             refresh_ns: terms.refresh_ns.get(),
             back,
             last_closed,
-            refresh_owed: terms.is_owed(members),
+            refresh_owed: terms.is_owed(closable),
             useless: terms.is_useless(),
         }
     }

@@ -167,7 +167,7 @@ impl Terms {
         }
     }
 
-    /// Returns whether a refresh is due, where there are `members` members.
+    /// Returns whether a refresh is due, where it would close `members` members.
     pub(crate) fn is_owed(&self, members: u64) -> bool {
         members > 0 && !self.may_join()
     }

@@ -18,6 +18,7 @@ mod working_set;
 
 use lives::Life;
 use memory::Memory;
+use working_set::Held;
 
 const SLOTS: [SlotId; 3] = [SlotId::new(0, 0), SlotId::new(0, 3), SlotId::new(1, 0)];
 const MOST_VCPUS: usize = 4;
@@ -50,6 +51,8 @@ pub struct Machine {
     copy: BTreeMap<SlotId, Vec<u64>>,
     /// Members that the last sync reported: the next one has to.
     open: PageSet,
+    /// A sync on demand under way.
+    held: Option<Held>,
     last: LastPages,
 }
 
@@ -91,6 +94,7 @@ impl Machine {
             bitmap_mode: setup.mode == Mode::Bitmap,
             copy: BTreeMap::new(),
             open: PageSet::new(),
+            held: None,
             last: LastPages::new(),
         };
         if let Some(places) = setup.places {
@@ -341,6 +345,7 @@ impl Machine {
 
     /// Stops everybody who writes, syncs, and compares the copy with the truth.
     pub fn checkpoint(&mut self) {
+        self.let_go();
         let writes = mem::take(&mut *self.memory.in_reset.lock().unwrap());
         for index in 0..self.rings.len() {
             self.vcpu(index).exit();

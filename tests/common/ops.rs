@@ -82,7 +82,7 @@ pub enum Op {
     Protect(Write),
     /// A last sync with vCPUs stopped, which is called off.
     LastSync,
-    /// A sync on demand, of which so many chunks of so many pages are read.
+    /// So many chunks of so many pages are read of a sync on demand: of the one under way, or of another.
     OnDemand {
         chunks: usize,
         span: u64,

@@ -69,9 +69,10 @@ impl Machine {
                 // Deleting a slot makes every vCPU leave the guest.
                 let vcpus = self.memory.vcpus.lock().unwrap();
                 vcpus.iter().for_each(SimVcpu::exit);
+                drop(vcpus);
                 self.copy.remove(&slot);
                 // Should the removal never be finished, its members are reported still; nothing depends on that.
-                self.open.remove(&slot);
+                self.forget_open(slot);
                 self.written.remove(&slot);
                 let kept = self.kept.remove(&slot).filter(|kept| !kept.is_empty());
                 self.written.extend(kept.map(|kept| (slot, kept)));

@@ -4,9 +4,9 @@
 use std::io;
 use std::mem;
 
-use kvm_dirty_ring::SlotId;
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::SimVcpu;
+use kvm_dirty_ring::{OnDemand, SlotId};
 
 use super::lives::Life;
 use super::{Machine, SLOTS};
@@ -83,6 +83,7 @@ impl Machine {
 
     /// With everybody stopped, it names all that a migration would have to send yet. Then the guest goes on.
     pub(super) fn last_sync(&mut self) {
+        self.let_go();
         let writes = mem::take(&mut *self.memory.in_reset.lock().unwrap());
         let vcpus = self.memory.vcpus.lock().unwrap();
         vcpus.iter().for_each(SimVcpu::exit);
@@ -107,51 +108,92 @@ impl Machine {
         }
     }
 
-    /// Copies what it is given chunk by chunk. What it leaves comes with the next sync.
+    /// Reads on what an earlier sync on demand has found, or begins another. It stays there until it is read to its end, so that all
+    /// else goes on beside it, or until [`let_go`](Self::let_go).
     pub(super) fn sync_on_demand(&mut self, chunks: usize, span: u64) {
-        let mut found = match self.memory.log.sync_on_demand() {
-            Ok(found) => found,
-            Err(error) => return assert!(self.injected > 0, "{error} for no reason"),
+        let mut held = match self.held.take() {
+            Some(held) => held,
+            None => match self.memory.log.sync_on_demand() {
+                Ok(found) => self.hold(found),
+                Err(error) => return assert!(self.injected > 0, "{error} for no reason"),
+            },
         };
-        self.unreset = false;
-        let mut reported = part_of(&found.members());
         let (mut read, mut failures) = (0, 0);
-        let is_whole = loop {
-            if read == chunks {
-                break false;
-            }
-            match found.next_chunk(span) {
-                Ok(None) => break true,
+        while read < chunks {
+            match held.found.next_chunk(span) {
+                Ok(None) => {
+                    let missing = &held.closed;
+                    assert!(missing.is_empty(), "closed, and in no chunk: {missing:?}");
+                    return;
+                }
                 Ok(Some(chunk)) => {
                     read += 1;
-                    for (slot, pages) in part_of(&chunk) {
-                        let reported = reported.entry(slot).or_default();
-                        for page in pages {
+                    let pages = part_of(&chunk);
+                    for (slot, pages) in &pages {
+                        let reported = held.reported.entry(*slot).or_default();
+                        for &page in pages {
                             assert!(reported.insert(page), "{slot} page {page} came twice");
-                            if let Some(copy) = self.copy.get_mut(&slot) {
-                                copy[page as usize] = self.memory.vm.version(slot, page).unwrap();
+                            if let Some(copy) = self.copy.get_mut(slot) {
+                                copy[page as usize] = self.memory.vm.version(*slot, page).unwrap();
                             }
                         }
                     }
+                    without(&mut held.closed, &pages);
                 }
                 Err(error) => {
                     failures += 1;
                     assert!(failures <= self.injected, "{error} for no reason");
                 }
             }
-        };
+        }
+        self.held = Some(held);
+    }
+
+    fn hold(&mut self, found: OnDemand) -> Held {
+        self.unreset = false;
         let members = part_of(&found.members());
-        if is_whole {
-            return self.check_open(members, &reported);
-        }
-        // What was closed and is read by now has been reported; the rest is to come.
-        for (slot, pages) in &reported {
-            if let Some(open) = self.open.get_mut(slot) {
-                open.retain(|page| !pages.contains(page));
-            }
-        }
-        for (slot, pages) in members {
-            self.open.entry(slot).or_default().extend(pages);
+        let mut closed = mem::replace(&mut self.open, members.clone());
+        without(&mut closed, &members);
+        Held {
+            found,
+            reported: members,
+            closed,
         }
     }
+
+    /// Drops what a sync on demand has found and nobody has read: it comes with the next sync.
+    pub(super) fn let_go(&mut self) {
+        if let Some(held) = self.held.take() {
+            for (slot, pages) in held.closed {
+                self.open.entry(slot).or_default().extend(pages);
+            }
+        }
+    }
+
+    /// A slot is gone, and what was open of it.
+    pub(super) fn forget_open(&mut self, slot: SlotId) {
+        self.open.remove(&slot);
+        if let Some(held) = &mut self.held {
+            held.closed.remove(&slot);
+            held.reported.remove(&slot);
+        }
+    }
+}
+
+/// What a sync on demand has found.
+pub(super) struct Held {
+    found: OnDemand,
+    /// Its members, and what was read.
+    reported: PageSet,
+    /// Members until shortly before. A chunk has to have them, or, if there is none, the next sync.
+    closed: PageSet,
+}
+
+fn without(pages: &mut PageSet, these: &PageSet) {
+    for (slot, these) in these {
+        if let Some(pages) = pages.get_mut(slot) {
+            pages.retain(|page| !these.contains(page));
+        }
+    }
+    pages.retain(|_, pages| !pages.is_empty());
 }
