@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use kvm_dirty_ring::error::{ResetError, SlotError, SyncError};
-use kvm_dirty_ring::{DirtyLog, DirtyPages, SlotId};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, DirtyPart, SlotId};
 
 use super::ledger::Ledger;
 
@@ -48,11 +48,37 @@ impl<'a> Copier<'a> {
         let then = self.ledger.now();
         let synced = retry(|| self.log.sync(&mut self.dirty));
         synced.context("the dirty pages could not be had")?;
+        self.copy(
+            then,
+            match kind {
+                Kind::All => self.dirty.part(),
+                Kind::Others => self.dirty.others(),
+            },
+        )
+    }
+
+    /// A round beside those of others, whose pages are protected when they are read: so many chunks, of so many pages at most. What is
+    /// left comes with a sync. It belongs to the same round, as somebody may compare the copy when that is over.
+    pub fn round_on_demand(&mut self, chunks: u64, span: u64) -> Result<()> {
+        let rounds = self.ledger.rounds.read();
+        let _under_way = rounds.unwrap_or_else(std::sync::PoisonError::into_inner);
+        let then = self.ledger.now();
+        let found = retry(|| self.log.sync_on_demand());
+        let mut found = found.context("the dirty pages could not be found")?;
+        for _ in 0..chunks {
+            let chunk = found.next_chunk(span);
+            match chunk.context("found pages could not be had")? {
+                Some(chunk) => self.copy(then, chunk)?,
+                None => return Ok(()),
+            }
+        }
+        drop(found);
+        self.round_alone(Kind::Others)
+    }
+
+    /// Copies what a sync has reported that began `then`.
+    fn copy(&self, then: u64, part: DirtyPart<'_>) -> Result<()> {
         let slots = self.ledger.since(then);
-        let part = match kind {
-            Kind::All => self.dirty.part(),
-            Kind::Others => self.dirty.others(),
-        };
         for run in part.runs() {
             // It is unknown which of two slots of one id is meant: both are copied.
             let slots = slots.iter().filter(|slot| slot.id == run.slot);

@@ -35,6 +35,8 @@ pub enum Fault {
     DeviceWrites,
     /// A sync beside others.
     ConcurrentSyncs,
+    /// A sync beside others, whose pages were protected as they were read, some or all.
+    SyncsOnDemand,
     /// A pass over all rings beside whatever else was going on.
     ConcurrentPasses,
     /// A vCPU left the guest for a full ring.

@@ -68,8 +68,15 @@ impl Shared<'_> {
     fn sync(&self, mut random: SplitMix64) -> Result<()> {
         let mut copier = Copier::new(self.log, self.ledger);
         while !self.is_over() {
-            copier.round(Kind::Others)?;
-            self.counts.add(Fault::ConcurrentSyncs);
+            if random.below(3) > 0 {
+                copier.round(Kind::Others)?;
+                self.counts.add(Fault::ConcurrentSyncs);
+            } else {
+                // To the end, or not.
+                let chunks = [1 + random.below(3), u64::MAX][random.below(2) as usize];
+                copier.round_on_demand(chunks, 64 << random.below(4))?;
+                self.counts.add(Fault::SyncsOnDemand);
+            }
             nap(random.below(2) * random.below(4000));
         }
         Ok(())
