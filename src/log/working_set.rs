@@ -78,7 +78,7 @@ impl DirtyLog {
         let start = Instant::now();
         let before = self.members();
         for slot in self.inner().harvester.layout().slots.slots() {
-            slot.members().forget_closed();
+            slot.members().refresh_begins();
         }
         let refreshed = match self.mode() {
             Mode::Bitmap => self.clear_members(),
@@ -87,6 +87,11 @@ impl DirtyLog {
                 &mut protect,
             ),
         };
+        if refreshed.is_ok() {
+            for slot in self.inner().harvester.layout().slots.slots() {
+                slot.members().refresh_ends();
+            }
+        }
         let closed = before.saturating_sub(self.members());
         let ns = start.elapsed().as_nanos() as u64;
         let terms = &self.inner().harvester.working_set;

@@ -106,11 +106,11 @@ impl Members {
     /// Begins a refresh, which closes all of them. Under the lock on syncs.
     pub(crate) fn begin_leaving(&self) {
         self.now.move_to(&self.leaving);
-        self.forget_closed();
     }
 
     /// Ends a refresh that has closed them: they are protected, and `into` reports them once more. Under the lock on syncs.
     pub(crate) fn end_leaving(&self, into: &mut PageBits) {
+        self.forget_closed();
         self.leaving.take(|word, bits| {
             self.closed.merge(word, bits);
             into.merge(word, bits);
@@ -130,8 +130,19 @@ impl Members {
         self.forget();
     }
 
-    /// Forgets what an earlier refresh closed, as another begins.
-    pub(crate) fn forget_closed(&self) {
+    /// Notes that a refresh begins. Until it has closed something, what the last one has closed counts.
+    pub(crate) fn refresh_begins(&self) {
+        self.fresh_syncs.set(0);
+    }
+
+    /// Notes that a refresh has succeeded, of this slot or of others only.
+    pub(crate) fn refresh_ends(&self) {
+        if !self.is_fresh() {
+            self.forget_closed();
+        }
+    }
+
+    fn forget_closed(&self) {
         self.closed.take(|_, _| ());
         self.fresh_syncs.set(0);
     }

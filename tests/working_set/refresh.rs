@@ -7,7 +7,7 @@ use std::num::NonZeroU64;
 use kvm_dirty_ring::error::SlotError;
 use kvm_dirty_ring::sim::BitmapFault;
 
-use super::machine::{Machine, NONE, RAM, all_but};
+use super::machine::{Machine, NONE, RAM, ROM, all_but};
 
 #[test]
 fn a_refresh_reports_members_once_more_and_protects_them() {
@@ -171,4 +171,27 @@ fn rearmed_ends_membership() {
     assert_eq!(machine.set().members, 0);
     assert_eq!(machine.sync(), (NONE, vec![0, 1, 2]));
     assert_eq!(machine.sync(), (NONE, NONE));
+}
+
+/// So that `Convergence` can still judge by it.
+#[test]
+fn a_failed_refresh_keeps_what_the_last_one_has_closed() {
+    let mut machine = Machine::with_rings(10);
+    machine.write(0..4);
+    machine.vcpu.write(ROM, 0).unwrap();
+    machine.sync();
+    machine.refresh();
+    machine.sync();
+    machine.write(0..4);
+    machine.sync();
+    let set = machine.set();
+    assert_eq!((set.last_closed, set.back), (5, 4));
+    let fail = |_| Err(io::Error::from_raw_os_error(12));
+    machine.log.refresh(fail).unwrap_err();
+    let set = machine.set();
+    assert_eq!((set.last_closed, set.back), (5, 4));
+    // One that succeeds counts alone, in slots without members, too.
+    machine.refresh();
+    let set = machine.set();
+    assert_eq!((set.last_closed, set.back), (4, 0));
 }
