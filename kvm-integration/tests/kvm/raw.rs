@@ -100,10 +100,15 @@ impl RawRing {
         pages
     }
 
-    /// The bare ioctl. How many entries it recycled.
+    /// See [`reset`].
     pub fn reset(&self) -> Result<usize, Failed> {
-        // SAFETY: the ioctl takes no argument.
-        let recycled = unsafe { libc::ioctl(self.vm.vm_fd().as_raw_fd(), RESET_DIRTY_RINGS as _) };
-        usize::try_from(recycled).map_err(|_| std::io::Error::last_os_error().into())
+        reset(&self.vm)
     }
+}
+
+/// The bare ioctl. How many entries it recycled.
+pub fn reset(vm: &TinyVm) -> Result<usize, Failed> {
+    // SAFETY: the ioctl takes no argument.
+    let recycled = unsafe { libc::ioctl(vm.vm_fd().as_raw_fd(), RESET_DIRTY_RINGS as _) };
+    usize::try_from(recycled).map_err(|_| std::io::Error::last_os_error().into())
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Slots that go, and others that come in their place.
 
+use std::path::Path;
 use std::slice::from_ref;
 use std::sync::mpsc;
 use std::thread;
@@ -19,6 +20,7 @@ use super::held_call::HeldCalls;
 use super::machine::{
     Machine, assert_unsuspicious, page_of, pause, resume, run_passes, slot_id, stop, wait_paused,
 };
+use super::raw;
 use super::scale::{patience, scaled};
 
 tests![
@@ -122,7 +124,11 @@ fn a_reset_waits_for_changes_of_slots_beforehand() -> Outcome {
         let waiting = calls.wait()?;
         assert_eq!(machine.log.stats().entries, 1, "it is harvested");
         let is_over = reap.is_finished();
+        // A reset that was made before would have left nothing to recycle.
+        assert_eq!(raw::reset(&machine.vm)?, 1, "it waits after the reset");
         drop(waiting);
+        // Its own falls short now, and is repeated.
+        drop(calls.wait()?);
         // The listener stays until the pass has ended.
         let reaped = reap.join().expect("no panic")?;
         assert_eq!((is_over, reaped), (false, 1));
@@ -133,7 +139,7 @@ fn a_reset_waits_for_changes_of_slots_beforehand() -> Outcome {
     Ok(Completed)
 }
 
-/// How many resets are doubtful beside that is printed.
+/// Hardly any reset is doubtful beside that; how many are is printed.
 fn slots_come_and_go_beside_a_reaper() -> Outcome {
     let mut machine = Machine::new(1024, &[700])?;
     let pace = Fixed::new(patience(Duration::from_micros(200)));
@@ -155,6 +161,12 @@ fn slots_come_and_go_beside_a_reaper() -> Outcome {
     remark(&format!(
         "{doubtful} of {resets} resets were doubtful beside {changes} slots that came and went"
     ));
+    // A change may begin between the wait and the reset. With PREEMPT_RT each reset may wait for `mmu_lock`, too.
+    let is_realtime = Path::new("/sys/kernel/realtime").exists();
+    assert!(
+        is_realtime || doubtful <= (resets / 10).max(3),
+        "{doubtful} of {resets} resets were doubtful"
+    );
     machine.finish(&vcpus)?;
     stop(vcpus)?;
     reaper.stop()?;
