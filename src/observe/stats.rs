@@ -25,11 +25,13 @@ pub struct Stats {
     /// ring is [broken](VcpuStats::broken). Every sync reports the pages concerned until their slot is re-armed.
     pub short_resets: u64,
     /// Reset ioctls that recycled what was marked while the thread may have been stopped, by SIGSTOP, a debugger or the freezer.
-    /// The last pages may be unprotected: every sync reports those that the last entries of each ring name within 64 pages, at most
-    /// 127 pages per vCPU, until their slot is re-armed. Where a working set has left the last pages open, these are 127 of
-    /// each slot. A reset whose
-    /// thread waited for a change of memslots in the kernel counts, too, unless it waited before the reset, which it does in
-    /// most cases.
+    /// The last batch of one ring, up to 64 pages of one slot, may be unprotected. A reset whose thread waited for a change of
+    /// memslots in the kernel counts, too, unless it waited before the reset, which it does in most cases.
+    ///
+    /// Each makes at most 127 pages per vCPU suspect: pages of one slot, less than 64 from the page of the ring's last entry. If a
+    /// working set has left one of the last pages open, it may be 127 of each slot. So all of them together make at most
+    /// `doubtful_resets` × vCPUs × 127 pages suspect; with a working set, times the number of slots. Every sync reports these pages
+    /// until their slot is re-armed.
     pub doubtful_resets: u64,
     /// Reset ioctls that failed.
     pub failed_resets: u64,
@@ -46,7 +48,8 @@ pub struct Stats {
     /// doubtful resets, entries that make no sense, and a re-arming that failed. Once a ring is [broken](VcpuStats::broken), all pages
     /// count, for good.
     ///
-    /// Only the size of the slots bounds them: KVM need not log an unprotected page, so no later entry can clear it.
+    /// KVM need not log an unprotected page, so no later entry can clear it, and the number grows. What [doubtful
+    /// resets](Self::doubtful_resets) add has a bound; what the other causes add has none but the size of the slots.
     pub suspect_pages: u64,
     /// The vCPUs, in the order in which they were attached.
     pub vcpus: Vec<VcpuStats>,
