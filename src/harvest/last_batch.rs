@@ -68,6 +68,9 @@ impl Batch {
 
 #[cfg(all(test, not(feature = "modelled")))]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
     use crate::bitmap::pages::PageBits;
     use crate::slot_id::SlotId;
@@ -123,5 +126,23 @@ mod tests {
         let near = |slot| (437..564).map(move |page| (slot, page));
         let wanted = near(0).chain(near(1));
         assert!(suspects(&entries[..2], false).into_iter().eq(wanted));
+    }
+
+    proptest! {
+        /// The bound that the documentation gives.
+        #[test]
+        fn a_ring_puts_no_more_than_127_pages_of_a_slot_under_suspicion(
+            last in vec((prop_oneof![8 => Just(0), 1 => Just(1), 1 => Just(NO_SLOT)], 300u64..500), 1..300),
+            is_all: bool,
+        ) {
+            let found = suspects(&last, is_all);
+            for slot in 0..2 {
+                let count = found.iter().filter(|&&(named, _)| named == slot).count();
+                prop_assert!(count <= 127, "{} pages of slot {}", count, slot);
+            }
+            let is_void = last.iter().any(|&(slot, _)| slot == NO_SLOT);
+            let first = found.first().map(|&(slot, _)| slot);
+            prop_assert!(is_void || found.iter().all(|&(slot, _)| Some(slot) == first));
+        }
     }
 }
