@@ -39,8 +39,8 @@ fn main() -> Result<(), Failure> {
     let vm = TinyVm::new(&kvm, VCPUS, PAGES)?;
     let (log, vcpus) = start(&vm)?;
     migrate(&vm, &log, &vcpus)?;
-    for vcpu in vcpus {
-        vcpu.stop()?;
+    for (vcpu, _ring) in park_all(&log, &vcpus)?.stop()? {
+        println!("to be sent with its registers: {:?}", vcpu.get_mp_state()?);
     }
     Ok(())
 }
@@ -86,7 +86,7 @@ fn migrate(vm: &TinyVm, log: &DirtyLog, vcpus: &[VcpuThread]) -> Result<(), Fail
     println!("the last: {} pages", dirty.page_count());
     copy_into(&mut copy, vm, &dirty)?;
     let equal = copy == vm.read_all()?;
-    // The migration has failed, say: the guest goes on.
+    // The migration has failed, say: the guest goes on. Had it not, then `parked.stop()`, and the vCPUs' state.
     drop(parked);
     limiter.stop()?;
     reaper.stop()?;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread of a vCPU, whole, for kvm-ioctls: other threads park it, let it go on, and kick it. To be copied;
-//! `signal.rs` goes with it.
+//! `signal.rs` goes with it. It needs the crates kvm-ioctls 0.25, kvm-bindings 0.14, memmap2 0.9, libc 0.2 and vmm-sys-util 0.15.
+//!
+//! To read registers at the end, call [`Parked::stop`], before the last sync or after it. It returns the vCPUs, which do not
+//! enter the guest again. Do not drop [`Parked`] and park them once more: in between they write, and no sync has that.
 //!
 //! A thread that wants the vCPU out of the guest writes down what it wants, sets `immediate_exit`, and sends a signal, in
 //! this order. The thread clears `immediate_exit` only under the lock, and only when it is wanted to run. So no kick is lost:
@@ -19,6 +22,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use signal::{ImmediateExit, kick_signal, let_through};
 
 pub type Failure = Box<dyn Error + Send + Sync>;
+
+/// What a thread gives back at its end.
+type End = Result<(VcpuFd, VcpuRing), Failure>;
 
 struct State {
     /// Requests to park that have not been taken back: a pause by the operator and a last sync may overlap.
@@ -95,7 +101,8 @@ impl Control {
 /// A vCPU that runs on a thread of its own. Dropping it stops it.
 pub struct VcpuThread {
     control: Arc<Control>,
-    thread: Option<JoinHandle<Result<(VcpuFd, VcpuRing), Failure>>>,
+    /// Until it is joined.
+    thread: Mutex<Option<JoinHandle<End>>>,
 }
 
 impl VcpuThread {
@@ -128,11 +135,11 @@ impl VcpuThread {
         };
         Ok(Self {
             control,
-            thread: Some(Builder::new().name("vcpu".into()).spawn(body)?),
+            thread: Mutex::new(Some(Builder::new().name("vcpu".into()).spawn(body)?)),
         })
     }
 
-    /// For `Limiter::spawn`: makes the vCPU leave the guest once, and call `VcpuRing::throttle`.
+    /// For `Limiter::spawn`: makes the vCPU leave the guest once, and call `VcpuRing::throttle`. Without a limiter, leave it out.
     pub fn kicker(&self) -> impl Fn() + Send + 'static {
         let control = Arc::clone(&self.control);
         move || control.kick(&control.lock())
@@ -158,24 +165,20 @@ impl VcpuThread {
         self.control.resume();
     }
 
-    /// Stops the vCPU, parked or not, and gives it back, or the error that has ended its thread. Where there are limits, call
-    /// `DirtyLog::keep_awake` before.
-    pub fn stop(mut self) -> Result<(VcpuFd, VcpuRing), Failure> {
-        self.control.stop();
-        let thread = self.thread.take().expect("it is joined once");
-        thread
-            .join()
-            .unwrap_or_else(|_| Err("the vCPU's thread panicked".into()))
+    /// Waits until the thread has ended, and returns the vCPU, or the error that has ended the thread.
+    fn join(&self) -> End {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = thread.take().ok_or("it was joined before")?;
+        let panicked = |_| Err("the vCPU's thread panicked".into());
+        thread.join().unwrap_or_else(panicked)
     }
 }
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
         self.control.stop();
-        if let Some(thread) = self.thread.take() {
-            // What has ended it was for `stop` to return.
-            let _ = thread.join();
-        }
+        // `Parked::stop` may have joined it; an error that has ended it was for `park_all` to return.
+        let _ = self.join();
     }
 }
 
@@ -186,8 +189,17 @@ pub struct Parked<'a> {
     _awake: Awake,
 }
 
-/// Parks all vCPUs, which takes as long as the slowest: before the last sync, a `rearm`, a `refresh`. An error if one has
-/// ended: `VcpuThread::stop` returns why.
+impl Parked<'_> {
+    /// Stops the vCPUs for good, and returns them: none enters the guest again. To run one on, spawn its thread anew.
+    pub fn stop(self) -> Result<Vec<(VcpuFd, VcpuRing)>, Failure> {
+        // Before the requests to park are taken back, which dropping `self` does.
+        self.vcpus.iter().for_each(|vcpu| vcpu.control.stop());
+        self.vcpus.iter().map(VcpuThread::join).collect()
+    }
+}
+
+/// Parks all vCPUs, which takes as long as the slowest: before the last sync, a `rearm`, a `refresh`. If the thread of one has
+/// ended, it returns why.
 pub fn park_all<'a>(log: &DirtyLog, vcpus: &'a [VcpuThread]) -> Result<Parked<'a>, Failure> {
     let parked = Parked {
         // A vCPU that sleeps for its limit would be parked when it has slept: in seconds.
@@ -196,7 +208,11 @@ pub fn park_all<'a>(log: &DirtyLog, vcpus: &'a [VcpuThread]) -> Result<Parked<'a
     };
     vcpus.iter().for_each(VcpuThread::request_park);
     match vcpus.iter().position(|vcpu| !vcpu.wait_parked()) {
-        Some(ended) => Err(format!("the thread of vCPU {ended} has ended").into()),
+        Some(ended) => {
+            let why = vcpus[ended].join().err();
+            let why = why.unwrap_or_else(|| "it was stopped".into());
+            Err(format!("the thread of vCPU {ended} has ended: {why}").into())
+        }
         None => Ok(parked),
     }
 }
@@ -223,7 +239,7 @@ fn run(
     mut fd: VcpuFd,
     mut ring: VcpuRing,
     mut on_exit: impl FnMut(VcpuExit<'_>) -> Result<(), Failure>,
-) -> Result<(VcpuFd, VcpuRing), Failure> {
+) -> End {
     loop {
         match fd.run() {
             // kvm-ioctls has no name of its own for it.

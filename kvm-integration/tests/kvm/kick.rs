@@ -15,11 +15,12 @@ use std::time::Duration;
 
 use kick::{VcpuThread, park_all};
 use kvm_dirty_ring::pacing::Adaptive;
-use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Reaper, RingEntries};
+use kvm_dirty_ring::{DirtyLog, DirtyPages, Limiter, Reaper, RingEntries, VcpuRing};
 use kvm_integration::kvm_available;
+use kvm_ioctls::VcpuFd;
 use libtest_mimic::Completion::Completed;
 use libtest_mimic::Failed;
-use tiny_vm::{TinyVm, has_written};
+use tiny_vm::{PAGE, TinyVm, has_written};
 
 use super::harness::Outcome;
 use super::machine::{assert_unsuspicious, nap, patience, wait};
@@ -28,6 +29,7 @@ use super::scale::scaled;
 tests![
     no_kick_is_lost_and_no_page,
     parking_waits_for_no_sleep,
+    no_vcpu_writes_once_it_is_stopped,
     an_end_is_noticed,
 ];
 
@@ -49,12 +51,7 @@ impl Machine {
         for index in 0..VCPUS {
             let fd = vm.create_vcpu(index).map_err(failed)?;
             let ring = log.attach_vcpu(&fd)?;
-            vcpus.push(VcpuThread::spawn(fd, ring, |exit| {
-                match has_written(&exit) {
-                    true => Ok(()),
-                    false => Err(format!("{exit:x?}").into()),
-                }
-            })?);
+            vcpus.push(spawn(fd, ring)?);
         }
         Ok(Self {
             vm,
@@ -78,6 +75,13 @@ impl Machine {
         let parked = is_done.recv_timeout(patience());
         Ok(parked.map_err(|_| "a kick was lost: vCPUs were not parked in time")??)
     }
+}
+
+fn spawn(fd: VcpuFd, ring: VcpuRing) -> std::io::Result<VcpuThread> {
+    VcpuThread::spawn(fd, ring, |exit| match has_written(&exit) {
+        true => Ok(()),
+        false => Err(format!("{exit:x?}").into()),
+    })
 }
 
 fn failed(error: kick::Failure) -> Failed {
@@ -138,6 +142,35 @@ fn parking_waits_for_no_sleep() -> Outcome {
     Ok(Completed)
 }
 
+/// The last sync, then the stop that gives the vCPUs back: the copy is complete. They can run on, and are tracked.
+fn no_vcpu_writes_once_it_is_stopped() -> Outcome {
+    let mut machine = Machine::new()?;
+    let reaper = Reaper::spawn(&machine.log, Adaptive::default())?;
+    let mut copy = machine.vm.read_all().map_err(failed)?;
+    let mut dirty = DirtyPages::new();
+    for _ in 0..scaled(50, 20) {
+        let parked = park_all(&machine.log, &machine.vcpus).map_err(failed)?;
+        machine.log.sync(&mut dirty)?;
+        for run in dirty.runs() {
+            let (at, bytes) = machine.vm.read(run).map_err(failed)?;
+            copy[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        let stopped = parked.stop().map_err(failed)?;
+        let memory = machine.vm.read_all().map_err(failed)?;
+        let pages = copy.chunks(PAGE).zip(memory.chunks(PAGE));
+        let differ = pages.filter(|(copy, page)| copy != page).count();
+        assert_eq!(differ, 0, "pages were written after the last sync");
+        let vcpus = stopped.into_iter().map(|(fd, ring)| spawn(fd, ring));
+        machine.vcpus = Arc::new(vcpus.collect::<Result<_, _>>()?);
+        assert_eq!(machine.vcpus.len() as u64, VCPUS);
+        nap(Duration::from_millis(5));
+    }
+    assert!(dirty.page_count() > 0, "nobody has written anything");
+    reaper.stop()?;
+    assert_unsuspicious(&machine.log.stats());
+    Ok(Completed)
+}
+
 /// By an exit that nobody handles. The thread that parks or stops it gets an error, and does not wait.
 fn an_end_is_noticed() -> Outcome {
     let vm = TinyVm::new(&kvm_available()?, 1, PAGES).map_err(failed)?;
@@ -148,19 +181,17 @@ fn an_end_is_noticed() -> Outcome {
     let vcpu = VcpuThread::spawn(fd, ring, |_| Err("not today".into()))?;
     let kick = vcpu.kicker();
     let vcpu = [vcpu];
-    let ended = park_all(&log, &vcpu).err().map(|error| error.to_string());
+    let mut ended = None;
     // The first write is enough, or the request came before it.
-    let ended = match ended {
-        Some(ended) => ended,
-        None => {
-            wait("the end of the vCPU", || park_all(&log, &vcpu).is_err())?;
-            "the thread of vCPU 0 has ended".into()
-        }
-    };
-    assert_eq!(ended, "the thread of vCPU 0 has ended");
+    wait("the end of the vCPU", || {
+        ended = park_all(&log, &vcpu).err().map(|error| error.to_string());
+        ended.is_some()
+    })?;
+    assert_eq!(
+        ended.as_deref(),
+        Some("the thread of vCPU 0 has ended: not today")
+    );
     kick();
-    let [vcpu] = vcpu;
-    let error = vcpu.stop().err().map(|error| error.to_string());
-    assert_eq!(error.as_deref(), Some("not today"));
+    assert!(park_all(&log, &vcpu).is_err(), "it has not ended");
     Ok(Completed)
 }
