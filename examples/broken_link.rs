@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A migration whose link breaks, again and again. What was sent is not what was received, and what was received is not what
+//! A migration whose link breaks every few messages. What was sent is not what was received, and what was received is not what
 //! was acknowledged. So:
 //!
-//! - The source numbers its chunks, and keeps every page that a sync has handed out until its chunk is acknowledged. The next
-//!   sync's pages are merged into these.
+//! - The source numbers its chunks, and keeps every page that a sync has returned until its chunk is acknowledged.
+//! - After a break it sends the rest of the same round first. It syncs only once that is acknowledged: otherwise each round
+//!   would begin again at the lowest address, and a link that breaks often would never bring the highest one.
+//! - A wait for an acknowledgement has a bound. A link that falls silent has broken.
+//! - Each attempt counts as a round, and the number of rounds is bounded.
 //! - If the migration is put off, the source gives those pages back to the log.
 //! - Of a slot that is unplugged meanwhile, the source drops what it has kept.
 //! - The destination applies chunks in order, each once, and refuses one that does not follow. After a gap an older
@@ -23,6 +26,7 @@ use std::error::Error;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use guest::{Exit, Guest, Load, Memory, Vcpu};
 use kvm_dirty_ring::error::FullError;
@@ -32,6 +36,8 @@ const RAM: SlotId = SlotId::new(0, 0);
 const DIMM: SlotId = SlotId::new(0, 1);
 /// The most pages of a chunk.
 const AT_ONCE: u64 = 16;
+/// Each connection that breaks counts as one.
+const MOST_ROUNDS: u32 = 100;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -93,8 +99,10 @@ impl Link {
     }
 
     fn deliver(&mut self) -> Result<(), String> {
+        thread::sleep(Duration::from_millis(1)); // The guest writes meanwhile.
         let chunk = self.on_the_way.pop_front();
-        let chunk = chunk.ok_or("no acknowledgement is to come")?;
+        // A VMM's socket has a timeout for this: `set_read_timeout`.
+        let chunk = chunk.ok_or("no acknowledgement came in time")?;
         let times = match self.fates.pop_front().unwrap_or(Fate::Arrives) {
             Fate::Arrives => 1,
             Fate::ArrivesTwice => 2,
@@ -129,25 +137,33 @@ struct Source {
     log: DirtyLog,
     map: GuestMap,
     memory: Arc<Memory>,
-    /// What the last sync has found.
+    /// What is left of the last sync: no chunk that has it is acknowledged.
     dirty: DirtyPages,
-    /// What syncs have handed out and no chunk has brought over.
-    unsent: DirtyPages,
     /// Chunks that were sent and not acknowledged.
     in_flight: VecDeque<(u64, Range<u64>)>,
     acknowledged: u64,
+    breaks: u32,
 }
 
 impl Source {
-    /// Sends what was written since the last round, and what is left of that. Returns how many pages. After an error, connect.
-    fn round(&mut self, link: &mut Link) -> Outcome<u64> {
+    /// Sends what was written since the last round, in at most `attempts` connections, and returns how many pages. After an
+    /// error, put the migration off.
+    fn round(&mut self, link: &mut Link, attempts: u32) -> Outcome<u64> {
+        // The last round has arrived whole, so nothing is left in it.
         self.log.sync(&mut self.dirty)?;
-        if !self.unsent.merge(&self.dirty) {
-            self.log.put_back(&self.dirty)?;
-            return Err("out of memory".into());
+        let pages = self.dirty.page_count();
+        for _ in 0..attempts {
+            match self.send(link) {
+                Ok(()) => return Ok(pages),
+                Err(error) => self.connect(link, &*error),
+            }
         }
-        let pages = self.unsent.page_count();
-        let chunks = self.map.ranges(self.unsent.part(), AT_ONCE)?;
+        Err(format!("the link broke {attempts} times in a round").into())
+    }
+
+    /// Sends what is left of a round, until all of it is acknowledged. After an error, connect and call it again.
+    fn send(&mut self, link: &mut Link) -> Outcome<()> {
+        let chunks = self.map.ranges(self.dirty.part(), AT_ONCE)?;
         for (number, range) in (self.acknowledged + 1..).zip(chunks.collect::<Vec<_>>()) {
             self.in_flight.push_back((number, range.clone()));
             let (address, bytes) = (range.start, self.memory.bytes(&range));
@@ -162,36 +178,40 @@ impl Source {
             let up_to = link.acknowledged()?;
             self.acknowledge(up_to);
         }
-        Ok(pages)
+        Ok(())
     }
 
     fn acknowledge(&mut self, up_to: u64) {
         self.acknowledged = up_to;
         while let Some((_, range)) = self.in_flight.front().filter(|sent| sent.0 <= up_to) {
             for run in self.map.runs(range.clone()) {
-                self.unsent.remove(run.slot, run.first_page, run.pages);
+                self.dirty.remove(run.slot, run.first_page, run.pages);
             }
             self.in_flight.pop_front();
         }
     }
 
     /// Begins a new connection: what has arrived need not be sent again, even if no acknowledgement came.
-    fn connect(&mut self, link: &mut Link) {
+    fn connect(&mut self, link: &mut Link, why: &dyn Error) {
+        let kept = self.dirty.page_count();
         self.acknowledge(link.connect());
         self.in_flight.clear();
+        self.breaks += 1;
+        let left = self.dirty.page_count();
+        println!("  {why}: {kept} pages not acknowledged, of which {left} have not arrived");
     }
 
     /// Puts the migration off: the log keeps the pages, so a later migration or a snapshot can start from them.
     fn put_off(&mut self) -> Outcome<()> {
-        self.log.put_back(&self.unsent)?;
-        self.unsent.clear();
+        self.log.put_back(&self.dirty)?;
+        self.dirty.clear();
         Ok(())
     }
 
     /// Drops a slot that the log does not have any more. Another one may have its id, or its place in the guest, soon. Returns how
     /// many pages of it need not be sent.
     fn drop_slot(&mut self, slot: SlotId, map: GuestMap) -> u64 {
-        let dropped = self.log.clear_removed(&mut self.unsent);
+        let dropped = self.log.clear_removed(&mut self.dirty);
         // Or an acknowledgement would take out the same pages of that one.
         let is_its = |range: &Range<u64>| self.map.runs(range.clone()).any(|run| run.slot == slot);
         self.in_flight.retain(|(_, range)| !is_its(range));
@@ -218,9 +238,9 @@ fn main() -> Outcome<()> {
         map: map.clone(),
         memory: guest.memory(),
         dirty: DirtyPages::new(),
-        unsent: DirtyPages::new(),
         in_flight: VecDeque::new(),
         acknowledged: 0,
+        breaks: 0,
     };
     let fates = [
         (30, Fate::ArrivesTwice),
@@ -238,14 +258,9 @@ fn main() -> Outcome<()> {
         fates: fates.into_iter().flatten().collect(),
     };
 
-    // The connection breaks, and the migration goes on by a new one. There a chunk is lost: it is put off.
-    for _ in 0..2 {
-        let error = source.round(&mut link).expect_err("by these fates");
-        let kept = source.unsent.page_count();
-        source.connect(&mut link);
-        let left = source.unsent.page_count();
-        println!("{error}: {kept} pages not acknowledged, of which {left} have not arrived");
-    }
+    // The connection breaks, and the round goes on by a new one. There a chunk is lost: the migration is put off.
+    let error = source.round(&mut link, 2).expect_err("by these fates");
+    println!("{error}: put off");
     // Before that, a DIMM is unplugged that was to be sent.
     let retired = log.retire_slot(DIMM)?;
     guest.delete_slot(DIMM); // KVM_SET_USER_MEMORY_REGION of no size
@@ -255,9 +270,20 @@ fn main() -> Outcome<()> {
     println!("{dropped} pages not sent went with a DIMM");
     source.put_off()?;
 
-    // It is begun again, and finds all that has not arrived.
-    for round in 0..4 {
-        println!("round {round}: {} pages", source.round(&mut link)?);
+    // It is begun again, and finds all that has not arrived. From here on the link breaks at every fifth message.
+    let fates = [Fate::Arrives, Fate::Arrives, Fate::Arrives, Fate::Arrives];
+    let fates = fates.into_iter().chain([Fate::Breaks]);
+    link.fates = fates.cycle().take(5 * MOST_ROUNDS as usize).collect();
+    source.breaks = 0;
+    let mut rounds = 0;
+    loop {
+        let left = MOST_ROUNDS - rounds - source.breaks;
+        let pages = source.round(&mut link, left)?;
+        println!("round {rounds}: {pages} pages");
+        rounds += 1;
+        if rounds == 4 {
+            break; // It fits into the downtime, say.
+        }
     }
     guest.kick(); // a signal to the vCPU's thread
     vcpu.join().expect("the vCPU's thread panicked")?;
@@ -266,10 +292,9 @@ fn main() -> Outcome<()> {
         source.memory.write(page, 7);
         log.mark_dirty(RAM, page, 1)?;
     }
-    link.fates = [Fate::Arrives, Fate::Breaks].into();
-    let error = source.round(&mut link).expect_err("by these fates");
-    source.connect(&mut link);
-    println!("{error}: once more, {} pages", source.round(&mut link)?);
+    let pages = source.round(&mut link, MOST_ROUNDS - rounds - source.breaks)?;
+    println!("the last: {pages} pages, after {} breaks", source.breaks);
+    assert!(source.breaks > 20, "the link hardly broke");
 
     let copy = &link.to.memory;
     assert!(copy.equals(&source.memory, &source.map), "the copy differs");
