@@ -266,16 +266,15 @@ fn limits(log: DirtyLog, threads: Vec<Thread>, mut vcpu_fd: VcpuFd, mut ring: Vc
 
 #[rustfmt::skip]
 fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> Outcome {
-    let send = |_: DirtyPart<'_>| io::Result::Ok(());
+    let send = |_: &mut DirtyPages| io::Result::Ok(false);
+    let send_last = |_: DirtyPart<'_>| io::Result::Ok(());
     let protect = |_: SlotId| io::Result::Ok(());
     let throttle_or_give_up = |_: NonZeroU64| io::Result::Ok(());
-    let (mut dirty, mut unsent, mut last) = (DirtyPages::new(), DirtyPages::new(), LastPages::new());
+    let (mut dirty, mut last) = (DirtyPages::new(), LastPages::new());
     let mut terms = Terms::new(0.0, downtime);                      // the link's speed: unknown before round 0
     let mut convergence = Convergence::new();
     loop {
         log.sync(&mut dirty)?;                                      // the first one: all memory
-        assert!(dirty.merge(&unsent), "out of memory");
-        unsent.clear();
         let extent = |part: DirtyPart| Extent { pages: part.page_count(), runs: part.runs().count() as u64 };
         let mut seen = convergence::Observation::new(terms, extent(dirty.others()), extent(dirty.members()));
         let set = log.stats().working_set;
@@ -289,8 +288,8 @@ fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> O
         seen.refresh.owed = set.refresh_owed;
         match convergence.decide(&seen) {
             Decision::Finish => break,
-            Decision::Refresh => {                                  // what was found is still to be sent
-                std::mem::swap(&mut unsent, &mut dirty);
+            Decision::Refresh => {
+                log.put_back(&dirty)?;                              // the next sync returns what is not sent
                 let awake = log.keep_awake();                       // vCPUs that sleep for a dirty limit stop at once
                 stop_vcpus()?;
                 log.refresh(protect)?;
@@ -302,12 +301,12 @@ fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> O
             Decision::GoOn => {}
         }
         let (sent, start) = (extent(dirty.others()), Instant::now());
-        send(dirty.others())?;                                      // but not dirty.members(); returns once they have arrived
-        if terms.pages_per_second > 0.0 {
-            terms.learn_run_cost(sent, start.elapsed());
-        } else {                                                    // round 0 has measured the link
+        let broke = send(&mut dirty)?;                              // others(), but not members(); returns once they have arrived
+        if terms.pages_per_second == 0.0 {                          // round 0 has measured the link
             terms.pages_per_second = sent.pages as f64 / start.elapsed().as_secs_f64();
             log.set_working_set(Some(WorkingSet::new(terms.places())));
+        } else if !broke {                                          // a break is no cost of messages
+            terms.learn_run_cost(sent, start.elapsed());
         }
     }
     let _awake = log.keep_awake();
@@ -315,7 +314,7 @@ fn working_set(log: DirtyLog, supposed_pause: Duration, downtime: Duration) -> O
     stop_devices()?;
     log.put_back(&dirty)?;                                          // found, and not sent: with the rest, each page once
     log.last_sync(&mut last)?;                                      // protects nothing, resets nothing
-    send(last.part())?;                                             // members are among them
+    send_last(last.part())?;                                        // members are among them
     Ok(())
 }
 

@@ -32,6 +32,10 @@
 //! - A refresh *draws near* if it can be had and the others, which do not fit yet, are at most 0.7 of what they were two syncs
 //!   ago. Members leave only by a refresh. Until then left includes them, and may not shrink although the others do.
 //!
+//! Ask only after a round that has arrived whole. Make a new [`Convergence`] after memory was plugged in, and after the link was down
+//! for long: left is more then, and rule 4 would take that for a guest that outruns the link. Do not learn the cost of a run from a
+//! round in which the link broke.
+//!
 //! # A migration
 //!
 //! ```

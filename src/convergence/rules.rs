@@ -24,7 +24,7 @@ const WOULD_DO: f64 = 0.5;
 /// Decides after each sync of a migration, by the rules of the [module](crate::convergence).
 ///
 /// Use one for each migration, and pass it every sync in order: also the first, at which all pages are dirty, and those right
-/// after a refresh.
+/// after a refresh. Make a new one after memory was plugged in.
 #[derive(Debug, Clone, Default)]
 pub struct Convergence {
     /// The last sync and the one before.
