@@ -17,7 +17,13 @@ use crate::sync::lock;
 /// A chunk's pages are protected when the chunk is requested.
 ///
 /// Dropping it early loses nothing: the kernel still has the bits of pages that were not read, the log has the rest, and the
-/// next sync reports both.
+/// next sync reports both. Drop it before the last sync of a migration: until then that sync may lack what the handle holds.
+///
+/// - A [refresh](DirtyLog::refresh) meanwhile changes no chunk. The next sync reports the members that it has closed.
+/// - If the working set is [switched off](DirtyLog::set_working_set) meanwhile, members are in no chunk all the same; every sync
+///   reports them until a refresh.
+/// - If a slot's [tracking stops](DirtyLog::stop_tracking) meanwhile, its chunks are returned without protection, and every sync reports
+///   all of the slot.
 #[must_use]
 pub struct OnDemand {
     log: DirtyLog,
@@ -139,6 +145,9 @@ impl OnDemand {
     /// then by page. `None` if there are no more.
     ///
     /// Pages of a slot whose removal was finished meanwhile are left out.
+    ///
+    /// A chunk that was returned has left the handle, and no later sync has its pages. If it could not be sent,
+    /// [mark](DirtyLog::mark_dirty) its runs.
     ///
     /// # Errors
     /// The kernel could not protect all of them. They are not returned; the next call tries again.

@@ -38,7 +38,7 @@ pub struct Rates {
 /// It counts entries that vCPUs have logged, whether or not any thread has taken them from the rings yet. An entry is the first
 /// write to a page since it was last protected. So a rate is a lower bound of what the guest writes, and depends on how often
 /// rings are reset: a page that is written all the time makes one entry more per reset, while a sync reports it once. Writes
-/// of devices are not included.
+/// of devices are not included, nor are writes to [members](crate::DirtyPages::members) of a working set, which are not protected.
 ///
 /// Bitmaps do not record which vCPU wrote, so in [`Mode::Bitmap`] there is nothing to sample.
 ///
