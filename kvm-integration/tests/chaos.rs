@@ -61,7 +61,7 @@ fn is_sound(object: &Value, backend: &str, mode: &str, wanted: u64) {
     let happened = faults.values().filter(|times| number(times) > 0).count();
     assert!(happened >= 10, "{object}");
     let elsewhere = object["not_applicable"].as_array().expect("kinds");
-    assert_eq!(faults.len() + elsewhere.len(), 33, "{object}");
+    assert_eq!(faults.len() + elsewhere.len(), 34, "{object}");
     let is_sim = backend == "sim";
     for fault in FAULTS_OF_THE_SIMULATION.iter().chain(&FAULTS_OF_RINGS) {
         let of_rings = FAULTS_OF_RINGS.contains(fault);
