@@ -40,11 +40,21 @@ fn harvest(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// What a pass costs beside entries, with all that it uses in the nearest cache: a pass over an empty ring, after another.
+fn empty_pass(criterion: &mut Criterion) {
+    pin(0);
+    let mut tracked = Tracked::new(256, 1, 1 << 18);
+    criterion.bench_function("empty pass", |bencher| {
+        bencher.iter(|| tracked.vcpu.harvest_and_stop());
+    });
+}
+
 fn main() {
     let criterion = Criterion::default()
         .sample_size(50)
         .measurement_time(Duration::from_secs(1));
     let mut criterion = criterion.configure_from_args();
     harvest(&mut criterion);
+    empty_pass(&mut criterion);
     criterion.final_summary();
 }

@@ -312,7 +312,7 @@ pub enum SlotError {
     /// KVM refused to switch `KVM_DIRTY_LOG_INITIALLY_SET` off. Where that is on, a slot whose log is switched on beside rings loses the
     /// first write to each page, so the log was not switched on.
     #[error(
-        "KVM_ENABLE_CAP failed, which makes sure that slot {slot} begins protected (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 without \
+        "slot {slot} might begin unprotected, because KVM_ENABLE_CAP failed (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 without \
          INITIALLY_SET): allow that ioctl, and call it again"
     )]
     InitiallySet {

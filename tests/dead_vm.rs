@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VM that KVM has declared dead: every call about it fails with EIO, for ever.
 
+#[path = "common/readable.rs"]
+mod readable;
+
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -15,6 +17,7 @@ use kvm_dirty_ring::{
     DirtyLog, DirtyPages, EventReaper, Kernel, LastPages, Mode, Reaper, Recycled, SlotId,
     WorkingSet,
 };
+use readable::is_readable;
 
 const RAM: SlotId = SlotId::new(0, 0);
 const DIMM: SlotId = SlotId::new(0, 1);
@@ -292,19 +295,6 @@ fn a_reaper_leaves_a_dead_vm_alone() {
     let mut dirty = DirtyPages::new();
     log.sync(&mut dirty).unwrap();
     assert!(dirty.contains(RAM, 5) && dirty.contains(RAM, 6));
-}
-
-/// Whether the descriptor becomes readable in that time.
-fn is_readable(reaper: &EventReaper, within: Duration) -> bool {
-    let mut poll = libc::pollfd {
-        fd: reaper.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one entry, which lives.
-    let found = unsafe { libc::poll(&mut poll, 1, within.as_millis() as libc::c_int) };
-    assert!(found >= 0, "poll: {}", io::Error::last_os_error());
-    found == 1
 }
 
 #[test]

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! docs/threads.md says of each call what it waits for: every public function has its place in one of its tables.
+//! docs/threads.md lists what each call waits for. Every public function must be in one of its tables.
+
+#[path = "common/sources.rs"]
+mod sources;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use sources::sources;
 
 /// Files whose calls have no row, and why.
 const EXCEPT: [(&str, &str); 1] = [("src/sim/", "a kernel for tests, which no VMM runs with")];
@@ -13,17 +18,6 @@ type Call = (String, String);
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
 }
 
 /// The name that the text begins with.

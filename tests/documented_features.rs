@@ -1,20 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The documentation is made with all features. A module that exists with `test-utils` alone says so there; calls of the log
-//! that do are for the tests and benches of this crate, and it does not show them.
+//! The documentation is made with all features. It names the feature of a module that exists with `test-utils` only. It hides
+//! calls of the log that exist with that feature only: they are for the tests and benches of this crate.
+
+#[path = "common/sources.rs"]
+mod sources;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
-}
+use sources::sources;
 
 #[test]
 fn items_for_tests_say_so_or_are_hidden() {

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reaper of an event loop: when its descriptor is readable, and what a tick does.
 
+#[path = "common/readable.rs"]
+mod readable;
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -9,6 +12,7 @@ use kvm_dirty_ring::error::ReaperError;
 use kvm_dirty_ring::pacing::{Fixed, Observation, Pacing};
 use kvm_dirty_ring::sim::{ResetFault, SimConfig, SimVcpu, SimVm, WriteError};
 use kvm_dirty_ring::{DirtyLog, DirtyPages, EventReaper, Reaper, SlotId, VcpuRing};
+use readable::is_readable;
 
 const RAM: SlotId = SlotId::new(0, 0);
 /// How long a test waits for what must happen: never reached on a machine that gets on.
@@ -24,19 +28,6 @@ fn machine() -> (SimVm, DirtyLog, SimVcpu, VcpuRing) {
     let vcpu = vm.add_vcpu();
     let ring = log.attach_ring(vcpu.ring_memory()).unwrap();
     (vm, log, vcpu, ring)
-}
-
-/// Whether the descriptor becomes readable in that time.
-fn is_readable(reaper: &EventReaper, within: Duration) -> bool {
-    let mut poll = libc::pollfd {
-        fd: reaper.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one entry, which lives.
-    let found = unsafe { libc::poll(&mut poll, 1, within.as_millis() as libc::c_int) };
-    assert!(found >= 0, "poll: {}", io::Error::last_os_error());
-    found == 1
 }
 
 fn ticks(reaper: &mut EventReaper) {

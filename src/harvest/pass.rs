@@ -189,9 +189,10 @@ impl Harvester {
             stage: Harvested {
                 // Before the first entry is marked.
                 faults: self.gate.faults(),
+                joining: 0,
+                named: 0,
             },
             may_join: self.working_set.may_join(),
-            joining: [0; 2],
             shard,
         }
     }
@@ -307,14 +308,16 @@ pub(crate) struct Pass<'a, Stage> {
     shard: ShardGuard<'a>,
     /// Whether pages may stay open.
     may_join: bool,
-    /// Entries harvested where pages may stay open, and those among them that named members.
-    joining: [u64; 2],
     stage: Stage,
 }
 
 /// Entries are marked for reset. Their pages are not protected again, so they must not be copied yet.
 pub(crate) struct Harvested {
     faults: u64,
+    /// Entries harvested where pages may stay open.
+    joining: u64,
+    /// Those of them that named members.
+    named: u64,
 }
 
 /// A reset that started after the last entry was marked has completed.
@@ -394,8 +397,8 @@ impl<'a> Pass<'a, Harvested> {
         let mut joiner = Joiner::new(&self.layout.slots, &self.shard, terms);
         let (entries, breaks) = ring.harvest_blocks(&mut joiner);
         let (named, misses) = (joiner.named, joiner.misses);
-        self.joining[0] += u64::from(entries);
-        self.joining[1] += named;
+        self.stage.joining += u64::from(entries);
+        self.stage.named += named;
         (entries, breaks, misses)
     }
 
@@ -450,15 +453,14 @@ impl<'a> Pass<'a, Harvested> {
 
     fn into_reset(mut self) -> Pass<'a, Reset> {
         self.shard.unreset = None;
-        let [entries, named] = self.joining;
-        if entries > 0 {
-            self.harvester.working_set.judge(entries, named);
+        let Harvested { joining, named, .. } = self.stage;
+        if joining > 0 {
+            self.harvester.working_set.judge(joining, named);
         }
         Pass {
             harvester: self.harvester,
             layout: self.layout,
             may_join: self.may_join,
-            joining: self.joining,
             shard: self.shard,
             stage: Reset(()),
         }

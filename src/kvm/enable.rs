@@ -8,14 +8,12 @@ use std::path::Path;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-    KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
-    kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_dirty_gfn, kvm_dirty_log,
 };
-use memmap2::MmapMut;
 
 use super::bitmap::Bitmaps;
-use super::ioctl;
+use super::{initially_set, ioctl};
 use crate::error::{EnableError, HostError, RingSizeError};
 use crate::kernel::page_size;
 
@@ -25,9 +23,6 @@ const MAX_ENTRIES: u32 = 65536;
 
 /// Entries of the smallest ring that holds the kernel's reserve of 576 with page-modification logging.
 const MIN_ENTRIES_WITH_PML: u32 = 1024;
-
-/// How many slot ids are tried, from the last one down, to find one that the VMM does not use.
-const IDS_TRIED: usize = 16;
 
 /// The size of a ring in entries: a power of two, from one host page (256 entries of 16 bytes in 4 KiB) to 65,536 entries.
 ///
@@ -168,7 +163,7 @@ pub(super) fn enable(
     if is_enabled(fd, support.with_bitmap)? {
         return Err(EnableError::AlreadyEnabled);
     }
-    if is_initially_set(fd)? {
+    if initially_set::is_on(fd)? {
         return Err(EnableError::InitiallySet);
     }
     let refused = refusal(entries.get(), &support);
@@ -210,7 +205,7 @@ fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
     let found = HostSupport::of(fd).map_err(|error| match error.raw_os_error() {
         // A vCPU returns EINVAL.
         Some(libc::ENOTTY | libc::EBADF | libc::EINVAL) => EnableError::NotAVm,
-        _ => failed("KVM_CHECK_EXTENSION")(error),
+        _ => ioctl::failed("KVM_CHECK_EXTENSION")(error),
     })?;
     // /dev/kvm answers both, a VM only the former.
     match ioctl::value(fd, ioctl::GET_API_VERSION, 0) {
@@ -224,7 +219,7 @@ fn of_vm(fd: &impl AsRawFd) -> Result<Option<(HostSupport, u32)>, EnableError> {
 fn bitmaps(fd: &impl AsRawFd) -> Result<Bitmaps, EnableError> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
     let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
-    let offered = offered.map_err(failed("KVM_CHECK_EXTENSION"))?;
+    let offered = offered.map_err(ioctl::failed("KVM_CHECK_EXTENSION"))?;
     let manual = offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
     if manual {
         let call = "KVM_ENABLE_CAP";
@@ -242,24 +237,10 @@ fn enable_cap(
     argument: u64,
     invalid: EnableError,
 ) -> Result<(), EnableError> {
-    set_cap(fd, cap, argument).map_err(|error| match error.raw_os_error() {
+    ioctl::enable_cap(fd, cap, argument).map_err(|error| match error.raw_os_error() {
         Some(libc::EINVAL) => invalid,
-        _ => failed("KVM_ENABLE_CAP")(error),
+        _ => ioctl::failed("KVM_ENABLE_CAP")(error),
     })
-}
-
-fn set_cap(fd: &impl AsRawFd, cap: u32, argument: u64) -> io::Result<()> {
-    let mut request = kvm_enable_cap {
-        cap,
-        ..Default::default()
-    };
-    request.args[0] = argument;
-    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; none of our capabilities takes an address.
-    unsafe { ioctl::pointer(fd, ioctl::ENABLE_CAP, &mut request) }.map(drop)
-}
-
-fn failed(call: &'static str) -> impl FnOnce(io::Error) -> EnableError {
-    move |source| EnableError::Kvm { call, source }
 }
 
 /// Checks that the host takes rings of that size.
@@ -322,75 +303,6 @@ fn is_enabled(fd: &impl AsRawFd, with_bitmap: bool) -> Result<bool, EnableError>
             }),
         },
     }
-}
-
-/// Returns whether the KVM behind `fd` has `KVM_DIRTY_LOG_INITIALLY_SET`.
-pub(super) fn has_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
-    let offered = ioctl::value(fd, ioctl::CHECK_EXTENSION, cap.into());
-    let offered = offered.map_err(failed("KVM_CHECK_EXTENSION"))?;
-    Ok(offered & KVM_DIRTY_LOG_INITIALLY_SET != 0)
-}
-
-/// Leaves manual protection on, which the bitmaps beside rings need and rings alone do not notice, without
-/// `KVM_DIRTY_LOG_INITIALLY_SET`. KVM takes any of its values at any time (`kvm_vm_ioctl_enable_cap_generic`).
-pub(super) fn switch_initially_set_off(fd: &impl AsRawFd) -> io::Result<()> {
-    let enable = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into();
-    set_cap(fd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, enable)
-}
-
-/// Returns whether new slots of the VM behind `fd` begin with every page dirty in their bitmap. KVM then skips write-protecting
-/// them, and the first write to a page reaches no ring.
-///
-/// KVM has no query for enabled capabilities, but a slot shows it: this creates one, reads its bitmap, and deletes it again
-/// (`kvm_prepare_memory_region` in virt/kvm/kvm_main.c sets the bits).
-fn is_initially_set(fd: &impl AsRawFd) -> Result<bool, EnableError> {
-    if !has_initially_set(fd)? {
-        return Ok(false);
-    }
-    let slots = ioctl::value(fd, ioctl::CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS.into());
-    let slots = slots.map_err(failed("KVM_CHECK_EXTENSION"))?;
-    let memory = MmapMut::map_anon(page_size()).map_err(failed("mmap"))?;
-    let mut region = kvm_userspace_memory_region {
-        slot: 0,
-        flags: KVM_MEM_LOG_DIRTY_PAGES,
-        guest_phys_addr: 0,
-        memory_size: page_size() as u64,
-        userspace_addr: memory.as_ptr() as u64,
-    };
-    let set_region = |region: &mut kvm_userspace_memory_region| {
-        // SAFETY: KVM_SET_USER_MEMORY_REGION takes such a region; its memory outlives the slot,
-        // which is deleted below, and no vCPU exists that could write there.
-        unsafe { ioctl::pointer(fd, ioctl::SET_USER_MEMORY_REGION, region) }
-    };
-    let call = "KVM_SET_USER_MEMORY_REGION";
-    // Free ids and the end of guest memory are unknown. So this takes the last id, and the page below the last power of two, that
-    // KVM accepts. KVM accepts no id that is in use: that slot would have to move to other memory of ours (EINVAL).
-    let mut refused = Err(io::Error::from_raw_os_error(libc::EINVAL));
-    'found: for slot in (0..slots).rev().take(IDS_TRIED) {
-        for bits in (20..=45).rev() {
-            region.slot = slot;
-            region.guest_phys_addr = (1 << bits) - region.memory_size;
-            refused = set_region(&mut region);
-            if refused.is_ok() {
-                break 'found;
-            }
-        }
-    }
-    refused.map_err(failed(call))?;
-    let mut bitmap = 0u64;
-    let mut log = kvm_dirty_log {
-        slot: region.slot,
-        ..Default::default()
-    };
-    log.__bindgen_anon_1.dirty_bitmap = core::ptr::from_mut(&mut bitmap).cast();
-    // SAFETY: KVM_GET_DIRTY_LOG takes such a request, and writes the bits of one page, padded to
-    // 64, to the address in it.
-    let read = unsafe { ioctl::pointer(fd, ioctl::GET_DIRTY_LOG, &mut log) };
-    region.memory_size = 0;
-    set_region(&mut region).map_err(failed(call))?;
-    read.map_err(failed("KVM_GET_DIRTY_LOG"))?;
-    Ok(bitmap != 0)
 }
 
 #[cfg(test)]

@@ -4,6 +4,10 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
+use kvm_bindings::kvm_enable_cap;
+
+use crate::error::EnableError;
+
 pub(super) const GET_API_VERSION: u64 = 0xae00;
 pub(super) const CHECK_EXTENSION: u64 = 0xae03;
 pub(super) const GET_DIRTY_LOG: u64 = 0x4010_ae42;
@@ -30,6 +34,22 @@ pub(super) unsafe fn pointer<T>(
 ) -> io::Result<u32> {
     // SAFETY: the pointer is good for the call; the rest is the caller's promise.
     returned(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, core::ptr::from_mut(argument)) })
+}
+
+/// Enables a capability that takes one number, which is no address.
+pub(super) fn enable_cap(fd: &impl AsRawFd, cap: u32, argument: u64) -> io::Result<()> {
+    let mut request = kvm_enable_cap {
+        cap,
+        ..Default::default()
+    };
+    request.args[0] = argument;
+    // SAFETY: KVM_ENABLE_CAP takes a `kvm_enable_cap`; none of our capabilities takes an address.
+    unsafe { pointer(fd, ENABLE_CAP, &mut request) }.map(drop)
+}
+
+/// Returns what turns the error of `call` into the reason why the log could not be enabled.
+pub(super) fn failed(call: &'static str) -> impl FnOnce(io::Error) -> EnableError {
+    move |source| EnableError::Kvm { call, source }
 }
 
 fn returned(result: i32) -> io::Result<u32> {

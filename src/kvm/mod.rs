@@ -5,6 +5,7 @@
 
 pub(crate) mod bitmap;
 pub(crate) mod enable;
+mod initially_set;
 pub(crate) mod ioctl;
 pub(crate) mod mmap;
 pub(crate) mod signals;

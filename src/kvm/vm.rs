@@ -8,9 +8,9 @@ use kvm_bindings::kvm_dirty_log;
 
 use super::bitmap::{self, Bitmaps};
 use super::enable::{self, RingEntries};
-use super::ioctl;
 use super::signals::SignalsBlocked;
 use super::stop_watch::StopWatch;
+use super::{initially_set, ioctl};
 use crate::error::EnableError;
 use crate::kernel::{Kernel, Mode, RESERVED_ENTRIES, Recycled};
 use crate::slot_id::SlotId;
@@ -25,7 +25,7 @@ pub(crate) struct Vm {
     mode: Mode,
     /// In bitmap mode the only log; beside rings, where there are both.
     bitmaps: Option<Bitmaps>,
-    /// Whether this KVM has `KVM_DIRTY_LOG_INITIALLY_SET`, and the VM has rings, beside which that loses pages.
+    /// Whether this KVM has `KVM_DIRTY_LOG_INITIALLY_SET`, which loses pages beside rings. In bitmap mode always false.
     has_initially_set: bool,
 }
 
@@ -56,7 +56,7 @@ impl Kernel for Vm {
 
     fn switch_initially_set_off(&self) -> io::Result<()> {
         match self.has_initially_set {
-            true => enable::switch_initially_set_off(&self.fd),
+            true => initially_set::switch_off(&self.fd),
             false => Ok(()),
         }
     }
@@ -111,7 +111,7 @@ impl Vm {
         Ok(Self {
             bitmaps: enable::enable(&fd, entries)?,
             mode: Mode::Rings,
-            has_initially_set: enable::has_initially_set(&fd)?,
+            has_initially_set: initially_set::exists(&fd)?,
             fd,
         })
     }

@@ -19,9 +19,9 @@ impl DirtyLog {
     ///
     /// Protecting a page costs a reset and the guest's next fault on it. That is wasted on a page that is written again before it is
     /// sent for good. With a working set, a harvested page stays writable while there are free places, and after that if it was
-    /// written before in the same round, or was a member until the last refresh. It is then a *member*: the kernel does not log it any more, and every sync reports it among
-    /// [`DirtyPages::members`](crate::DirtyPages::members), until [`refresh`](Self::refresh) has closed it, or its slot's [tracking
-    /// has stopped](Self::stop_tracking). Send members in the last round.
+    /// written before in the same round, or if a [`refresh`](Self::refresh) has just closed it. It is then a *member*: the kernel does
+    /// not log it any more, and every sync reports it among [`DirtyPages::members`](crate::DirtyPages::members), until a refresh has
+    /// closed it, or its slot's [tracking has stopped](Self::stop_tracking). Send members in the last round.
     ///
     /// In [`Mode::Bitmap`] a page joins when a sync finds it set, and the sync before has found it set and cleared it. Without
     /// manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) none joins.

@@ -29,7 +29,7 @@ impl SimSlot {
         }
     }
 
-    /// Every page is dirty and open, and where there is a bitmap it says so: `KVM_DIRTY_LOG_INITIALLY_SET`.
+    /// Opens every page, and sets its bit if there is a bitmap: `KVM_DIRTY_LOG_INITIALLY_SET`.
     pub(super) fn begin_dirty(&self, has_bitmap: bool) {
         for page in 0..self.pages.len() as u64 {
             self.disarm(page);

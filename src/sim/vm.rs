@@ -81,8 +81,8 @@ impl SimVm {
         slots.insert(slot, memory);
     }
 
-    /// Enables `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `KVM_DIRTY_LOG_INITIALLY_SET`, or without: whether the pages of slots whose log
-    /// begins from now on are dirty in the bitmap, where there is one, and unprotected.
+    /// Enables `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, with `KVM_DIRTY_LOG_INITIALLY_SET` if `on`: the pages of a slot whose log begins then are
+    /// unprotected, and their bits are set where there is a bitmap.
     pub fn set_initially_set(&self, on: bool) {
         // Release: pairs with the acquire in `begin`.
         self.inner.initially_set.store(on, Ordering::Release);

@@ -22,8 +22,8 @@ pub(crate) struct Members {
     closed: SharedBits,
     /// In bitmap mode: set at the last sync, and cleared by it or on demand since.
     cleared: SharedBits,
-    /// How many of the [`FRESH_SYNCS`] are to come. Written under the lock on syncs. Passes that read it count on no order: it only
-    /// decides whether a page joins now or at its next write.
+    /// How many of the [`FRESH_SYNCS`] are to come. Written under the lock on syncs. Passes read it without a lock, because it only decides
+    /// whether a page joins now or at its next write.
     fresh_syncs: Counter,
 }
 
@@ -44,7 +44,7 @@ impl Members {
         self.now.contains(page)
     }
 
-    /// Returns whether `page`, which is in the slot, was closed by a refresh just now. If it is written, it is written again.
+    /// Returns whether `page`, which is in the slot, was closed by a refresh just now. A write to it then counts as its second.
     pub(crate) fn was_closed(&self, page: u64) -> bool {
         self.is_fresh() && self.closed.contains(page)
     }

@@ -26,7 +26,7 @@ fn a_refresh_reports_members_once_more_and_protects_them() {
     assert_eq!(machine.sync(), (NONE, NONE));
 }
 
-/// Without a free place, and without another fault to show it: a member was written before.
+/// There is no free place, and one write is enough: as a member the page was written before.
 #[test]
 fn what_a_refresh_has_closed_joins_when_it_is_written_again() {
     let mut machine = Machine::with_rings(10);
@@ -160,7 +160,7 @@ fn a_refresh_is_owed_only_while_there_are_members_and_none_may_join() {
     assert!(!machine.set().refresh_owed, "their membership has ended");
 }
 
-/// Protected by the VMM itself, which says so.
+/// The VMM has protected the slot itself, and calls `rearmed`.
 #[test]
 fn rearmed_ends_membership() {
     let mut machine = Machine::with_rings(10);

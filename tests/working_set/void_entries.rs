@@ -68,7 +68,7 @@ fn members_that_are_all_logged_once_more_keep_it_on() {
     assert_eq!((set.members, set.useless), (2000, false));
 }
 
-/// So it does now and then, however few other pages the guest writes meanwhile.
+/// The same happens again and again, while the guest writes few other pages.
 #[test]
 fn members_that_are_logged_once_more_now_and_then_keep_it_on() {
     let machine = Machine::with_slots(|_: &mut SimConfig| (), [(RAM, 20_000)]);

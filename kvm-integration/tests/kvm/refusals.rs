@@ -240,7 +240,8 @@ fn set_manual_protection(vm: &TinyVm, flags: u64) -> Result<(), Failed> {
     Ok(vm.vm_fd().enable_cap(&protect)?)
 }
 
-/// Switched on once the rings are there, it is switched off before a slot's log begins, and before it is to protect the slot anew.
+/// The VMM switches it on once the rings are there. The log switches it off before the log of a slot begins, and before a slot is
+/// protected anew.
 fn initially_set_after_the_log() -> Outcome {
     const PAGES: u64 = 64;
     let mut machine = Machine::new(1024, &[PAGES])?;
